@@ -1,0 +1,127 @@
+"""Train the toy world's video autoencoder, a small stock AutoencoderKLWan."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+from tqdm import tqdm
+
+from examples.toy_world.training_state import (
+    clips_to_tensor,
+    load_state,
+    render_batch,
+    save_state,
+    warmup_cosine,
+)
+
+STAGE = 1
+LATENT_CHANNELS = 24
+STEPS = 2400
+BATCH = 16
+LEARNING_RATE = 2.5e-3
+KL_WEIGHT = 1e-4
+
+
+def build_autoencoder() -> AutoencoderKLWan:
+    """Wan 2.2's layout (pixel patches, causal time) small enough for a CPU.
+
+    Compresses 8 x 8 pixels and 4 frames into one latent position; the first frame stands alone.
+    """
+    model = AutoencoderKLWan(
+        base_dim=16,
+        dim_mult=[1, 2, 2],
+        z_dim=LATENT_CHANNELS,
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+        scale_factor_spatial=8,
+        scale_factor_temporal=4,
+    )
+    # A posterior as noisy as its prior hides the mean for the first thousand updates.
+    torch.nn.init.constant_(model.quant_conv.bias[LATENT_CHANNELS:], -5.0)
+    return model
+
+
+def autoencoder_loss(model: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor]:
+    """Absolute and squared error and a light KL; returns (loss, absolute error).
+
+    The squared error matters early: small bright objects would otherwise lose to the background.
+    """
+    with torch.autocast(video.device.type, torch.bfloat16):
+        posterior = model.encode(video).latent_dist
+        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+        latent = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        decoded = model.decode(latent).sample
+    difference = decoded.float() - video
+    error = difference.abs().mean()
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+    return error + 2 * (difference**2).mean() + KL_WEIGHT * kl, error
+
+
+def train_autoencoder(state_file: Path, device: str = "cpu", steps: int = STEPS) -> None:
+    """Train, or go on training, until `steps`; the state file holds everything."""
+    torch.manual_seed(STAGE)
+    model = build_autoencoder().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, (0.9, 0.95), weight_decay=0.01)
+    state = load_state(state_file) or {"step": 0, "seconds": 0.0}
+    if state["step"]:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    began = time.monotonic() - state["seconds"]
+    bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc="autoencoder")
+    smooth = float("nan")
+    for step in bar:
+        torch.manual_seed(STAGE * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * warmup_cosine(step, steps, 100)
+        video = clips_to_tensor(render_batch(STAGE, step * BATCH, BATCH)).to(device)
+        loss, error = autoencoder_loss(model, video)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        smooth = error.item() if smooth != smooth else 0.98 * smooth + 0.02 * error.item()
+        if step % 50 == 0:
+            bar.set_postfix(error=f"{smooth:.4f}")
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            save_state(
+                state_file,
+                {
+                    "step": step + 1,
+                    "seconds": time.monotonic() - began,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                },
+            )
+
+
+def latent_statistics(model: AutoencoderKLWan, batches: int = 16) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over fresh training clips."""
+    device = next(model.parameters()).device
+    latents = []
+    with torch.no_grad():
+        for index in range(batches):
+            clips = render_batch(STAGE, 50_000_000 + index * 32, 32)
+            latents.append(model.encode(clips_to_tensor(clips).to(device)).latent_dist.mode())
+    latent = torch.cat(latents).float()
+    return latent.mean((0, 2, 3, 4)).tolist(), latent.std((0, 2, 3, 4)).tolist()
+
+
+def save_autoencoder(state_file: Path, folder: Path) -> None:
+    """Write the trained autoencoder as a stock diffusers folder with its latent statistics."""
+    state = load_state(state_file)
+    if state is None:
+        raise FileNotFoundError(f"autoencoder state must exist, got {state_file}; train it first")
+    model = build_autoencoder()
+    model.load_state_dict(state["model"])
+    mean, std = latent_statistics(model.eval())
+    model.register_to_config(latents_mean=mean, latents_std=std)
+    model.save_pretrained(folder)

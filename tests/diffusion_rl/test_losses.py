@@ -1,0 +1,223 @@
+"""Losses by closed forms and against independent implementations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from diffusion_rl.losses import (
+    clip_fraction,
+    clipped_surrogate_loss,
+    gaussian_kl,
+    nft_loss,
+    velocity_kl,
+)
+
+ADVANTAGES = torch.tensor([1.5, -2.0, 0.0])
+
+
+def old_log_probs() -> torch.Tensor:
+    return torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_on_policy_gradient_is_minus_advantage_over_count():
+    log_probs = old_log_probs().requires_grad_()
+    loss = clipped_surrogate_loss(log_probs, old_log_probs(), ADVANTAGES, clip_range=0.2)
+    torch.testing.assert_close(loss, -ADVANTAGES.mean())
+    loss.backward()
+    torch.testing.assert_close(log_probs.grad, (-ADVANTAGES / 12)[:, None].expand(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("shift", "advantage", "expected"),
+    [
+        (0.5, 1.0, -1.2),  # raised enough already: clipped, no gradient
+        (0.5, -1.0, 1.6487212707),  # raised though bad: the full ratio e^0.5 is charged
+        (-0.5, 1.0, -0.6065306597),  # lowered though good: e^-0.5
+        (-0.5, -1.0, 0.8),  # lowered enough already: clipped, no gradient
+    ],
+)
+def test_clipping_holds_back_only_what_has_gone_far_enough(shift, advantage, expected):
+    log_probs = torch.full((1, 1), shift, requires_grad=True)
+    loss = clipped_surrogate_loss(log_probs, torch.zeros(1, 1), torch.tensor([advantage]), 0.2)
+    torch.testing.assert_close(loss, torch.tensor(expected))
+    loss.backward()
+    clipped = abs(expected) in (1.2, 0.8)
+    assert bool(log_probs.grad == 0) is clipped
+
+
+def test_an_unjudged_video_gets_no_gradient():
+    log_probs = (old_log_probs() + 0.05).requires_grad_()
+    clipped_surrogate_loss(log_probs, old_log_probs(), ADVANTAGES, 0.2).backward()
+    assert log_probs.grad[2].eq(0).all()
+    assert log_probs.grad[:2].ne(0).all()
+
+
+def test_clip_fraction_counts_both_sides():
+    log_probs = torch.log(torch.tensor([[1.0, 1.25], [0.75, 1.1]]))
+    assert clip_fraction(log_probs, torch.zeros(2, 2), 0.2) == 0.5
+    assert clip_fraction(log_probs, log_probs, 0.2) == 0.0
+
+
+def test_gaussian_kl_is_that_of_torch_distributions():
+    source = torch.Generator().manual_seed(1)
+    mean, reference = torch.randn(2, 3, 4, 5, 5, generator=source), torch.randn(3, 4, 5, 5)
+    std = torch.tensor([0.3, 0.9]).reshape(2, 1, 1, 1, 1)
+    reference = reference.expand_as(mean)
+    expected = kl_divergence(
+        Normal(mean, std.expand_as(mean)), Normal(reference, std.expand_as(mean))
+    ).mean()
+    torch.testing.assert_close(gaussian_kl(mean, reference, std), expected)
+    assert gaussian_kl(mean, mean, std) == 0
+
+
+@pytest.mark.parametrize("divergence", [velocity_kl, lambda a, b: gaussian_kl(a, b, torch.ones(1))])
+def test_divergences_carry_gradient_for_the_policy_only(divergence):
+    tuned = torch.ones(2, 3, requires_grad=True)
+    reference = torch.zeros(2, 3, requires_grad=True)
+    divergence(tuned, reference).backward()
+    assert tuned.grad.abs().sum() > 0
+    assert reference.grad is None
+
+
+def test_velocity_kl_is_the_mean_square():
+    value = velocity_kl(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]]))
+    torch.testing.assert_close(value, torch.tensor(2.5))
+
+
+def nft_inputs(seed: int = 0, shape=(3, 2, 3, 4, 4)):
+    source = torch.Generator().manual_seed(seed)
+    draw = [torch.randn(shape, generator=source) for _ in range(4)]
+    prediction, old, data, noise = draw
+    sigma = torch.tensor([0.2, 0.6, 0.95])
+    time = sigma.reshape(3, 1, 1, 1, 1)
+    return prediction, old, (1 - time) * data + time * noise, data, sigma
+
+
+def direct_nft_loss(prediction, old, latent, data, sigma, advantages, beta):
+    """The published loss written as loops over videos and elements, in float64."""
+    total = 0.0
+    for index in range(len(advantages)):
+        time = float(sigma[index])
+        optimality = min(max(max(min(float(advantages[index]), 5), -5) / 5 / 2 + 0.5, 0), 1)
+        terms = []
+        for sign in (1, -1):
+            clean_errors = []
+            for new, before, noisy, clean in zip(
+                prediction[index].flatten().tolist(),
+                old[index].flatten().tolist(),
+                latent[index].flatten().tolist(),
+                data[index].flatten().tolist(),
+                strict=True,
+            ):
+                velocity = before + sign * beta * (new - before)
+                clean_errors.append(noisy - time * velocity - clean)
+            count = len(clean_errors)
+            weight = max(sum(abs(error) for error in clean_errors) / count, 1e-5)
+            terms.append(sum(error**2 for error in clean_errors) / weight / count)
+        good, bad = terms
+        total += 5 * (optimality * good / beta + (1 - optimality) * bad / beta)
+    return total / len(advantages)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+@pytest.mark.parametrize("advantages", [ADVANTAGES, torch.tensor([7.0, -9.0, 5.0])])
+def test_nft_loss_equals_a_direct_implementation(beta, advantages):
+    inputs = nft_inputs()
+    loss = nft_loss(*inputs, advantages, beta=beta)
+    expected = direct_nft_loss(*inputs, advantages, beta)
+    torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_nft_normaliser_has_a_floor():
+    prediction, _, latent, data, sigma = nft_inputs()
+    exact = (latent - data) / sigma.reshape(3, 1, 1, 1, 1)
+    loss = nft_loss(exact, exact, latent, data, sigma, ADVANTAGES, beta=1.0)
+    assert torch.isfinite(loss)
+    assert loss < 1e-5
+
+
+def test_nft_moves_towards_good_videos_and_away_from_bad_ones():
+    prediction, _, latent, data, sigma = nft_inputs()
+    target = (latent - data) / sigma.reshape(3, 1, 1, 1, 1)
+    moves = {}
+    for advantage in (5.0, 0.0, -5.0):
+        policy = prediction.clone().requires_grad_()
+        advantages = torch.full((3,), advantage)
+        nft_loss(policy, prediction, latent, data, sigma, advantages, beta=1.0).backward()
+        moves[advantage] = -(policy.grad * (target - prediction)).sum().item()
+    assert moves[5.0] > 0 > moves[-5.0]
+    assert abs(moves[0.0]) < 1e-6 * moves[5.0]
+
+
+def test_nft_old_policy_and_data_carry_no_gradient():
+    inputs = [tensor.requires_grad_() for tensor in nft_inputs()]
+    nft_loss(*inputs, ADVANTAGES, beta=0.5).backward()
+    assert inputs[0].grad is not None
+    assert inputs[1].grad is None
+
+
+def test_nft_accepts_one_sigma_for_all():
+    prediction, old, latent, data, _ = nft_inputs()
+    one = nft_loss(prediction, old, latent, data, torch.tensor(0.4), ADVANTAGES, beta=1.0)
+    each = nft_loss(prediction, old, latent, data, torch.full((3,), 0.4), ADVANTAGES, beta=1.0)
+    torch.testing.assert_close(one, each)
+
+
+@pytest.mark.parametrize("clip_range", [0.0, 1.0, -0.1, float("nan")])
+def test_clip_range_is_checked(clip_range):
+    for function in (
+        lambda: clipped_surrogate_loss(old_log_probs(), old_log_probs(), ADVANTAGES, clip_range),
+        lambda: clip_fraction(old_log_probs(), old_log_probs(), clip_range),
+    ):
+        with pytest.raises(ValueError, match=r"clip_range must be in \(0, 1\), got"):
+            function()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda: clipped_surrogate_loss(torch.zeros(2, 3), torch.zeros(2, 4), ADVANTAGES, 0.1),
+            r"old_log_probs has shape \(2, 4\), but axes 'B K' need K=3, not 4",
+        ),
+        (
+            lambda: clipped_surrogate_loss(torch.zeros(2, 3), torch.zeros(2, 3), ADVANTAGES, 0.1),
+            "advantages has shape .* need B=2, not 3",
+        ),
+        (
+            lambda: gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(1)),
+            "reference_mean must have the shape of mean",
+        ),
+        (
+            lambda: gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(1)),
+            "std must be above 0, got 0.0; .* use velocity_kl",
+        ),
+        (
+            lambda: velocity_kl(torch.zeros(2, 3), torch.zeros(2, 1)),
+            "reference_prediction must have the shape of prediction",
+        ),
+        (
+            lambda: nft_loss(*nft_inputs(), ADVANTAGES, beta=0.0),
+            "beta must be above 0, got 0.0",
+        ),
+        (
+            lambda: nft_loss(*nft_inputs()[:4], torch.ones(2), ADVANTAGES, beta=1.0),
+            "sigma has shape .* need B=3, not 2",
+        ),
+        (
+            lambda: nft_loss(*nft_inputs(), ADVANTAGES[:2], beta=1.0),
+            "prediction has shape .* need B=2, not 3",
+        ),
+        (
+            lambda: nft_loss(
+                nft_inputs()[0], torch.zeros(1), *nft_inputs()[2:], ADVANTAGES, beta=1.0
+            ),
+            "old_prediction must have the shape of prediction",
+        ),
+    ],
+)
+def test_bad_input_is_refused(function, message):
+    with pytest.raises(ValueError, match=message):
+        function()

@@ -1,0 +1,214 @@
+"""Transitions against diffusers' Euler step and torch.distributions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch.distributions import Normal
+
+from diffusion_rl.transitions import TRANSITIONS, flow_sde, ode
+
+SHAPE = (3, 4, 2, 5, 6)
+SIGMAS = torch.tensor([1.0, 0.9643, 0.75, 0.3, 0.05, 0.0])
+OPTIONS = {"noise_level": 0.7, "sigma_max": 0.9643}
+
+
+def random_inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(SHAPE, generator=source), torch.randn(SHAPE, generator=source)
+
+
+def steps() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(SIGMAS[:-1], SIGMAS[1:], strict=True))
+
+
+@pytest.mark.parametrize("transition", [flow_sde, ode])
+def test_without_noise_every_step_is_diffusers_euler_step(transition):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    latent, _ = random_inputs()
+    expected = latent.clone()
+    sigmas = scheduler.sigmas
+    for index, timestep in enumerate(scheduler.timesteps):
+        _, velocity = random_inputs(index + 1)
+        expected = scheduler.step(velocity, timestep, expected).prev_sample
+        step = transition(
+            latent,
+            velocity,
+            sigmas[index],
+            sigmas[index + 1],
+            noise_level=0.0,
+            sigma_max=sigmas[1],
+        )
+        latent = step.next_latent
+        torch.testing.assert_close(latent, expected)
+        assert step.std.eq(0).all()
+        assert step.log_prob.eq(0).all()
+
+
+@pytest.mark.parametrize(("sigma", "next_sigma"), steps())
+def test_log_prob_is_that_of_the_normal_distribution(sigma, next_sigma):
+    latent, velocity = random_inputs()
+    step = flow_sde(
+        latent, velocity, sigma, next_sigma, generator=torch.Generator().manual_seed(1), **OPTIONS
+    )
+    expected = Normal(step.mean, step.std.expand(SHAPE)).log_prob(step.next_latent)
+    torch.testing.assert_close(step.log_prob, expected.flatten(1).mean(1))
+
+
+@pytest.mark.parametrize(("sigma", "next_sigma"), steps())
+def test_mean_and_spread_follow_the_score_form_of_the_same_equation(sigma, next_sigma):
+    """Reverse SDE written with the score: v dt - s^2/2 score dt, score = -(x - (1-t) x0) / t^2."""
+    latent, velocity = (tensor.double() for tensor in random_inputs())
+    step = flow_sde(latent, velocity, sigma, next_sigma, **OPTIONS)
+    time, change = sigma.double(), (next_sigma - sigma).double()
+    diffusion = 0.7 * (time / (1 - min(time, SIGMAS[1].double()))).sqrt()
+    score = -(latent - (1 - time) * (latent - time * velocity)) / time**2
+    mean = latent + velocity * change - diffusion**2 / 2 * score * change
+    torch.testing.assert_close(step.mean.double(), mean, rtol=1e-5, atol=1e-5)  # float32 inside
+    spread = diffusion * (-change).sqrt()
+    torch.testing.assert_close(step.std.double(), spread.expand_as(step.std), rtol=1e-6, atol=0.0)
+
+
+def test_samples_have_the_stated_mean_and_spread():
+    latent, velocity = torch.full((20000, 1), 0.4), torch.full((20000, 1), -1.3)
+    source = torch.Generator().manual_seed(3)
+    step = flow_sde(
+        latent, velocity, torch.tensor(0.6), torch.tensor(0.5), generator=source, **OPTIONS
+    )
+    error = (step.next_latent.mean() - step.mean[0, 0]).abs()
+    assert error < 4 * step.std[0, 0] / 20000**0.5
+    assert (step.next_latent.std() / step.std[0, 0] - 1).abs() < 0.02
+
+
+@pytest.mark.parametrize("transition", [flow_sde, ode])
+def test_replay_at_unchanged_weights_has_ratio_exactly_one(transition):
+    latent, velocity = random_inputs()
+    for sigma, next_sigma in steps():
+        taken = transition(
+            latent, velocity, sigma, next_sigma, generator=torch.Generator(), **OPTIONS
+        )
+        replayed = transition(
+            latent, velocity, sigma, next_sigma, next_latent=taken.next_latent, **OPTIONS
+        )
+        assert torch.equal(torch.exp(replayed.log_prob - taken.log_prob), torch.ones(SHAPE[0]))
+        assert torch.equal(replayed.next_latent, taken.next_latent)
+
+
+def test_replay_with_other_weights_has_another_ratio():
+    latent, velocity = random_inputs()
+    sigma, next_sigma = SIGMAS[1], SIGMAS[2]
+    taken = flow_sde(latent, velocity, sigma, next_sigma, **OPTIONS)
+    moved = flow_sde(
+        latent, velocity + 0.1, sigma, next_sigma, next_latent=taken.next_latent, **OPTIONS
+    )
+    assert not torch.equal(moved.log_prob, taken.log_prob)
+
+
+def test_a_sigma_per_video_equals_one_call_per_video():
+    latent, velocity = random_inputs()
+    sigma, next_sigma = torch.tensor([1.0, 0.75, 0.3]), torch.tensor([0.9, 0.3, 0.0])
+    recorded = random_inputs(9)[0]
+    together = flow_sde(latent, velocity, sigma, next_sigma, next_latent=recorded, **OPTIONS)
+    for index in range(3):
+        one = slice(index, index + 1)
+        alone = flow_sde(
+            latent[one],
+            velocity[one],
+            sigma[index],
+            next_sigma[index],
+            next_latent=recorded[one],
+            **OPTIONS,
+        )
+        torch.testing.assert_close(alone.mean, together.mean[one])
+        torch.testing.assert_close(alone.log_prob, together.log_prob[one])
+
+
+def test_generators_per_video_make_the_noise_independent_of_the_batch():
+    latent, velocity = random_inputs()
+    seeds = [5, 6, 7]
+    together = flow_sde(
+        latent,
+        velocity,
+        SIGMAS[1],
+        SIGMAS[2],
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **OPTIONS,
+    )
+    last = flow_sde(
+        latent[2:],
+        velocity[2:],
+        SIGMAS[1],
+        SIGMAS[2],
+        generator=[torch.Generator().manual_seed(7)],
+        **OPTIONS,
+    )
+    assert torch.equal(together.next_latent[2:], last.next_latent)
+    assert not torch.equal(together.next_latent[0] - together.mean[0], together.next_latent[1])
+
+
+def test_gradient_flows_through_the_mean_only():
+    latent, velocity = random_inputs()
+    velocity.requires_grad_()
+    step = flow_sde(latent, velocity, SIGMAS[1], SIGMAS[2], **OPTIONS)
+    assert not step.next_latent.requires_grad
+    step.log_prob.sum().backward()
+    (direct,) = torch.autograd.grad(
+        step_log_prob(latent, velocity, step.next_latent).sum(), velocity
+    )
+    torch.testing.assert_close(velocity.grad, direct)
+    assert velocity.grad.abs().sum() > 0
+
+
+def step_log_prob(latent, velocity, next_latent):
+    step = flow_sde(latent, velocity, SIGMAS[1], SIGMAS[2], next_latent=next_latent, **OPTIONS)
+    return Normal(step.mean, step.std.expand(SHAPE)).log_prob(next_latent).flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("transition", [flow_sde, ode])
+def test_half_precision_inputs_are_computed_in_float32(transition):
+    latent, velocity = (tensor.bfloat16() for tensor in random_inputs())
+    recorded = random_inputs(4)[0]
+    low = transition(latent, velocity, SIGMAS[1], SIGMAS[2], next_latent=recorded, **OPTIONS)
+    high = transition(
+        latent.float(), velocity.float(), SIGMAS[1], SIGMAS[2], next_latent=recorded, **OPTIONS
+    )
+    assert low.mean.dtype == low.next_latent.dtype == low.log_prob.dtype == torch.float32
+    assert torch.equal(low.mean, high.mean)
+    assert torch.equal(low.log_prob, high.log_prob)
+
+
+def test_both_transitions_are_named():
+    assert {"flow_sde": flow_sde, "ode": ode} == TRANSITIONS
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise_level": -0.1}, "noise_level must be a finite number >= 0, got -0.1"),
+        ({"noise_level": float("nan")}, "noise_level must be a finite number >= 0, got nan"),
+        ({"noise_level": float("inf")}, "noise_level must be a finite number >= 0, got inf"),
+        ({"sigma_max": 1.0}, r"sigma_max must be in \(0, 1\), got 1.0"),
+        ({"sigma": torch.tensor(0.0)}, r"sigma must be in \(0, 1\], got"),
+        ({"sigma": torch.tensor(1.5)}, r"sigma must be in \(0, 1\], got"),
+        ({"next_sigma": torch.tensor(0.9)}, r"next_sigma must be in \[0, sigma\), got"),
+        ({"next_sigma": torch.tensor(-0.1)}, r"next_sigma must be in \[0, sigma\), got"),
+        ({"sigma": torch.tensor([0.5, 0.5])}, "sigma has shape .* need B=3, not 2"),
+        ({"latent": torch.zeros(3)}, r"latent must have axes \[B ...\], got shape \(3,\)"),
+        ({"prediction": torch.zeros(3, 4)}, "prediction must have the shape of latent"),
+        ({"next_latent": torch.zeros(2, 4)}, "next_latent must have the shape of latent"),
+        ({"generator": [torch.Generator()]}, r"one generator or one per video \(3\), got 1"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    latent, velocity = random_inputs()
+    arguments = {
+        "latent": latent,
+        "prediction": velocity,
+        "sigma": torch.tensor(0.8),
+        "next_sigma": torch.tensor(0.5),
+        **OPTIONS,
+    }
+    with pytest.raises(ValueError, match=message):
+        flow_sde(**(arguments | change))

@@ -1,0 +1,281 @@
+"""The judge's text to windows and findings, and back: the only parser, and it is strict.
+
+What does not follow the protocol to the letter is an `AnswerError`; nothing is guessed or mended.
+The writers are what trainers teach a judge to say, and `parse(write(x))` gives x with times
+rounded to 0.01 s and boxes to the judge's grid.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+
+from cac_reward.questions import CLEAN_ANSWER, TOOL_CALL_END, TOOL_CALL_PREFIX, VERDICT_PREFIX
+from cac_reward.report import TIME_TOLERANCE, VERDICTS, Box, Finding, TimeWindow
+
+Coordinates = tuple[float, float, float, float]
+"""x1, y1, x2, y2 relative to the frame."""
+BoxWriter = Callable[[Coordinates], list[int]]
+"""Relative coordinates to the numbers that a model family writes."""
+BoxReader = Callable[[list[float]], Coordinates]
+"""The inverse; raises ValueError for numbers that are no box."""
+
+MAX_ANSWER_CHARACTERS = 20_000
+MAX_WINDOWS = 16
+MAX_FINDINGS = 64
+MAX_BOXES = 256
+_QUOTED_CHARACTERS = 200
+
+
+class AnswerError(ValueError):
+    """A judge's answer that does not follow the protocol; the clip gets no score."""
+
+
+def write_thousandths(coordinates: Coordinates) -> list[int]:
+    """Write a box as integers from 0 to 1000, at least 1 wide and high (Qwen3-VL's convention).
+
+    Example:
+        >>> write_thousandths((0.312, 0.25, 0.64, 0.588))
+        [312, 250, 640, 588]
+    """
+    x1, x2 = _integer_span(coordinates[0], coordinates[2], 1000)
+    y1, y2 = _integer_span(coordinates[1], coordinates[3], 1000)
+    return [x1, y1, x2, y2]
+
+
+def read_thousandths(numbers: list[float]) -> Coordinates:
+    """Read a box written as numbers from 0 to 1000.
+
+    Raises:
+        ValueError: If a number is outside that range.
+    """
+    if not all(0 <= number <= 1000 for number in numbers):
+        raise ValueError(f"box must be in thousandths of the frame, 0 to 1000, got {numbers}")
+    x1, y1, x2, y2 = (number / 1000 for number in numbers)
+    return (x1, y1, x2, y2)
+
+
+def write_tool_call(windows: Sequence[TimeWindow]) -> str:
+    """Write turn 1's call to see some windows again.
+
+    Raises:
+        ValueError: If there are no windows; a clean clip is answered by `write_scan_answer`.
+    """
+    if not windows:
+        raise ValueError("windows must hold at least one window, got none; a clean clip is no call")
+    listed = ", ".join(_write_window(window) for window in windows)
+    call = f'{{"name": "inspect", "arguments": {{"windows": [{listed}]}}}}'
+    return f"{TOOL_CALL_PREFIX}\n{call}\n{TOOL_CALL_END}"
+
+
+def write_scan_answer(windows: Sequence[TimeWindow]) -> str:
+    """Write turn 1's answer: a clean verdict where nothing is suspicious, a tool call otherwise."""
+    return write_tool_call(windows) if windows else CLEAN_ANSWER
+
+
+def write_findings(findings: Sequence[Finding], box_writer: BoxWriter = write_thousandths) -> str:
+    """Write turn 2's answer: one line of JSON, then the verdict that follows from it.
+
+    Example:
+        >>> print(write_findings([]))
+        {"findings": []}
+        Verdict: clean
+    """
+    listed = ", ".join(_write_finding(finding, box_writer) for finding in findings)
+    verdict = VERDICTS[1] if findings else VERDICTS[0]
+    return f'{{"findings": [{listed}]}}\n{VERDICT_PREFIX} {verdict}'
+
+
+def parse_tool_call(text: str, duration_seconds: float) -> tuple[TimeWindow, ...]:
+    """Read the windows of turn 1's tool call.
+
+    Args:
+        text: The whole answer, `<tool_call>` included.
+        duration_seconds: Length of the clip; no window may end after it.
+
+    Raises:
+        AnswerError: If the text is anything but one well-formed call of `inspect`.
+    """
+    try:
+        body = _limited(text).strip()
+        if not (body.startswith(TOOL_CALL_PREFIX) and body.endswith(TOOL_CALL_END)):
+            raise ValueError(f"must be one {TOOL_CALL_PREFIX} ... {TOOL_CALL_END} and nothing else")
+        call = _keys("call", _load(body[len(TOOL_CALL_PREFIX) : -len(TOOL_CALL_END)]), _CALL_KEYS)
+        if call["name"] != "inspect":
+            raise ValueError('must call the tool "inspect"')
+        windows = _keys("arguments", call["arguments"], ("windows",))["windows"]
+        return tuple(
+            _read_window(window, duration_seconds)
+            for window in _list("windows", windows, 1, MAX_WINDOWS)
+        )
+    except ValueError as error:
+        raise _answer_error("tool call", error, text) from error
+
+
+def parse_scan_answer(text: str, duration_seconds: float) -> tuple[TimeWindow, ...]:
+    """Read turn 1's answer: no windows for a clean verdict, those of the call otherwise.
+
+    Raises:
+        AnswerError: If the text is neither.
+    """
+    return () if text.strip() == CLEAN_ANSWER else parse_tool_call(text, duration_seconds)
+
+
+def parse_findings(
+    text: str,
+    duration_seconds: float,
+    *,
+    box_reader: BoxReader = read_thousandths,
+    types: Sequence[str] | None = None,
+) -> tuple[Finding, ...]:
+    """Read turn 2's findings, from its JSON line alone or with the verdict line behind it.
+
+    Args:
+        text: `{"findings": [...]}`, optionally followed by a line `Verdict: clean|anomalous`.
+        duration_seconds: Length of the clip; no window may end after it.
+        box_reader: The model family's box convention.
+        types: The kinds of fault allowed, or None for any.
+
+    Raises:
+        AnswerError: If the text is anything else, or the verdict contradicts the findings.
+    """
+    try:
+        line, verdict = _split_verdict(_limited(text))
+        listed = _keys("answer", _load(line), ("findings",))["findings"]
+        findings = tuple(
+            _read_finding(one, duration_seconds, box_reader, types)
+            for one in _list("findings", listed, 0, MAX_FINDINGS)
+        )
+        if verdict is not None and verdict != VERDICTS[bool(findings)]:
+            raise ValueError(f"verdict {verdict!r} contradicts its {len(findings)} findings")
+        return findings
+    except ValueError as error:
+        raise _answer_error("findings", error, text) from error
+
+
+_CALL_KEYS = ("name", "arguments")
+_FINDING_KEYS = ("type", "window", "boxes", "severity", "why")
+
+
+def _integer_span(low: float, high: float, grid: int) -> tuple[int, int]:
+    """Two different integers of [0, grid] nearest to two relative positions."""
+    first, last = round(low * grid), round(high * grid)
+    if first < last:
+        return first, last
+    first = min(first, grid - 1)
+    return first, first + 1
+
+
+def _write_window(window: TimeWindow) -> str:
+    start = f"{window.start_seconds:.2f}"
+    end = f"{window.end_seconds:.2f}"
+    if float(end) <= float(start):
+        end = f"{float(start) + 0.01:.2f}"
+    return f"[{start}, {end}]"
+
+
+def _write_finding(finding: Finding, box_writer: BoxWriter) -> str:
+    boxes = ", ".join(
+        f'{{"time": {box.time_seconds:.2f}, "box": {json.dumps(box_writer(box.coordinates))}}}'
+        for box in finding.boxes
+    )
+    return (
+        f'{{"type": {json.dumps(finding.type, ensure_ascii=False)}, '
+        f'"window": {_write_window(finding.window)}, "boxes": [{boxes}], '
+        f'"severity": {finding.severity}, "why": {json.dumps(finding.why, ensure_ascii=False)}}}'
+    )
+
+
+def _limited(text: str) -> str:
+    if len(text) > MAX_ANSWER_CHARACTERS:
+        raise ValueError(f"must have at most {MAX_ANSWER_CHARACTERS} characters, got {len(text)}")
+    return text
+
+
+def _split_verdict(text: str) -> tuple[str, str | None]:
+    """The JSON line, and the verdict where a second line carries one."""
+    line, newline, rest = text.strip().partition("\n")
+    if not newline:
+        return line, None
+    for verdict in VERDICTS:
+        if rest == f"{VERDICT_PREFIX} {verdict}":
+            return line, verdict
+    raise ValueError("must be one line of JSON, then 'Verdict: clean' or 'Verdict: anomalous'")
+
+
+def _load(text: str) -> object:
+    """JSON without duplicate keys, NaN or infinity."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"must be JSON ({error.msg} at character {error.pos})") from error
+    except RecursionError as error:
+        raise ValueError("must be JSON of little depth") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise ValueError("must not say the same key twice")
+    return record
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"must hold finite numbers, got {name}")
+
+
+def _keys(what: str, value: object, keys: Sequence[str]) -> dict:
+    if not isinstance(value, dict) or set(value) != set(keys):
+        raise ValueError(f"{what} must be an object with exactly the keys {', '.join(keys)}")
+    return value
+
+
+def _list(what: str, value: object, least: int, most: int) -> list:
+    if not isinstance(value, list) or not least <= len(value) <= most:
+        raise ValueError(f"{what} must be a list of {least} to {most} entries")
+    return value
+
+
+def _number(what: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{what} must be a number")
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(f"{what} must be a number of ordinary size") from error
+    if not math.isfinite(number):
+        raise ValueError(f"{what} must be a number of ordinary size")
+    return number
+
+
+def _read_window(value: object, duration_seconds: float) -> TimeWindow:
+    start, end = (_number("window", one) for one in _list("window", value, 2, 2))
+    if end > duration_seconds + 2 * TIME_TOLERANCE:
+        raise ValueError(f"window must end within the clip's {duration_seconds:.2f} s")
+    return TimeWindow(start, end)
+
+
+def _read_finding(
+    value: object, duration_seconds: float, box_reader: BoxReader, types: Sequence[str] | None
+) -> Finding:
+    record = _keys("finding", value, _FINDING_KEYS)
+    if types is not None and record["type"] not in types:
+        raise ValueError(f"type must be one of {', '.join(types)}")
+    boxes = []
+    for one in _list("boxes", record["boxes"], 0, MAX_BOXES):
+        entry = _keys("box", one, ("time", "box"))
+        numbers = [_number("box", number) for number in _list("box", entry["box"], 4, 4)]
+        boxes.append(Box(_number("time", entry["time"]), *box_reader(numbers)))
+    return Finding(
+        type=record["type"],
+        window=_read_window(record["window"], duration_seconds),
+        boxes=tuple(boxes),
+        severity=record["severity"],
+        why=record["why"],
+    )
+
+
+def _answer_error(what: str, error: ValueError, text: str) -> AnswerError:
+    quote = text[:_QUOTED_CHARACTERS]
+    return AnswerError(f"{what}: {error}; the answer was {quote!r}")

@@ -21,6 +21,7 @@ def check_shape(name: str, tensor: Tensor, axes: str, **known: int) -> dict[str,
         ValueError: The number of axes or the size of a known one differs.
 
     Example:
+        >>> import torch
         >>> check_shape("scores", torch.zeros(3), "B")
         {'B': 3}
     """

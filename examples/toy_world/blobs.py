@@ -6,7 +6,7 @@ Legend: B videos, F frames, N = B * F pictures, M blobs, H height, W width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from scipy import ndimage
@@ -18,7 +18,6 @@ _HUE_ENDS = np.array([28.0, 90.0, 154.0, 209.0, 267.0, 330.0], np.float32)
 # In levels of 0..255: what counts as coloured at all, and how coloured a full object is.
 _COLOURED, _FULL = 60.0, 160.0
 _SMALLEST_AREA = 0.012
-_PLANE = np.newaxis, np.newaxis
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,12 @@ class Blobs:
     strength: np.ndarray
     """[M] typical max minus min of R, G, B inside, in levels."""
 
+    def between(self, first: int, last: int) -> Blobs:
+        """The blobs of pictures first .. last - 1, which are numbered from zero again."""
+        rows = slice(*np.searchsorted(self.picture, [first, last]))
+        parts = {one.name: getattr(self, one.name)[rows] for one in fields(self)}
+        return Blobs(**{**parts, "picture": parts["picture"] - first})
+
 
 @dataclass(frozen=True)
 class Backdrop:
@@ -57,8 +62,12 @@ class Backdrop:
     """[N] deviation (RMS) from a plane of brightness."""
     speckle: np.ndarray
     """[N] mean of max minus min of R, G, B over pixels."""
-    softness: np.ndarray
-    """[N] pixels that are neither object nor background, by the objects' outlines."""
+    edge: np.ndarray
+    """[N] sharpness of outlines: share of an object's colour gained within two pixels."""
+
+    def between(self, first: int, last: int) -> Backdrop:
+        """The rows of pictures first .. last - 1."""
+        return Backdrop(**{one.name: getattr(self, one.name)[first:last] for one in fields(self)})
 
 
 def find_blobs(pictures: np.ndarray) -> tuple[Blobs, Backdrop]:
@@ -78,8 +87,13 @@ def find_blobs(pictures: np.ndarray) -> tuple[Blobs, Backdrop]:
     in_plane[1, 1, 1, :] = in_plane[1, 1, :, 1] = 1
     labels, count = ndimage.label(masks, in_plane)
     names = labels[(hue, *where)] - 1
-    blobs = _measure(names, count, where, hue, chroma[where], chroma.shape)
+    blobs = _in_order(_measure(names, count, where, hue, chroma[where], chroma.shape))
     return blobs, _backdrop(pictures, chroma, blobs)
+
+
+def _in_order(blobs: Blobs) -> Blobs:
+    order = np.argsort(blobs.picture, kind="stable")
+    return Blobs(**{one.name: getattr(blobs, one.name)[order] for one in fields(blobs)})
 
 
 def _hue_class(rgb: np.ndarray, high: np.ndarray, chroma: np.ndarray) -> np.ndarray:
@@ -164,13 +178,23 @@ def _backdrop(pictures: np.ndarray, chroma: np.ndarray, blobs: Blobs) -> Backdro
     target = centred @ basis
     plane = np.linalg.solve(gram, target[:, :, None])[:, :, 0]
     residual = (centred**2).sum(1) - (plane * target).sum(1)
-    cover = np.clip(chroma.reshape(number, -1) / _FULL, 0, 1)
-    outline = np.bincount(blobs.picture, np.sqrt(blobs.area), number) * np.sqrt(height * width)
     return Backdrop(
         share=free.mean(1),
         tint=mean.max(1) - mean.min(1),
         level=level,
         roughness=np.sqrt(np.maximum(residual, 0) / pixels),
         speckle=(chroma.reshape(number, -1) * free).sum(1) / pixels,
-        softness=(4 * cover * (1 - cover)).sum(1) / np.maximum(outline, 1),
+        edge=_edge(chroma, blobs),
     )
+
+
+def _edge(chroma: np.ndarray, blobs: Blobs) -> np.ndarray:
+    """[N] how much of its colour an outline gains per two pixels, where it gains any."""
+    gain_x = np.abs(chroma[:, 1:-1, 2:] - chroma[:, 1:-1, :-2])
+    gain_y = np.abs(chroma[:, 2:, 1:-1] - chroma[:, :-2, 1:-1])
+    gain = np.maximum(gain_x, gain_y).reshape(len(chroma), -1)
+    gain = gain * (gain > 0.2 * _FULL)
+    mean = (gain**2).sum(1) / np.maximum(gain.sum(1), 1)
+    count = np.bincount(blobs.picture, minlength=len(chroma))
+    strength = np.bincount(blobs.picture, blobs.strength, len(chroma)) / np.maximum(count, 1)
+    return mean / np.maximum(strength, 1)

@@ -1,0 +1,264 @@
+"""Blobs linked over time, and the faults that can be read off a track.
+
+Legend: F frames. Places and lengths are relative to the frame, ways are per frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from examples.toy_world.blobs import HUES, Blobs
+
+_JUMP = 0.19
+"""A longer way than this between two frames is a teleport; honest objects make at most 0.08."""
+_STILL = 0.024
+"""An object whose centre keeps within this over four frames stands still."""
+_FAINT = 0.6
+"""Below this share of its usual colour mass an object counts as not there."""
+_DEFORMED = 0.42
+"""Log of width over height beyond which an object is stretched."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault found; windows follow the half-open convention of planted faults."""
+
+    type: str
+    window: tuple[float, float]
+    """Seconds, [start, end]; the end is the end of the last faulty frame."""
+    boxes: tuple[tuple[float, tuple[float, float, float, float]], ...]
+    """(time in seconds, (x1, y1, x2, y2) relative to the frame), one per faulty frame."""
+    object: str
+    """What is concerned, such as 'red circle'."""
+
+
+@dataclass
+class Track:
+    """One thing over F frames; rows of frames in which it was not seen mean nothing."""
+
+    hue: int
+    seen: np.ndarray
+    """[F] bool."""
+    hues: np.ndarray
+    """[F] index into HUES, which differs from `hue` while the thing is recoloured."""
+    centre: np.ndarray
+    area: np.ndarray
+    aspect: np.ndarray
+    form: np.ndarray
+    box: np.ndarray
+    strength: np.ndarray
+    ghost: bool = False
+    """Whether this is a second copy of another thing, or a short apparition."""
+    extra: list[int] = field(default_factory=list)
+
+    def places(self) -> zip:
+        return zip(self.centre, self.seen)
+
+    def deformed(self) -> np.ndarray:
+        """[F] whether it is stretched."""
+        return self.seen & (np.abs(self.aspect) > _DEFORMED)
+
+    def gaps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Frames in which it was seen, and the moves [len - 1, 2] between them."""
+        frames = np.nonzero(self.seen)[0]
+        return frames, np.diff(self.centre[frames], axis=0)
+
+    def ways(self) -> np.ndarray:
+        """Lengths of honest moves between neighbouring frames."""
+        frames, moves = self.gaps()
+        length = np.linalg.norm(moves, axis=1)
+        return length[(np.diff(frames) == 1) & (length < _JUMP)]
+
+    def motion(self) -> str:
+        """The axis it moves along most of the time."""
+        frames, moves = self.gaps()
+        size = np.abs(moves[(np.diff(frames) == 1) & (np.linalg.norm(moves, axis=1) < _JUMP)])
+        size = size[size.max(1) > 0.015] if len(size) else size
+        if not len(size):
+            return "still"
+        x, y = np.median(size, axis=0)
+        angle = np.degrees(np.arctan2(y, x))
+        return "sideways" if angle < 22.5 else "up and down" if angle > 67.5 else "diagonally"
+
+
+def build_tracks(blobs: Blobs, num_frames: int) -> list[Track]:
+    """Link the blobs of one clip: one track per hue, then recoloured pieces joined, then copies."""
+    mains, copies = [], []
+    for hue in range(len(HUES)):
+        rows = np.nonzero(blobs.hue == hue)[0]
+        if len(rows):
+            chain = _smoothest_chain(blobs, rows)
+            mains.append(_track(blobs, hue, chain, num_frames))
+            rest = _copies(blobs, np.setdiff1d(rows, chain), mains[-1])
+            if len(rest):
+                copies.append(_track(blobs, hue, rest, num_frames, ghost=True))
+    return [*_join_recoloured(mains), *copies]
+
+
+def _track(blobs: Blobs, hue: int, rows: np.ndarray, num_frames: int, ghost: bool = False) -> Track:
+    frames = blobs.picture[rows]
+    seen = np.zeros(num_frames, bool)
+    seen[frames] = True
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        full = np.zeros((num_frames, *values.shape[1:]))
+        full[frames] = values[rows]
+        return full
+
+    columns = (blobs.centre, blobs.area, blobs.aspect, blobs.form, blobs.box, blobs.strength)
+    return Track(hue, seen, np.full(num_frames, hue), *map(spread, columns), ghost=ghost)
+
+
+def _smoothest_chain(blobs: Blobs, rows: np.ndarray) -> np.ndarray:
+    """One blob per frame such that the whole way is shortest (Viterbi); rows in frame order."""
+    frames = blobs.picture[rows]
+    steps = [rows[frames == frame] for frame in np.unique(frames)]
+    if len(steps) == len(rows):
+        return np.concatenate(steps)
+    usual = np.median(blobs.area[rows])
+
+    def own(step: np.ndarray) -> np.ndarray:
+        return 0.1 * np.abs(np.log(blobs.area[step] / usual))
+
+    cost, back = own(steps[0]), []
+    for before, after in zip(steps, steps[1:]):
+        way = blobs.centre[before][:, None] - blobs.centre[after][None]
+        total = cost[:, None] + np.linalg.norm(way, axis=-1)
+        back.append(total.argmin(0))
+        cost = total.min(0) + own(after)
+    pick = [int(cost.argmin())]
+    for choice in reversed(back):
+        pick.append(int(choice[pick[-1]]))
+    return np.array([step[i] for step, i in zip(steps, reversed(pick))])
+
+
+def _copies(blobs: Blobs, rows: np.ndarray, main: Track) -> np.ndarray:
+    """The largest further blob of each frame, where it is large enough to be a thing."""
+    usual = np.median(main.area[main.seen])
+    rows = rows[blobs.area[rows] > 0.45 * usual]
+    largest = {}
+    for row in rows[np.argsort(blobs.area[rows])]:
+        largest[blobs.picture[row]] = row
+    return np.array([largest[frame] for frame in sorted(largest)], int)
+
+
+def _join_recoloured(tracks: list[Track]) -> list[Track]:
+    """Join tracks that take turns at one place: one thing that changes its colour."""
+    joined: list[Track] = []
+    for track in sorted(tracks, key=lambda t: (np.argmax(t.seen), -t.seen.sum())):
+        for host in joined:
+            if _takes_over(host, track):
+                fill = track.seen & (~host.seen | (track.area > host.area))
+                for name in ("hues", "centre", "area", "aspect", "form", "box", "strength"):
+                    getattr(host, name)[fill] = getattr(track, name)[fill]
+                host.seen = host.seen | fill
+                break
+        else:
+            joined.append(track)
+    full = max((t.seen.sum() for t in joined), default=0)
+    for track in joined:
+        track.ghost = bool(track.seen.sum() <= 2 < full)
+    return joined
+
+
+def _takes_over(host: Track, track: Track) -> bool:
+    """Whether `track` shows up where and when `host` is gone."""
+    if (host.seen & track.seen).sum() > 1 or not (track.seen & ~host.seen).any():
+        return False
+    switches = 0
+    for frame in range(len(host.seen) - 1):
+        a, b = (host, track) if host.seen[frame] else (track, host)
+        if a.seen[frame] and b.seen[frame + 1] and not a.seen[frame + 1]:
+            if np.linalg.norm(a.centre[frame] - b.centre[frame + 1]) > 0.16:
+                return False
+            switches += 1
+    return switches > 0
+
+
+def find_faults(
+    tracks: list[Track], fps: float, shape_of: Callable[[Track], str]
+) -> tuple[Finding, ...]:
+    """Read the seven faults off the tracks of one clip."""
+    findings = []
+    for track in tracks:
+        spans = [("duplicate", track.seen)] if track.ghost else _spans(track)
+        for kind, frames in spans:
+            index = np.nonzero(frames)[0]
+            if track.ghost and len(index) < 2:
+                continue
+            first, last = int(index[0]), int(index[-1])
+            boxes = tuple((f / fps, _box(track, f)) for f in range(first, last + 1))
+            name = f"{HUES[track.hue]} {shape_of(track)}"
+            findings.append(Finding(kind, (first / fps, (last + 1) / fps), boxes, name))
+    return tuple(findings)
+
+
+def _box(track: Track, frame: int) -> tuple[float, float, float, float]:
+    """Where it is, or where it should be while it is not seen."""
+    if not track.seen[frame]:
+        frames = np.nonzero(track.seen)[0]
+        row = [np.interp(frame, frames, track.box[frames, i]) for i in range(4)]
+    else:
+        row = list(track.box[frame])
+    x1, y1, x2, y2 = (float(value) for value in row)
+    return (x1, y1, x2, y2)
+
+
+def _spans(track: Track) -> list[tuple[str, np.ndarray]]:
+    """(type, [F] bool of faulty frames) for every fault of one main track."""
+    spans = [*_absences(track)]
+    recoloured = track.seen & (track.hues != track.hue)
+    if recoloured.any():
+        spans.append(("recolour", recoloured))
+    deformed = track.deformed()
+    if deformed.sum() >= 2:
+        spans.append(("deform", deformed))
+    spans += _jumps(track)
+    spans += _stops(track)
+    return spans
+
+
+def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
+    """(first, last) of every run of true flags."""
+    edges = np.diff(np.concatenate([[0], flags.astype(int), [0]]))
+    return list(zip(np.nonzero(edges == 1)[0], np.nonzero(edges == -1)[0] - 1))
+
+
+def _span(length: int, first: int, last: int) -> np.ndarray:
+    index = np.arange(length)
+    return (index >= first) & (index <= last)
+
+
+def _absences(track: Track) -> list[tuple[str, np.ndarray]]:
+    """Vanish: gone for three frames or more. Flicker: gone or faint for less, mostly repeatedly."""
+    mass = track.area * track.strength * track.seen
+    usual = np.median(mass[track.seen])
+    gone = mass < _FAINT * usual
+    runs = _runs(gone)
+    spans = [("vanish", _span(len(gone), *run)) for run in runs if run[1] - run[0] >= 2]
+    short = [run for run in runs if run[1] - run[0] < 2]
+    if short:
+        spans.append(("flicker", _span(len(gone), short[0][0], short[-1][1])))
+    return spans
+
+
+def _jumps(track: Track) -> list[tuple[str, np.ndarray]]:
+    frames, moves = track.gaps()
+    allowed = _JUMP + 0.08 * (np.diff(frames) - 1)
+    spans = []
+    for i in np.nonzero(np.linalg.norm(moves, axis=1) > allowed)[0]:
+        spans.append(("teleport", _span(len(track.seen), frames[i], frames[i + 1] + 1)))
+    return spans
+
+
+def _stops(track: Track) -> list[tuple[str, np.ndarray]]:
+    """Runs of at least four frames within which the centre keeps its place."""
+    still = np.zeros(len(track.seen), bool)
+    for first in range(len(still) - 3):
+        part = slice(first, first + 4)
+        if track.seen[part].all() and np.ptp(track.centre[part], axis=0).max() < _STILL:
+            still[part] = True
+    return [("freeze", _span(len(still), *run)) for run in _runs(still)]

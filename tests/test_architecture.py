@@ -19,9 +19,9 @@ LAYERS = {
         *("data/", "training/", "evaluation/", "__main__"),
     ],
     "diffusion_rl": [
-        *("shapes", "transitions", "advantages", "credit", "losses", "algorithms", "rewards"),
-        *("generators/base", "generators/", "lora", "rollout", "finetune", "checkpoint"),
-        *("tracking", "evaluation", "__main__"),
+        *("shapes", "transitions", "advantages", "credit", "losses", "algorithms", "guards"),
+        *("rewards", "generators/base", "generators/", "lora", "rollout", "finetune"),
+        *("checkpoint", "tracking", "evaluation", "__main__"),
     ],
 }
 # The only files that may import HEAVY packages, the (!) of the design.

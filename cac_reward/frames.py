@@ -328,12 +328,10 @@ def _covered(finding: Finding, time: float, height: int, width: int) -> list[tup
     """Rows and columns that a finding covers in the frame shown at `time`."""
     if not finding.boxes:
         return [(slice(0, height), slice(0, width))]
-    nearest = min(abs(box.time_seconds - time) for box in finding.boxes)
     return [
         (
             slice(math.floor(box.y1 * height), math.ceil(box.y2 * height)),
             slice(math.floor(box.x1 * width), math.ceil(box.x2 * width)),
         )
-        for box in finding.boxes
-        if abs(box.time_seconds - time) <= nearest + 1e-6
+        for box in finding.boxes_at(time)
     ]

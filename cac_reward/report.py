@@ -147,6 +147,15 @@ class Finding:
                     f"got {box.time_seconds}"
                 )
 
+    def boxes_at(self, time_seconds: float) -> tuple[Box, ...]:
+        """The boxes nearest in time: between its boxes a finding keeps the last or the next."""
+        if not self.boxes:
+            return ()
+        nearest = min(abs(box.time_seconds - time_seconds) for box in self.boxes)
+        return tuple(
+            box for box in self.boxes if abs(box.time_seconds - time_seconds) <= nearest + 1e-6
+        )
+
     def to_json(self) -> dict[str, object]:
         return {
             "type": self.type,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from cac_reward.report import SEVERITIES, Finding, TimeWindow
+from cac_reward.video import check_frames
 
 JUDGE_FILE = "cac_judge.json"
 SCHEMA_VERSION = 1
@@ -228,27 +229,6 @@ def blame_map(
             for rows, columns in _covered(finding, index / fps, height, width):
                 blame[index, rows, columns] = blame[index, rows, columns].clamp(min=weight)
     return blame
-
-
-def check_frames(name: str, frames: Tensor) -> None:
-    """Refuse what is not [K 3 H W] float in [0, 1].
-
-    Raises:
-        ValueError: Naming what is wrong and how to put it right.
-    """
-    if not isinstance(frames, Tensor) or frames.ndim != 4 or frames.shape[1] != 3:
-        shape = tuple(frames.shape) if isinstance(frames, Tensor) else type(frames).__name__
-        raise ValueError(f"{name} must be a tensor [frames, 3, height, width], got {shape}")
-    if 0 in frames.shape:
-        raise ValueError(f"{name} must hold at least one pixel, got shape {tuple(frames.shape)}")
-    if not frames.is_floating_point():
-        raise ValueError(f"{name} must be float in [0, 1], got {frames.dtype}; divide by 255")
-    low, high = frames.min().item(), frames.max().item()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"{name} must be in [0, 1], got min={low:.2f}, max={high:.2f}; "
-            "rescale with (x + 1) / 2 if it is in [-1, 1]"
-        )
 
 
 def _check_settings(name: str, fps: object, max_frames: object, pixels: object) -> None:

@@ -1,0 +1,1 @@
+"""Vision-language models behind one small interface: conversations in, text or choices out."""

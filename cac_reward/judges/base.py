@@ -1,0 +1,125 @@
+"""What the scorer asks of a judge: to write an answer, or to weigh given answers.
+
+Axes: B conversations, N choices.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from cac_reward.answers import BoxReader
+from cac_reward.frames import JudgeSettings
+from cac_reward.questions import Message
+
+Conversation = Sequence[Message]
+
+
+class AbstractJudge(ABC):
+    """A vision-language model that answers conversations made of text and frames."""
+
+    judge_id: str
+    """Folder or hub id, as the user gave it."""
+    revision: str | None
+    """Commit of the weights where they came from a hub."""
+    patch_factor: int
+    """Both sides of every frame must be a multiple of this many pixels."""
+    settings: JudgeSettings
+    """How the judge wants to be asked."""
+    box_reader: BoxReader
+    """How the judge's family writes boxes."""
+
+    @property
+    def name(self) -> str:
+        """What goes into reports: the id, with the revision where there is one."""
+        return self.judge_id if self.revision is None else f"{self.judge_id}@{self.revision}"
+
+    @abstractmethod
+    def generate(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        max_new_tokens: int,
+        prefix: str | Sequence[str] = "",
+        tools: Sequence[Mapping[str, object]] = (),
+    ) -> list[str]:
+        """Let the judge write the next assistant turn of each conversation, greedily.
+
+        Args:
+            conversations: B of them, each ending in a turn of the user or a tool.
+            max_new_tokens: most tokens written after the prefix, at least 1.
+            prefix: how the answer begins; one for all or one each.
+            tools: JSON schemas of the tools that the judge may call.
+
+        Returns:
+            B answers, the prefix included.
+        """
+
+    @abstractmethod
+    def choice_log_probs(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        choices: Sequence[str],
+        prefix: str | Sequence[str] = "",
+        tools: Sequence[Mapping[str, object]] = (),
+    ) -> Tensor:
+        """Weigh given continuations of the next assistant turn of each conversation.
+
+        Args:
+            conversations: B of them, each ending in a turn of the user or a tool.
+            choices: N texts, each a possible continuation of `prefix`.
+            prefix: how the answer begins; one for all or one each.
+            tools: JSON schemas of the tools that the judge may call.
+
+        Returns:
+            [B N] float32, the sum of the token log-probabilities of each choice; no gradient.
+        """
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Inside this context a judge may keep what it has read, to go on from there."""
+        yield
+
+
+def choice_probabilities(log_probs: Tensor) -> Tensor:
+    """Share of each choice among the choices: softmax over N of log_probs [B N].
+
+    Example:
+        >>> choice_probabilities(torch.tensor([[-1.0, -1.0]]))
+        tensor([[0.5000, 0.5000]])
+    """
+    return torch.softmax(log_probs, dim=-1)
+
+
+def one_prefix_each(prefix: str | Sequence[str], count: int) -> list[str]:
+    """The prefix of each of `count` conversations.
+
+    Raises:
+        ValueError: If there are several prefixes, but not one for each conversation.
+    """
+    if isinstance(prefix, str):
+        return [prefix] * count
+    if len(prefix) != count:
+        raise ValueError(
+            f"prefix must be one text or one for each of {count} conversations, got {len(prefix)}"
+        )
+    return list(prefix)
+
+
+def check_conversations(conversations: Sequence[Conversation]) -> None:
+    """Refuse conversations that leave nothing for the judge to answer.
+
+    Raises:
+        ValueError: If one is empty or ends in a turn of the judge or the system.
+    """
+    for conversation in conversations:
+        last = conversation[-1].role if conversation else "nothing"
+        if last not in ("user", "tool"):
+            raise ValueError(
+                f"conversations must end in a turn of the user or a tool, got one ending in {last}"
+            )

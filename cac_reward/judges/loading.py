@@ -1,0 +1,107 @@
+"""From a folder or a hub id to a transformers model and processor, or one clear error.
+
+One table, `FAMILIES`, holds what differs between model families.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from cac_reward.answers import BoxReader, read_thousandths
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between model families, by the `model_type` of their config."""
+
+    box_reader: BoxReader
+    """How the family writes boxes."""
+    never_written: tuple[str, ...]
+    """Tokens that stand for pictures; a judge that writes one breaks the next turn."""
+
+
+FAMILIES = {
+    "qwen3_vl": Family(
+        box_reader=read_thousandths,
+        never_written=("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
+    ),
+}
+
+
+def find_family(model_type: str) -> Family:
+    """Row of the table for a model.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(f"judge must be of a family in {list(FAMILIES)}, got {model_type!r}")
+    return FAMILIES[model_type]
+
+
+def locate(path_or_hub_id: str | Path, revision: str | None) -> tuple[Path, str | None]:
+    """Find the folder of a judge's files, and the commit where they come from the hub.
+
+    Raises:
+        FileNotFoundError: If they are not here and cannot be fetched.
+    """
+    folder = Path(path_or_hub_id)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision must be None for a folder, got {revision!r} for {folder}")
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"judge must be a folder with a config.json, got {folder}")
+        return folder, None
+    try:
+        snapshot = Path(snapshot_download(str(path_or_hub_id), revision=revision))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"judge {str(path_or_hub_id)!r} is no folder here, is not in the cache "
+            f"{constants.HF_HUB_CACHE} and could not be fetched from the hub; on a machine with "
+            f"network run: hf download {path_or_hub_id} --local-dir FOLDER, then give FOLDER in "
+            f"place of the id (--judge FOLDER). Reason: {error}"
+        ) from error
+    return snapshot, snapshot.name
+
+
+def load(folder: Path, device: str, dtype: str, attention: str) -> tuple[Any, Any]:
+    """Load model and processor of a known family, in evaluation mode and without gradient.
+
+    Args:
+        folder: where `save_pretrained` put both.
+        device: where the model goes, for example 'cpu' or 'cuda:0'.
+        dtype: one of `DTYPES`.
+        attention: transformers' name of the attention kernel.
+
+    Raises:
+        ValueError: If the dtype or family is unknown, or files are damaged or missing.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
+    try:
+        find_family(AutoConfig.from_pretrained(folder).model_type)
+        processor = AutoProcessor.from_pretrained(folder)
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"judge must be a complete checkpoint, got {folder}: {error}") from error
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"judge must be a complete checkpoint, got {folder} without "
+            f"{sorted(loading['missing_keys'])[0]!r}; copy or save it again"
+        )
+    return model.to(device).eval().requires_grad_(False), processor

@@ -1,0 +1,303 @@
+"""Conversations to what a transformers model has read of them, in batches and never twice.
+
+The scorer asks several things about one conversation in a row: weigh the first word, write the
+windows, look again, weigh the verdict. While `remember` is on, what was read before stays in the
+key-value cache and only the new part of a conversation is read.
+
+Axes: B conversations of a batch, L tokens, V vocabulary, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cac_reward.judges.base import Conversation, check_conversations
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedConversation:
+    """One conversation as the model reads it."""
+
+    tokens: list[int]
+    """Every token, those that stand for frames included."""
+    frames: list[Tensor]
+    """[C H W] each."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReadBatch:
+    """A batch that the model has read; never changed, so that it can be continued twice."""
+
+    conversations: list[TokenizedConversation]
+    mask: Tensor
+    """[B L] 1 for tokens, 0 for the padding before and between them."""
+    cache: Any
+    """transformers' key-value cache of L tokens."""
+    logits: Tensor
+    """[B V] float32 for the next token."""
+    next_position: Tensor
+    """[B] rotary position of the next token."""
+
+    def memory_bytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+    def fork_cache(self, rows: Sequence[int] | None = None) -> Any:
+        """A cache that grows on its own; shares its tensors with this one until then."""
+        twin = copy.copy(self.cache)
+        twin.layers = [copy.copy(layer) for layer in self.cache.layers]
+        if rows is not None and list(rows) != list(range(len(self.mask))):
+            twin.batch_select_indices(torch.tensor(rows))
+        return twin
+
+
+class BatchReader:
+    """Runs a transformers vision-language model over conversations.
+
+    Args:
+        model: a loaded model whose inner model has `get_rope_index`.
+        processor: its processor.
+        pad_token_id: any token; padding is masked.
+        max_batch_tokens: most tokens read in one pass; a longer conversation is read alone.
+        max_memory_bytes: most bytes of key-value cache remembered.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        pad_token_id: int,
+        max_batch_tokens: int,
+        max_memory_bytes: int,
+    ) -> None:
+        if max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
+        self.model = model
+        self.processor = processor
+        self.max_batch_tokens = max_batch_tokens
+        self.max_memory_bytes = max_memory_bytes
+        self.memory: list[ReadBatch] | None = None
+        self.patch_size = processor.image_processor.patch_size
+        self.patch_factor = self.patch_size * processor.image_processor.merge_size
+        self._pad_token_id = pad_token_id
+        self._tokenizer = processor.tokenizer
+        self._image_token_id = self._tokenizer.convert_tokens_to_ids(processor.image_token)
+
+    def read(
+        self,
+        conversations: Sequence[Conversation],
+        prefixes: Sequence[str],
+        tools: Sequence[Mapping[str, object]],
+    ) -> Iterator[tuple[list[int], ReadBatch]]:
+        """Read conversations up to the end of their prefixes.
+
+        Yields:
+            The rows of a batch and what was read, until every row had its turn.
+
+        Raises:
+            ValueError: If a conversation has nothing to answer, holds control tokens in its
+                text, or a frame does not fit the patches.
+        """
+        check_conversations(conversations)
+        tokenized = self._tokenize(conversations, prefixes, tools)
+        known = [self._recall(one) for one in tokenized]
+        for rows in self._batches(tokenized, known):
+            batch = [tokenized[row] for row in rows]
+            read = self._read_batch(batch, known[rows[0]][0], [known[row][1] for row in rows])
+            if self.memory is not None:
+                self.memory.append(read)
+                while sum(old.memory_bytes() for old in self.memory) > self.max_memory_bytes:
+                    self.memory.pop(0)
+            yield rows, read
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: Any = None,
+        *,
+        frames: Sequence[Tensor] = (),
+        keep: int = 1,
+    ) -> tuple[Tensor, Any]:
+        """One pass of the model.
+
+        Args:
+            ids: [B K] new tokens.
+            mask: [B L] of what was read before and the new tokens.
+            positions: [3 B K] rotary positions of the new tokens.
+            cache: what was read before; grows in place.
+            frames: those whose placeholders are among the new tokens, in order.
+            keep: how many last tokens to return logits for.
+
+        Returns:
+            Logits [B keep V] float32, and the grown cache.
+        """
+        pictures: Mapping[str, Tensor] = {}
+        if frames:
+            pictures = self.processor.image_processor(
+                images=[frame.float() for frame in frames],
+                do_resize=False,
+                do_rescale=False,
+                disable_grouping=False,
+                return_tensors="pt",
+            ).to(self.model.device)
+        output = self.model(
+            input_ids=ids,
+            # Without padding the causal kernel needs no mask, and is faster so.
+            attention_mask=None if bool(mask.all()) else mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            **pictures,
+        )
+        return output.logits.float(), output.past_key_values
+
+    def _tokenize(
+        self,
+        conversations: Sequence[Conversation],
+        prefixes: Sequence[str],
+        tools: Sequence[Mapping[str, object]],
+    ) -> list[TokenizedConversation]:
+        """Chat template, tokens, and as many image tokens as each frame fills."""
+        texts = [
+            self._render(conversation, tools) + prefix
+            for conversation, prefix in zip(conversations, prefixes, strict=True)
+        ]
+        encoded = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        tokenized = []
+        for conversation, short in zip(conversations, encoded, strict=True):
+            frames = [frame for message in conversation for frame in message.frames]
+            counts = iter([self._count_tokens(frame) for frame in frames])
+            tokens: list[int] = []
+            for token in short:
+                tokens += [token] * (next(counts) if token == self._image_token_id else 1)
+            tokenized.append(TokenizedConversation(tokens, frames))
+        return tokenized
+
+    def _render(self, conversation: Conversation, tools: Sequence[Mapping[str, object]]) -> str:
+        messages = []
+        for message in conversation:
+            found = [one for one in self._tokenizer.all_special_tokens if one in message.text]
+            if found:
+                raise ValueError(
+                    f"messages must not hold the model's control tokens, got {found[0]!r} in "
+                    f"{message.text[:200]!r}"
+                )
+            content = [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                for part in message.content
+            ]
+            messages.append({"role": message.role, "content": content})
+        return self.processor.apply_chat_template(
+            messages, tools=list(tools) or None, add_generation_prompt=True, tokenize=False
+        )
+
+    def _count_tokens(self, frame: Tensor) -> int:
+        height, width = frame.shape[-2:]
+        if height % self.patch_factor or width % self.patch_factor:
+            raise ValueError(
+                f"frames must have sides that are multiples of {self.patch_factor}, "
+                f"got {height}x{width}; resize_to_budget makes them so"
+            )
+        return (height // self.patch_factor) * (width // self.patch_factor)
+
+    def _recall(self, new: TokenizedConversation) -> tuple[ReadBatch | None, int]:
+        """The longest remembered beginning of a conversation: its batch and row."""
+        best: tuple[ReadBatch | None, int] = (None, 0)
+        longest = 0
+        for read in self.memory or []:
+            for row, old in enumerate(read.conversations):
+                if longest < len(old.tokens) < len(new.tokens) and _begins(new, old):
+                    best, longest = (read, row), len(old.tokens)
+        return best
+
+    def _batches(
+        self,
+        tokenized: Sequence[TokenizedConversation],
+        known: Sequence[tuple[ReadBatch | None, int]],
+    ) -> Iterator[list[int]]:
+        """Rows to read together: continuing one batch, of like lengths, with bounded tokens."""
+        order = sorted(
+            range(len(tokenized)), key=lambda row: (id(known[row][0]), len(tokenized[row].tokens))
+        )
+        batch: list[int] = []
+        for row in order:
+            tokens = (len(batch) + 1) * len(tokenized[row].tokens)
+            together = not batch or known[row][0] is known[batch[0]][0]
+            if batch and not (together and tokens <= self.max_batch_tokens):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    def _read_batch(
+        self, batch: list[TokenizedConversation], past: ReadBatch | None, past_rows: list[int]
+    ) -> ReadBatch:
+        """One pass over what is new in each conversation."""
+        nothing = TokenizedConversation([], [])
+        old = [past.conversations[row] if past else nothing for row in past_rows]
+        new = [one.tokens[len(was.tokens) :] for one, was in zip(batch, old, strict=True)]
+        frames = [
+            frame
+            for one, was in zip(batch, old, strict=True)
+            for frame in one.frames[len(was.frames) :]
+        ]
+        length = max(len(tokens) for tokens in new)
+        ids = torch.full((len(new), length), self._pad_token_id)
+        mask = torch.zeros(len(new), length, dtype=torch.long)
+        positions = torch.zeros(3, len(new), length, dtype=torch.long)
+        next_position = torch.zeros(len(new), dtype=torch.long)
+        for row, (tokens, whole) in enumerate(zip(new, self._positions(batch), strict=True)):
+            start = length - len(tokens)
+            ids[row, start:] = torch.tensor(tokens)
+            mask[row, start:] = 1
+            positions[:, row, start:] = whole[:, -len(tokens) :]
+            next_position[row] = whole.max() + 1
+        device = self.model.device
+        mask = mask.to(device)
+        cache = None
+        if past is not None:
+            mask = torch.cat([past.mask[past_rows], mask], dim=1)
+            cache = past.fork_cache(past_rows)
+        logits, cache = self.forward(
+            ids.to(device), mask, positions.to(device), cache, frames=frames
+        )
+        return ReadBatch(batch, mask, cache, logits[:, -1], next_position.to(device))
+
+    def _positions(self, batch: Sequence[TokenizedConversation]) -> list[Tensor]:
+        """The family's own rotary positions [3 L]; conversations of one shape share them."""
+        known: dict[tuple[bytes, tuple], Tensor] = {}
+        found = []
+        for one in batch:
+            ids = torch.tensor([one.tokens])
+            kinds = (ids == self._image_token_id).int()
+            grid = tuple(
+                (1, frame.shape[-2] // self.patch_size, frame.shape[-1] // self.patch_size)
+                for frame in one.frames
+            )
+            shape = (kinds.numpy().tobytes(), grid)
+            if shape not in known:
+                image_grid_thw = torch.tensor(grid) if grid else None
+                known[shape] = self.model.model.get_rope_index(
+                    ids, kinds, image_grid_thw=image_grid_thw
+                )[0][:, 0]
+            found.append(known[shape])
+        return found
+
+
+def _begins(new: TokenizedConversation, old: TokenizedConversation) -> bool:
+    """Whether a conversation begins with an older one: the same frames, then the same tokens."""
+    return (
+        len(old.frames) <= len(new.frames)
+        and all(a is b for a, b in zip(new.frames, old.frames, strict=False))
+        and new.tokens[: len(old.tokens)] == old.tokens
+    )

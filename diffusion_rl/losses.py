@@ -12,8 +12,6 @@ from diffusion_rl.shapes import check_shape
 
 MIN_NORMALISER = 1e-5
 """Smallest mean error that DiffusionNFT divides by."""
-FULL_ADVANTAGE = 5.0
-"""Advantage at which a video counts as wholly good (or, negative, wholly bad) in DiffusionNFT."""
 
 
 def clipped_surrogate_loss(
@@ -127,15 +125,16 @@ def nft_loss(
     advantages: Tensor,
     *,
     beta: float,
+    advantage_limit: float = 5.0,
 ) -> Tensor:
     """Pull the velocity towards good videos and push it away from bad ones, without likelihoods.
 
-    r      = clamp(advantages / 5 / 2 + 1 / 2, 0, 1)
+    r      = clamp(advantages / advantage_limit / 2 + 1 / 2, 0, 1)
     good   = beta * prediction + (1 - beta) * old_prediction
     bad    = (1 + beta) * old_prediction - beta * prediction
     error  = latent - sigma * velocity - data,  for velocity = good and bad
     L      = mean over elements of error^2 / max(mean over elements of |error|, 1e-5)
-    loss   = mean over B of  5 * (r * L_good + (1 - r) * L_bad) / beta
+    loss   = mean over B of  advantage_limit * (r * L_good + (1 - r) * L_bad) / beta
 
     Videos that could not be judged must be left out by the caller: at advantage 0 a video still
     holds the policy near the old one.
@@ -146,8 +145,10 @@ def nft_loss(
         latent: [B ...] the video's latent with noise: (1 - sigma) * data + sigma * noise.
         data: [B ...] the video's final latent.
         sigma: [] or [B] in (0, 1].
-        advantages: [B] one per video; at 5 and beyond a video counts as wholly good or bad.
+        advantages: [B] one per video.
         beta: How far the implicit good and bad policies stand from the old one; above 0.
+        advantage_limit: Advantage at which a video counts as wholly good, or bad when negative;
+            above 0.
 
     Returns:
         Scalar loss to minimise.
@@ -160,6 +161,8 @@ def nft_loss(
     """
     if not beta > 0:
         raise ValueError(f"beta must be above 0, got {beta}")
+    if not advantage_limit > 0:
+        raise ValueError(f"advantage_limit must be above 0, got {advantage_limit}")
     axes = check_shape("advantages", advantages, "B")
     check_shape("prediction", prediction, "B ...", **axes)
     for name, value in (("old_prediction", old_prediction), ("latent", latent), ("data", data)):
@@ -171,11 +174,11 @@ def nft_loss(
     old_prediction = old_prediction.detach()
     good = beta * prediction + (1 - beta) * old_prediction
     bad = (1 + beta) * old_prediction - beta * prediction
-    share_good = (advantages.detach() / FULL_ADVANTAGE / 2 + 0.5).clamp(0, 1)
+    share_good = (advantages.detach() / advantage_limit / 2 + 0.5).clamp(0, 1)
     good_loss = _normalised_error(latent - sigma * good - data)
     bad_loss = _normalised_error(latent - sigma * bad - data)
     per_video = (share_good * good_loss + (1 - share_good) * bad_loss) / beta
-    return FULL_ADVANTAGE * per_video.mean()
+    return advantage_limit * per_video.mean()
 
 
 def _normalised_error(error: Tensor) -> Tensor:

@@ -130,6 +130,12 @@ def test_nft_loss_equals_a_direct_implementation(beta, advantages):
     torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float32))
 
 
+def test_nft_limit_scales_the_advantages():
+    """A limit of 2.5 treats advantage A as 5 treats 2 A, at half the size."""
+    half = nft_loss(*nft_inputs(), ADVANTAGES, beta=1.0, advantage_limit=2.5)
+    torch.testing.assert_close(2 * half, nft_loss(*nft_inputs(), 2 * ADVANTAGES, beta=1.0))
+
+
 def test_nft_normaliser_has_a_floor():
     prediction, _, latent, data, sigma = nft_inputs()
     exact = (latent - data) / sigma.reshape(3, 1, 1, 1, 1)
@@ -201,6 +207,10 @@ def test_clip_range_is_checked(clip_range):
         (
             lambda: nft_loss(*nft_inputs(), ADVANTAGES, beta=0.0),
             "beta must be above 0, got 0.0",
+        ),
+        (
+            lambda: nft_loss(*nft_inputs(), ADVANTAGES, beta=1.0, advantage_limit=0.0),
+            "advantage_limit must be above 0, got 0.0",
         ),
         (
             lambda: nft_loss(*nft_inputs()[:4], torch.ones(2), ADVANTAGES, beta=1.0),

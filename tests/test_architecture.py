@@ -44,6 +44,7 @@ MAX_ARGUMENTS = 7
 MAX_TOLERANCE = 1e-2
 # Where a rule makes a file worse it is broken here, with the reason.
 TOO_MANY_ARGUMENTS_BECAUSE = {
+    "diffusion_rl.losses.nft_loss": "the formula has these symbols",
     "diffusion_rl.transitions.flow_sde": "every transition has this one signature",
     "diffusion_rl.transitions.ode": "every transition has this one signature",
     "diffusion_rl.transitions.TransitionFunction.__call__": "every transition has this signature",
@@ -177,10 +178,12 @@ def test_the_light_import_check_can_fail(heavy: str) -> None:
 
 
 @pytest.mark.parametrize("package", LAYERS)
-def test_every_light_file_can_be_imported_without_heavy_packages(package: str) -> None:
-    light = [path for path in sources(package) if not may_be_heavy(path)]
-    modules = [module_of(path).removesuffix(".__init__") for path in light]
-    loaded = newly_loaded("import " + ", ".join(modules))
+def test_files_above_the_first_heavy_one_load_no_heavy_package(package: str) -> None:
+    rows = {path: row_of(module_of(path), package) for path in sources(package)}
+    heavy = [row for path, row in rows.items() if row is not None and may_be_heavy(path)]
+    above = [path for path, row in rows.items() if row is not None and row < min(heavy)]
+    assert len(above) > 5
+    loaded = newly_loaded("import " + ", ".join(module_of(path) for path in above))
     assert package in loaded
     assert not loaded & HEAVY
 
@@ -260,7 +263,7 @@ def test_every_exemption_is_still_needed() -> None:
 
 
 def broad_handlers(tree: ast.AST) -> list[int]:
-    """Lines of handlers that swallow any error; raising again, or with more words, is no swallowing."""
+    """Lines of handlers that swallow any error; raising it again, or with more words, is fine."""
     lines = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.ExceptHandler):

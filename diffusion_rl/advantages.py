@@ -57,7 +57,8 @@ def group_advantages(
         raise ValueError(f"min_std must be above 0, got {min_std}")
     scores, group = _check(scores, group)
 
-    # float64: the mean of equal float32 scores can differ from them by a rounding error.
+    # Ties are looked for, not computed: the mean of equal scores may differ from them by a rounding
+    # error, which a small spread would turn into an advantage.
     advantages = torch.zeros_like(scores)
     judged = ~scores.isnan()
     batch_spread = _spread(scores[judged], unbiased)

@@ -62,13 +62,20 @@ def test_batch_spread_by_hand():
     value=st.floats(-1e6, 1e6, width=32),
     size=st.integers(1, 24),
     std=st.sampled_from(["group", "batch"]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
 )
-def test_ties_are_exactly_zero(value, size, std):
-    scores = torch.cat([torch.full((size,), value), torch.tensor([0.0, 1.0])])
+def test_ties_are_exactly_zero(value, size, std, dtype):
+    scores = torch.cat([torch.full((size,), value), torch.tensor([0.0, 1.0])]).to(dtype)
     group = torch.tensor([0] * size + [1, 1])
     advantages = group_advantages(scores, group, std=std)
     assert torch.equal(advantages[:size], torch.zeros(size))
     assert advantages[size:].abs().min() > 0
+
+
+def test_ties_are_exactly_zero_where_their_mean_is_rounded():
+    scores = torch.full((3,), 0.1, dtype=torch.float64)
+    assert scores.mean() != scores[0]
+    assert torch.equal(group_advantages(scores, torch.zeros(3).long()), torch.zeros(3))
 
 
 def test_unjudged_videos_change_nothing_for_the_others():

@@ -130,6 +130,23 @@ def test_nft_loss_equals_a_direct_implementation(beta, advantages):
     torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float32))
 
 
+def test_nft_gradient_treats_the_normaliser_as_a_constant():
+    """With e = latent - sigma v - data, d/dv mean(e^2 / w) = -2 sigma e / (w n)."""
+    prediction, old, latent, data, sigma = nft_inputs()
+    prediction.requires_grad_()
+    nft_loss(prediction, old, latent, data, sigma, ADVANTAGES, beta=0.5).backward()
+    time = sigma.reshape(3, 1, 1, 1, 1)
+    expected = torch.zeros_like(old)
+    for sign in (1, -1):
+        velocity = old + sign * 0.5 * (prediction.detach() - old)
+        error = latent - time * velocity - data
+        weight = error.abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+        share = (0.5 + sign * ADVANTAGES / 10).reshape(3, 1, 1, 1, 1)
+        # The 0.5 that scales the velocity cancels the division of the loss by beta.
+        expected += 5 / 3 * share * sign * -2 * time * error / weight / old[0].numel()
+    torch.testing.assert_close(prediction.grad, expected)
+
+
 def test_nft_limit_scales_the_advantages():
     """A limit of 2.5 treats advantage A as 5 treats 2 A, at half the size."""
     half = nft_loss(*nft_inputs(), ADVANTAGES, beta=1.0, advantage_limit=2.5)

@@ -62,6 +62,7 @@ def test_mean_and_spread_follow_the_score_form_of_the_same_equation(sigma, next_
     """Reverse SDE written with the score: v dt - s^2/2 score dt, score = -(x - (1-t) x0) / t^2."""
     latent, velocity = (tensor.double() for tensor in random_inputs())
     step = flow_sde(latent, velocity, sigma, next_sigma, **OPTIONS)
+    assert step.mean.dtype == step.std.dtype == torch.float32
     time, change = sigma.double(), (next_sigma - sigma).double()
     diffusion = 0.7 * (time / (1 - min(time, SIGMAS[1].double()))).sqrt()
     score = -(latent - (1 - time) * (latent - time * velocity)) / time**2

@@ -1,0 +1,287 @@
+"""The part of the generator that learns: a LoRA on its transformer, and the policies it gives.
+
+One transformer holds three policies: with the adapter `default` (the one being trained), with
+the adapter `old` (a slow copy that draws the videos of forward-process algorithms), and with no
+adapter at all (the reference the KL term holds on to).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffusion_rl.generators.base import AbstractVideoGenerator
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+TRAINED, OLD = "default", "old"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# diffusers reads the adapter's configuration from this entry of the file's metadata.
+METADATA_KEY = "lora_adapter_metadata"
+PREFIX = "transformer."
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Size and place of the adapter."""
+
+    rank: int = 16
+    """Inner width of each update matrix, at least 1."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank; above 0."""
+    targets: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    )
+    """Ends of the names of the linear layers adapted; the default is Wan's attention and FFN."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if self.alpha <= 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha}")
+        if not self.targets:
+            raise ValueError("targets must name at least one layer, got none")
+
+
+def attach_lora(
+    transformer: nn.Module, settings: LoraSettings, *, old_policy: bool = False, seed: int = 0
+) -> list[nn.Parameter]:
+    """Add the trained adapter, and the `old` one if asked; return the parameters that learn.
+
+    A fresh adapter changes nothing (its second matrix is zero). Adapter weights are float32
+    whatever the transformer's type is.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if tuner_layers(transformer):
+        raise ValueError("transformer must carry no adapter yet, got one that has; load it afresh")
+    linears = [name for name, part in transformer.named_modules() if isinstance(part, nn.Linear)]
+    for target in settings.targets:
+        if not any(name == target or name.endswith("." + target) for name in linears):
+            raise ValueError(
+                f"targets must name linear layers of the transformer, got {target!r}; "
+                f"it has {', '.join(linears[:8])}, ..."
+            )
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name in (TRAINED, OLD) if old_policy else (TRAINED,):
+            inject_adapter_in_model(config, transformer, adapter_name=name)
+    for name, parameter in transformer.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    if old_policy:
+        update_old_policy(transformer, decay=0.0)
+    _activate(transformer, TRAINED)
+    return trained_parameters(transformer)
+
+
+def tuner_layers(transformer: nn.Module) -> list[BaseTunerLayer]:
+    """The adapted layers."""
+    # Inside the function: settings are read on machines and in tests that never load PEFT.
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [part for part in transformer.modules() if isinstance(part, BaseTunerLayer)]
+
+
+def trained_parameters(transformer: nn.Module) -> list[nn.Parameter]:
+    """The weights the optimiser moves, in the transformer's order."""
+    return [
+        parameter
+        for name, parameter in transformer.named_parameters()
+        if f".{TRAINED}." in name and "lora_" in name
+    ]
+
+
+def has_old_policy(transformer: nn.Module) -> bool:
+    """Whether the slow copy is there."""
+    return any(f".{OLD}." in name for name, _ in transformer.named_parameters())
+
+
+def _activate(transformer: nn.Module, adapter: str) -> None:
+    """Use this adapter; only the trained one ever carries gradient."""
+    for layer in tuner_layers(transformer):
+        layer.set_adapter(adapter)
+        if adapter != TRAINED:
+            for name, parameter in layer.named_parameters():
+                if f".{OLD}." in f".{name}":
+                    parameter.requires_grad_(False)
+
+
+@contextmanager
+def reference_policy(transformer: nn.Module) -> Iterator[None]:
+    """The generator as it was before training: every adapter off."""
+    layers = tuner_layers(transformer)
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        _activate(transformer, TRAINED)
+
+
+@contextmanager
+def old_policy(transformer: nn.Module) -> Iterator[None]:
+    """The slow copy of the trained policy."""
+    if not has_old_policy(transformer):
+        raise RuntimeError("transformer must have an old policy; attach_lora(..., old_policy=True)")
+    _activate(transformer, OLD)
+    try:
+        yield
+    finally:
+        _activate(transformer, TRAINED)
+
+
+@torch.no_grad()
+def update_old_policy(transformer: nn.Module, decay: float) -> None:
+    """old = decay * old + (1 - decay) * trained, in place; decay in [0, 1]."""
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must be in [0, 1], got {decay}")
+    parameters = dict(transformer.named_parameters())
+    for name, parameter in parameters.items():
+        if f".{TRAINED}." in name and "lora_" in name:
+            parameters[name.replace(f".{TRAINED}.", f".{OLD}.")].lerp_(parameter, 1 - decay)
+
+
+def _places(transformer: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """An adapter's weights by the names diffusers gives them (no adapter, no PEFT prefix)."""
+    return {
+        name.replace(f".{adapter}.", "."): parameter
+        for name, parameter in transformer.named_parameters()
+        if f".{adapter}." in name and "lora_" in name
+    }
+
+
+def lora_state(transformer: nn.Module, adapter: str = TRAINED) -> dict[str, Tensor]:
+    """Copies of an adapter's weights on the CPU, named as diffusers names them."""
+    places = _places(transformer, adapter)
+    return {name: place.detach().cpu().clone().contiguous() for name, place in places.items()}
+
+
+@torch.no_grad()
+def set_lora_state(
+    transformer: nn.Module, state: dict[str, Tensor], adapter: str = TRAINED, source: str = "LoRA"
+) -> None:
+    """Put weights from `lora_state` into an adapter; a LoRA of another model is refused."""
+    places = _places(transformer, adapter)
+    _check_same_model({name: place.shape for name, place in places.items()}, state, source)
+    for name, place in places.items():
+        place.copy_(state[name])
+
+
+def _check_same_model(shapes: dict[str, torch.Size], state: dict[str, Tensor], source: str) -> None:
+    """One clear error instead of a list of missing keys."""
+    problem = None
+    for name in sorted(set(state) | set(shapes)):
+        if name not in shapes:
+            problem = f"{name!r} has no place in it"
+        elif name not in state:
+            problem = f"{name!r} is missing"
+        elif state[name].shape != shapes[name]:
+            problem = f"{name!r} is {tuple(state[name].shape)}, not {tuple(shapes[name])}"
+        if problem:
+            raise ValueError(
+                f"{source} must fit the generator's transformer, got {len(state)} weights for "
+                f"{len(shapes)} places ({problem}); it belongs to another model or to other lora "
+                "settings"
+            )
+
+
+def save_lora(generator: AbstractVideoGenerator, folder: str | Path) -> Path:
+    """Write the trained adapter so that `WanPipeline.load_lora_weights(folder)` reads it.
+
+    Names are diffusers' own (`transformer.blocks.0...lora_A.weight`), never PEFT's
+    `base_model.model.`, which the Wan loader does not know; alpha travels in the metadata.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    transformer = generator.transformer
+    if not tuner_layers(transformer):
+        raise ValueError("generator must carry a LoRA to save, got none; call attach_lora first")
+    config = transformer.peft_config[TRAINED]
+    metadata = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": sorted(config.target_modules),
+    }
+    packed = json.dumps({PREFIX + key: value for key, value in metadata.items()}, sort_keys=True)
+    state = {PREFIX + name: value for name, value in lora_state(transformer).items()}
+    path = folder / LORA_FILE
+    save_file(state, path, metadata={"format": "pt", METADATA_KEY: packed})
+    return path
+
+
+def load_lora(generator: AbstractVideoGenerator, folder: str | Path) -> None:
+    """Attach the adapter saved by `save_lora`, or overwrite the one attached.
+
+    Raises:
+        FileNotFoundError: no LoRA in the folder.
+        ValueError: not a safetensors file, or the LoRA of another model.
+    """
+    path = Path(folder) / LORA_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"lora must be a folder with a {LORA_FILE}, got {folder}")
+    try:
+        with safe_open(path, "pt") as file:
+            packed = (file.metadata() or {}).get(METADATA_KEY, "{}")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"lora must be a safetensors file, got {path}: {error}") from error
+    if not state or not all(name.startswith(PREFIX) for name in state):
+        example = next(iter(state), "nothing")
+        raise ValueError(
+            f"lora must have weights named {PREFIX}..., got {example!r} in {path}; "
+            "save it with diffusion_rl or diffusers' save_lora_weights"
+        )
+    state = {name.removeprefix(PREFIX): value.float() for name, value in state.items()}
+    if not tuner_layers(generator.transformer):
+        settings = _settings_of(state, json.loads(packed), path)
+        _check_same_model(_shapes_for(generator.transformer, state, settings), state, str(path))
+        attach_lora(generator.transformer, settings)
+    set_lora_state(generator.transformer, state, source=str(path))
+
+
+def _shapes_for(
+    transformer: nn.Module, state: dict[str, Tensor], settings: LoraSettings
+) -> dict[str, torch.Size]:
+    """Shapes a LoRA of these modules would have here; a module this model lacks is left out."""
+    linears = {n: part for n, part in transformer.named_modules() if isinstance(part, nn.Linear)}
+    shapes = {}
+    for name in {name.split(".lora_")[0] for name in state} & set(linears):
+        inner, outer = linears[name].in_features, linears[name].out_features
+        shapes[f"{name}.lora_A.weight"] = torch.Size((settings.rank, inner))
+        shapes[f"{name}.lora_B.weight"] = torch.Size((outer, settings.rank))
+    return shapes
+
+
+def _settings_of(state: dict[str, Tensor], metadata: dict, path: Path) -> LoraSettings:
+    """Rank, alpha and targets, from the metadata or else from the shapes of the weights."""
+    ranks = {value.shape[0] for name, value in state.items() if name.endswith("lora_A.weight")}
+    if len(ranks) != 1:
+        raise ValueError(f"lora must have one rank, got {sorted(ranks)} in {path}")
+    rank = ranks.pop()
+    modules = sorted({name.split(".lora_")[0] for name in state})
+    return LoraSettings(
+        rank=rank,
+        alpha=float(metadata.get(PREFIX + "lora_alpha", rank)),
+        targets=tuple(metadata.get(PREFIX + "target_modules", modules)),
+    )

@@ -1,0 +1,257 @@
+"""Prompts and seeds to videos, with what the update needs recorded on the way.
+
+Axes: N prompts, B videos, K denoising steps, S stochastic ones among them,
+latents [B C T H W], videos [B F C H W].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
+from diffusion_rl.transitions import TransitionFunction, flow_sde, ode
+
+# A video's exploration noise must not repeat the initial noise of another video's seed.
+NOISE_SEED_OFFSET = 1 << 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """How videos are drawn while training."""
+
+    num_inference_steps: int = 10
+    """Denoising steps of a video, at least 1."""
+    stochastic_steps: int = 3
+    """Steps that explore and learn, drawn at random among `eligible_steps` for each update."""
+    eligible_steps: int | None = None
+    """The first so many steps may be stochastic; None means all but the last, which would leave
+    its noise in the video."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance, at least 1; 1 means none."""
+    train_guidance: float | None = None
+    """Guidance of the prediction that learns, at least 1; None is guidance_scale. Recorded steps
+    can only be replayed with the same; noised videos may learn at 1, the conditional alone."""
+    noise_level: float = 0.7
+    """How much a stochastic step explores; above 0."""
+    prompts_per_update: int = 8
+    """Groups in an update, at least 1."""
+    videos_per_prompt: int = 8
+    """Videos in a group, at least 2."""
+    micro_batch: int = 16
+    """Most videos in one pass of the transformer; bounds memory, not results."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_inference_steps", "stochastic_steps", "prompts_per_update"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("micro_batch", self.micro_batch, 1)
+        if self.videos_per_prompt < 2:
+            raise ValueError(
+                f"videos_per_prompt must be at least 2, got {self.videos_per_prompt}; "
+                "one video has nothing to compare with"
+            )
+        if self.guidance_scale < 1:
+            raise ValueError(f"guidance_scale must be at least 1, got {self.guidance_scale}")
+        if self.train_guidance is not None and self.train_guidance < 1:
+            raise ValueError(f"train_guidance must be at least 1, got {self.train_guidance}")
+        if self.noise_level <= 0:
+            raise ValueError(f"noise_level must be above 0, got {self.noise_level}")
+        if not 1 <= self.num_eligible <= self.num_inference_steps:
+            raise ValueError(
+                f"eligible_steps must be in [1, {self.num_inference_steps}], "
+                f"got {self.eligible_steps}"
+            )
+        if self.stochastic_steps > self.num_eligible:
+            raise ValueError(
+                f"stochastic_steps must be at most the {self.num_eligible} eligible steps, "
+                f"got {self.stochastic_steps}"
+            )
+
+    @property
+    def num_eligible(self) -> int:
+        """Steps the stochastic ones are drawn from."""
+        if self.eligible_steps is not None:
+            return self.eligible_steps
+        return max(1, self.num_inference_steps - 1)
+
+    @property
+    def learning_guidance(self) -> float:
+        """Guidance of the prediction that learns."""
+        return self.guidance_scale if self.train_guidance is None else self.train_guidance
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Videos and the steps that led to them; every latent float32, so that replays are exact."""
+
+    latents: Tensor
+    """[S B C T H W] before each stochastic step."""
+    next_latents: Tensor
+    """[S B C T H W] after it."""
+    log_probs: Tensor
+    """[B S] of each recorded step under the policy that took it."""
+    steps: tuple[int, ...]
+    """The S places of the recorded steps in the schedule, ascending."""
+    sigmas: Tensor
+    """[K+1] the whole schedule."""
+    final_latent: Tensor
+    """[B C T H W] what was decoded."""
+    videos: Tensor
+    """[B F C H W] float32 in [0, 1]."""
+    embeddings: PromptEmbeddings
+    """One row for each video."""
+    prompt_index: Tensor
+    """[B] long: which prompt each video shows."""
+    seeds: tuple[int, ...]
+    """One for each video."""
+    transition: TransitionFunction
+    """How the recorded steps were taken."""
+
+    @property
+    def sigma_max(self) -> Tensor:
+        """Second noise level of the schedule, where Flow-SDE's diffusion is cut off."""
+        return highest_sigma(self.sigmas)
+
+    def keep(self, videos: Tensor) -> Trajectory:
+        """Only the videos where `videos` [B] is True."""
+        rows = videos.nonzero().flatten()
+        at = rows.to(self.final_latent.device)
+        return replace(
+            self,
+            latents=self.latents[:, at],
+            next_latents=self.next_latents[:, at],
+            log_probs=self.log_probs[at],
+            final_latent=self.final_latent[at],
+            videos=self.videos[rows.to(self.videos.device)],
+            embeddings=self.embeddings[rows],
+            prompt_index=self.prompt_index[rows],
+            seeds=tuple(self.seeds[row] for row in rows.tolist()),
+        )
+
+
+def highest_sigma(sigmas: Tensor) -> Tensor:
+    """Second level of a schedule [K+1]; half the first where a schedule has one step only."""
+    return sigmas[1] if len(sigmas) > 2 else sigmas[0] / 2
+
+
+def chunks(count: int, size: int) -> list[slice]:
+    """Slices of at most `size` that cover `count`; rollout and replay must use the same ones,
+    since a matrix product's last bits may depend on the batch it is in."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def predict_in_chunks(
+    generator: AbstractVideoGenerator,
+    latent: Tensor,
+    sigma: Tensor,
+    embeddings: PromptEmbeddings,
+    guidance_scale: float,
+    micro_batch: int,
+) -> Tensor:
+    """Velocity [B C T H W] of the whole batch, `micro_batch` videos at a time."""
+    parts = []
+    for part in chunks(len(latent), micro_batch):
+        rows = torch.arange(part.start, part.stop)
+        of_part = sigma[part] if sigma.ndim else sigma
+        parts.append(generator.predict(latent[part], of_part, embeddings[rows], guidance_scale))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def rollout(
+    generator: AbstractVideoGenerator,
+    embeddings: PromptEmbeddings,
+    prompt_index: Tensor,
+    seeds: Sequence[int],
+    settings: RolloutSettings,
+    *,
+    transition: TransitionFunction = flow_sde,
+    stochastic: Sequence[int] = (),
+) -> Trajectory:
+    """Draw one video for each (prompt, seed) with the generator's active policy.
+
+    Args:
+        generator: the policy; runs without gradient.
+        embeddings: [N ...] of the prompts.
+        prompt_index: [B] long into `embeddings`.
+        seeds: B integers; a seed fixes the initial noise and the exploration of its video.
+        settings: steps, guidance, noise level and micro batch.
+        transition: taken at the stochastic steps; all others are `ode`.
+        stochastic: places of the recorded steps in [0, K); none for a deterministic rollout.
+    """
+    sigmas = generator.sigmas(settings.num_inference_steps).to(generator.device)
+    text = embeddings[prompt_index]
+    latent = generator.initial_latents(seeds)
+    sources = [torch.Generator().manual_seed(int(s) + NOISE_SEED_OFFSET) for s in seeds]
+    before, after, log_probs = [], [], []
+    for step in range(settings.num_inference_steps):
+        prediction = predict_in_chunks(
+            generator, latent, sigmas[step], text, settings.guidance_scale, settings.micro_batch
+        )
+        explores = step in stochastic
+        result = (transition if explores else ode)(
+            latent,
+            prediction,
+            sigmas[step],
+            sigmas[step + 1],
+            noise_level=settings.noise_level,
+            sigma_max=highest_sigma(sigmas),
+            generator=sources,
+        )
+        if explores:
+            before.append(latent)
+            after.append(result.next_latent)
+            log_probs.append(result.log_prob)
+        latent = result.next_latent
+    empty = latent.new_zeros((0, *latent.shape))
+    return Trajectory(
+        latents=torch.stack(before) if before else empty,
+        next_latents=torch.stack(after) if after else empty,
+        log_probs=torch.stack(log_probs, 1) if log_probs else latent.new_zeros(len(latent), 0),
+        steps=tuple(sorted(stochastic)),
+        sigmas=sigmas,
+        final_latent=latent,
+        videos=torch.cat(
+            [generator.decode(latent[part]) for part in chunks(len(latent), settings.micro_batch)]
+        ),
+        embeddings=text,
+        prompt_index=prompt_index,
+        seeds=tuple(int(seed) for seed in seeds),
+        transition=transition,
+    )
+
+
+def sample_videos(
+    generator: AbstractVideoGenerator,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_inference_steps: int = 10,
+    guidance_scale: float = 1.0,
+    micro_batch: int = 16,
+) -> Tensor:
+    """Videos [B F C H W] for prompts and seeds of equal number, deterministic steps only.
+
+    Needs the text encoder; each distinct prompt is encoded once.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(
+            f"seeds must be one for each of the {len(prompts)} prompts, got {len(seeds)}"
+        )
+    distinct = list(dict.fromkeys(prompts))
+    settings = RolloutSettings(
+        num_inference_steps=num_inference_steps,
+        stochastic_steps=1,
+        guidance_scale=guidance_scale,
+        micro_batch=micro_batch,
+    )
+    index = torch.tensor([distinct.index(prompt) for prompt in prompts])
+    return rollout(generator, generator.encode_prompts(distinct), index, seeds, settings).videos

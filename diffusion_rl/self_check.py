@@ -1,0 +1,77 @@
+"""Before anything is learnt: does replaying a step give back what was recorded?
+
+A ratio that is not 1 at unchanged weights is the commonest silent fault of this method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from diffusion_rl.algorithms import algorithm
+from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
+from diffusion_rl.rollout import RolloutSettings, rollout
+from diffusion_rl.updates import AlgorithmSettings, GrpoSettings, replay
+
+# Rounding may differ between a pass with and one without gradient, never by this much.
+MAX_NOISE = 0.05
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """Ratios at a learning rate of zero."""
+
+    ratio_deviation: float
+    """Largest |ratio - 1|: the numerical noise of the log-probability; 0 on an exact replay."""
+    clip_fraction: float
+    """Share of ratios outside the clip range; 0 in a run that may start."""
+    videos: int
+    """Videos drawn for the check."""
+
+
+def self_check(
+    generator: AbstractVideoGenerator,
+    embeddings: PromptEmbeddings,
+    settings: AlgorithmSettings,
+    options: RolloutSettings,
+) -> SelfCheck:
+    """Record one micro batch, replay it with gradient on, and compare.
+
+    Rows of the table that record no steps have nothing to compare; their check is empty.
+
+    Raises:
+        ValueError: The clip range is below the noise, so numerics alone would clip.
+        RuntimeError: The replay is another step altogether.
+    """
+    if not isinstance(settings, GrpoSettings):
+        return SelfCheck(0.0, 0.0, 0)
+    count = min(options.micro_batch, options.prompts_per_update * options.videos_per_prompt)
+    stochastic = range(options.num_eligible)[-options.stochastic_steps :]
+    trajectory = rollout(
+        generator,
+        embeddings,
+        torch.arange(count) % len(embeddings),
+        range(count),
+        options,
+        transition=algorithm(settings.name).transition,
+        stochastic=stochastic,
+    )
+    replayed = [
+        replay(generator, trajectory, index, slice(0, count), options).log_prob.detach()
+        for index in range(len(trajectory.steps))
+    ]
+    deviation = (torch.exp(torch.stack(replayed, 1) - trajectory.log_probs) - 1).abs()
+    noise = deviation.max().item()
+    if not noise < MAX_NOISE:
+        raise RuntimeError(
+            f"replaying a step must give ratio 1 at unchanged weights, got {1 + noise:.3g}; the "
+            "generator's predict must not depend on anything but its arguments (dropout on?)"
+        )
+    if settings.clip_range <= noise:
+        raise ValueError(
+            f"clip_range must be above the numerical noise of the ratio, {noise:.1e}, got "
+            f"{settings.clip_range}; raise algorithm.clip_range or use generator.dtype=float32"
+        )
+    clipped = (deviation > settings.clip_range).float().mean().item()
+    return SelfCheck(noise, clipped, count)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cac_reward.answers import BoxReader
 from cac_reward.frames import JudgeSettings
-from cac_reward.questions import Message
+from cac_reward.questions import INSPECT_TOOL, Message
 
 Conversation = Sequence[Message]
 
@@ -37,6 +37,21 @@ class AbstractJudge(ABC):
     def name(self) -> str:
         """What goes into reports: the id, with the revision where there is one."""
         return self.judge_id if self.revision is None else f"{self.judge_id}@{self.revision}"
+
+    @property
+    def tools(self) -> list[dict[str, object]]:
+        """What the judge is told it may call; one trained on the protocol knows its only tool."""
+        return [INSPECT_TOOL] if self.settings.wording == "full" else []
+
+    @property
+    def domain_note(self) -> str | None:
+        """What a reader must know about a judge trained for one kind of footage only."""
+        if self.settings.domain is None:
+            return None
+        return (
+            f"This judge was trained on footage of the domain {self.settings.domain!r} only; "
+            "on other footage its verdict means nothing."
+        )
 
     @abstractmethod
     def generate(
@@ -80,20 +95,23 @@ class AbstractJudge(ABC):
             [B N] float32, the sum of the token log-probabilities of each choice; no gradient.
         """
 
+    def probabilities(self, log_probs: Tensor) -> Tensor:
+        """Share of each choice among the choices: softmax over N of log_probs [B N].
+
+        Raises:
+            RuntimeError: If a number is not finite.
+        """
+        if not log_probs.isfinite().all():
+            raise RuntimeError(
+                f"judge {self.name} must give finite log-probabilities, got {log_probs.tolist()}; "
+                "its weights are damaged or its dtype overflows (try float32 or bfloat16)"
+            )
+        return torch.softmax(log_probs, dim=-1)
+
     @contextmanager
     def remembering(self) -> Iterator[None]:
         """Inside this context a judge may keep what it has read, to go on from there."""
         yield
-
-
-def choice_probabilities(log_probs: Tensor) -> Tensor:
-    """Share of each choice among the choices: softmax over N of log_probs [B N].
-
-    Example:
-        >>> choice_probabilities(torch.tensor([[-1.0, -1.0]]))
-        tensor([[0.5000, 0.5000]])
-    """
-    return torch.softmax(log_probs, dim=-1)
 
 
 def one_prefix_each(prefix: str | Sequence[str], count: int) -> list[str]:

@@ -251,16 +251,12 @@ def _decode(source: Any, name: str, fps: float | None, limits: VideoLimits) -> V
             announced = _announced_frames(stream, container, rate)
             limits.check(name, announced, stream.height, stream.width)
             pictures, times = _read_frames(container, stream, name, limits)
-    except av.error.FFmpegError as error:
+            _check_whole(container, stream, times, name)
+    except (av.error.FFmpegError, OSError) as error:
         raise ValueError(
             f"video must be a readable video file, got {name} ({error.strerror}); "
             "play it in a browser or convert it to mp4 first"
         ) from error
-    if stream.frames and len(pictures) < 0.9 * stream.frames:
-        raise ValueError(
-            f"video must be whole, got {len(pictures)} of {stream.frames} frames in {name}; "
-            "write or copy it again"
-        )
     _check_length(len(pictures), name)
     order = range(len(pictures)) if fps is not None else _even_order(times, rate, name)
     return Video(_stack(pictures, order), rate, name)
@@ -295,6 +291,24 @@ def _read_frames(
     return pictures, times
 
 
+def _check_whole(container: Any, stream: Any, times: Sequence[float | None], name: str) -> None:
+    """Refuse a file that ends well before its header says; an edit list may hide a few frames."""
+    remedy = "write or copy it again"
+    if stream.frames and len(times) < 0.9 * stream.frames:
+        raise ValueError(
+            f"video must be whole, got {len(times)} of {stream.frames} frames in {name}; {remedy}"
+        )
+    # Where another track shares the file, its length is not the pictures'.
+    alone = len(container.streams) == 1 and container.duration is not None
+    if alone and times and times[-1] is not None:
+        start = (container.start_time or 0) / 1_000_000
+        promised, got = container.duration / 1_000_000, times[-1] - start
+        if 0 < got < 0.9 * promised - 2 / float(stream.average_rate or 1):
+            raise ValueError(
+                f"video must be whole, got {got:.2f} of {promised:.2f} s in {name}; {remedy}"
+            )
+
+
 def _upright(picture: Tensor, rotation: int) -> Tensor:
     """Turn [C H W] counter-clockwise by a file's display rotation, in whole quarters."""
     return torch.rot90(picture, round(rotation / 90), (1, 2))
@@ -306,7 +320,7 @@ def _even_order(times: Sequence[float | None], fps: float, name: str) -> Sequenc
         return range(len(times))
     shown = [time - times[0] for time in times]  # type: ignore[operator]
     off = max(abs(time - index / fps) for index, time in enumerate(shown))
-    if off <= 0.75 / fps or shown != sorted(shown):
+    if off <= 0.75 / fps or shown != sorted(shown) or shown[-1] == 0:
         return range(len(times))
     logger.warning(
         "%s: frames are not evenly spaced (up to %.2f s off); showing it at %.2f fps",

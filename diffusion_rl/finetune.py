@@ -183,11 +183,8 @@ def finetune(
     state = begin(generator, settings) if state is None else state
     embeddings = generator.encode_prompts(prompts) if embeddings is None else embeddings
     check = self_check(generator, embeddings, settings.algorithm, settings.rollout)
-    logger.info(
-        "self-check: ratio 1 within %.1e, clip fraction %g",
-        check.ratio_deviation,
-        check.clip_fraction,
-    )
+    if check.videos:
+        logger.info("self-check: ratio 1 within %.1e on replay", check.ratio_deviation)
     state.videos_generated += check.videos if state.step == 0 else 0
     if settings.guards and not state.reference_levels:
         with reference_policy(generator.transformer):

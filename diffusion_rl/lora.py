@@ -8,15 +8,16 @@ adapter at all (the reference the KL term holds on to).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from diffusion_rl.generators.base import AbstractVideoGenerator
@@ -206,18 +207,16 @@ def _check_same_model(shapes: dict[str, torch.Size], state: dict[str, Tensor], s
             )
 
 
-def save_lora(generator: AbstractVideoGenerator, folder: str | Path) -> Path:
-    """Write the trained adapter so that `WanPipeline.load_lora_weights(folder)` reads it.
+def lora_bytes(transformer: nn.Module) -> bytes:
+    """The trained adapter as a safetensors file that `WanPipeline.load_lora_weights` reads.
 
     Names are diffusers' own (`transformer.blocks.0...lora_A.weight`), never PEFT's
     `base_model.model.`, which the Wan loader does not know; alpha travels in the metadata.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    transformer = generator.transformer
     if not tuner_layers(transformer):
         raise ValueError("generator must carry a LoRA to save, got none; call attach_lora first")
-    config = transformer.peft_config[TRAINED]
+    configs: Any = transformer.peft_config
+    config = configs[TRAINED]
     metadata = {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
@@ -225,13 +224,21 @@ def save_lora(generator: AbstractVideoGenerator, folder: str | Path) -> Path:
     }
     packed = json.dumps({PREFIX + key: value for key, value in metadata.items()}, sort_keys=True)
     state = {PREFIX + name: value for name, value in lora_state(transformer).items()}
-    path = folder / LORA_FILE
-    save_file(state, path, metadata={"format": "pt", METADATA_KEY: packed})
+    return save(state, metadata={"format": "pt", METADATA_KEY: packed})
+
+
+def save_lora(generator: AbstractVideoGenerator, folder: str | Path) -> Path:
+    """Write the trained adapter to a folder for diffusers, `load_lora` and `evaluate`."""
+    path = Path(folder) / LORA_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(lora_bytes(generator.transformer))
+    os.replace(partial, path)
     return path
 
 
 def load_lora(generator: AbstractVideoGenerator, folder: str | Path) -> None:
-    """Attach the adapter saved by `save_lora`, or overwrite the one attached.
+    """Attach the adapter saved in a folder, or overwrite the one attached.
 
     Raises:
         FileNotFoundError: no LoRA in the folder.
@@ -240,24 +247,32 @@ def load_lora(generator: AbstractVideoGenerator, folder: str | Path) -> None:
     path = Path(folder) / LORA_FILE
     if not path.is_file():
         raise FileNotFoundError(f"lora must be a folder with a {LORA_FILE}, got {folder}")
+    state, settings = parse_lora(path.read_bytes(), str(path))
+    transformer = generator.transformer
+    if not tuner_layers(transformer):
+        _check_same_model(_shapes_for(transformer, state, settings), state, f"lora {path}")
+        attach_lora(transformer, settings)
+    set_lora_state(transformer, state, source=f"lora {path}")
+
+
+def parse_lora(content: bytes, source: str) -> tuple[dict[str, Tensor], LoraSettings]:
+    """Weights by the names of `lora_state`, and the settings they were made with."""
     try:
-        with safe_open(path, "pt") as file:
-            packed = (file.metadata() or {}).get(METADATA_KEY, "{}")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"lora must be a safetensors file, got {path}: {error}") from error
-    if not state or not all(name.startswith(PREFIX) for name in state):
-        example = next(iter(state), "nothing")
+        state = load(content)
+        # The metadata is read by hand: safetensors gives it for files only, not for bytes.
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"lora must be a safetensors file, got {source}: {error}") from error
+    wrong = [name for name in state if not name.startswith(PREFIX)]
+    if wrong or not state:
         raise ValueError(
-            f"lora must have weights named {PREFIX}..., got {example!r} in {path}; "
-            "save it with diffusion_rl or diffusers' save_lora_weights"
+            f"lora must have weights named {PREFIX}..., got {wrong[0] if wrong else 'none'} in "
+            f"{source}; write it with save_lora or diffusers' save_lora_weights"
         )
     state = {name.removeprefix(PREFIX): value.float() for name, value in state.items()}
-    if not tuner_layers(generator.transformer):
-        settings = _settings_of(state, json.loads(packed), path)
-        _check_same_model(_shapes_for(generator.transformer, state, settings), state, str(path))
-        attach_lora(generator.transformer, settings)
-    set_lora_state(generator.transformer, state, source=str(path))
+    packed = header.get("__metadata__", {}).get(METADATA_KEY, "{}")
+    return state, _settings_of(state, json.loads(packed), source)
 
 
 def _shapes_for(
@@ -273,11 +288,11 @@ def _shapes_for(
     return shapes
 
 
-def _settings_of(state: dict[str, Tensor], metadata: dict, path: Path) -> LoraSettings:
+def _settings_of(state: dict[str, Tensor], metadata: dict, source: str) -> LoraSettings:
     """Rank, alpha and targets, from the metadata or else from the shapes of the weights."""
     ranks = {value.shape[0] for name, value in state.items() if name.endswith("lora_A.weight")}
     if len(ranks) != 1:
-        raise ValueError(f"lora must have one rank, got {sorted(ranks)} in {path}")
+        raise ValueError(f"lora must have one rank, got {sorted(ranks) or 'none'} in {source}")
     rank = ranks.pop()
     modules = sorted({name.split(".lora_")[0] for name in state})
     return LoraSettings(

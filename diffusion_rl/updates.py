@@ -177,11 +177,14 @@ def update_policy(
         optimizer: from `build_optimizer`.
         source: of noise and noise levels.
     """
-    recorded = algorithm(settings.name).learning_steps == "recorded"
-    inner_losses = recorded_losses if recorded else forward_process_losses
     statistics: list[LossTerms] = []
     norms: list[float] = []
-    for losses in inner_losses(generator, trajectory, advantages, settings, rollout, source):
+    parts = (generator, trajectory, advantages)
+    if isinstance(settings, GrpoSettings):
+        steps = recorded_losses(*parts, settings, rollout)
+    else:
+        steps = forward_process_losses(*parts, settings, rollout, source)
+    for losses in steps:
         for terms in losses:
             (terms.loss * terms.share).backward()
             statistics.append(terms._replace(loss=terms.loss.detach()))
@@ -210,10 +213,8 @@ def recorded_losses(
     advantages: Tensor,
     settings: GrpoSettings,
     rollout: RolloutSettings,
-    source: torch.Generator | None = None,
 ) -> Iterator[Iterator[LossTerms]]:
     """For each optimiser step its micro batches, every recorded step of them in turn."""
-    del source  # Nothing is drawn: the steps are the recorded ones.
     parts = chunks(len(advantages), rollout.micro_batch)
     count = min(settings.inner_steps, len(parts))
     for inner in range(count):

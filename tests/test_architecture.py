@@ -21,7 +21,8 @@ LAYERS = {
     "diffusion_rl": [
         *("shapes", "transitions", "advantages", "credit", "losses", "algorithms", "guards"),
         *("rewards", "generators/base", "generators/", "lora", "rollout", "updates"),
-        *("finetune", "checkpoint", "tracking", "evaluation", "__main__"),
+        *("self_check", "finetune", "checkpoint", "tracking", "comparison", "charts"),
+        *("evaluation", "configuration", "launch", "__main__"),
     ],
 }
 # The only files that may import HEAVY packages, the (!) of the design.

@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -40,6 +41,8 @@ class WanGenerator(AbstractVideoGenerator):
         batched_guidance: one pass of 2 B for guidance, the faster way; False takes two passes of
             B as `WanPipeline` does, half the memory and equal to it to the last bit.
     """
+
+    transformer: WanTransformer3DModel
 
     def __init__(
         self,
@@ -84,7 +87,7 @@ class WanGenerator(AbstractVideoGenerator):
         device: str = "cpu",
         local_path: str | Path | None = None,
         revision: str | None = None,
-        **size,
+        **size: Any,
     ) -> WanGenerator:
         """Load a `WanPipeline` folder, or a hub model from the cache or the network.
 

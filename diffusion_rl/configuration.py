@@ -1,0 +1,289 @@
+"""A run's YAML to typed settings; whatever does not fit is refused with its full path."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from diffusion_rl.algorithms import algorithm
+from diffusion_rl.finetune import FinetuneSettings
+from diffusion_rl.guards import GuardSettings
+from diffusion_rl.lora import LoraSettings
+from diffusion_rl.rewards import RewardSettings
+from diffusion_rl.rollout import RolloutSettings
+from diffusion_rl.updates import SETTINGS, AlgorithmSettings, GrpoSettings, OptimizerSettings
+
+FAMILIES = {"wan": "diffusion_rl.generators.wan:WanGenerator.from_pretrained"}
+"""Where each generator family is loaded from."""
+
+# Only recorded steps explore; elsewhere these would be read and do nothing.
+ONLY_RECORDED = ("stochastic_steps", "eligible_steps", "noise_level")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorSettings:
+    """Which generator, and the shape of its videos."""
+
+    path: str
+    """A diffusers pipeline folder or a hub id."""
+    family: str = "wan"
+    """One of FAMILIES."""
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    num_frames: int
+    """Frames of a video."""
+    fps: float
+    """Frames per second the model was trained at; above 0."""
+    max_sequence_length: int = 512
+    """Text tokens a prompt is padded or cut to, at least 1."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float16; the adapter is always float32."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    local_path: str | None = None
+    """A folder to load instead of asking the hub for `path`."""
+    revision: str | None = None
+    """Of the hub model."""
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(
+                f"family must be one of {', '.join(FAMILIES)}, got {self.family}"
+                f"{_near(self.family, FAMILIES)}"
+            )
+        if self.fps <= 0:
+            raise ValueError(f"fps must be above 0, got {self.fps}")
+        if self.max_sequence_length < 1:
+            raise ValueError(
+                f"max_sequence_length must be at least 1, got {self.max_sequence_length}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Everything a YAML under configs/rl says."""
+
+    generator: GeneratorSettings
+    """What is fine-tuned."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """The part of it that learns."""
+    algorithm: AlgorithmSettings = field(default_factory=GrpoSettings)
+    """A row of ALGORITHMS, by `name`, with that row's options."""
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    """How videos are drawn while training."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    """How the adapter moves."""
+    rewards: tuple[RewardSettings, ...]
+    """What is rewarded; at least one."""
+    guards: tuple[GuardSettings, ...] = ()
+    """What must not get lost."""
+    missing_limit: float = 0.5
+    """Share of videos a reward may leave unjudged before the run stops, in [0, 1)."""
+    prompts: str
+    """A UTF-8 text file, one prompt a line."""
+    updates: int = 60
+    """Length of the run, at least 1."""
+    seed: int = 0
+    """Fixes everything the loop draws; at least 0."""
+    output: str
+    """Folder of the results."""
+    save_every: int = 10
+    """Updates between checkpoints, at least 1."""
+    trackers: tuple[str, ...] = ()
+    """Also log to these trackers of accelerate: tensorboard, wandb, ..."""
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError("rewards must be at least one, got none")
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rewards must have different names, got {names}")
+        watched = [guard.statistic for guard in self.guards]
+        if len(set(watched)) != len(watched):
+            raise ValueError(f"guards must watch different statistics, got {watched}")
+        if self.save_every < 1:
+            raise ValueError(f"save_every must be at least 1, got {self.save_every}")
+        self.finetune_settings()
+
+    def finetune_settings(self) -> FinetuneSettings:
+        """The part that the loop reads."""
+        names = [entry.name for entry in dataclasses.fields(FinetuneSettings)]
+        return FinetuneSettings(**{name: getattr(self, name) for name in names})
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
+    """Read a YAML and apply `key.path=value` overrides, checked to the last key.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: anything that does not fit, with its path and the nearest valid name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = _near(path.name, [other.name for other in path.parent.glob("*.yaml")])
+        raise FileNotFoundError(f"config must be an existing YAML file, got {path}{near}")
+    try:
+        config = OmegaConf.load(path)
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not (key and equals):
+                raise ValueError(f"overrides must be key=value, got {override!r}")
+            OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value)
+        tree = OmegaConf.to_container(config, resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config must be readable YAML, got {path}: {error}") from error
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(f"overrides must fit {path}, got {overrides}: {error}") from error
+    return build(tree)
+
+
+def build(tree: Any) -> RunSettings:
+    """Plain dictionaries and lists to settings."""
+    settings = _convert(RunSettings, tree, "")
+    rollout = tree.get("rollout") or {}
+    row = settings.algorithm.name
+    if algorithm(row).learning_steps != "recorded":
+        for name in ONLY_RECORDED:
+            if name in rollout:
+                raise ValueError(
+                    f"rollout.{name} must be left out with algorithm '{row}', got "
+                    f"{rollout[name]}; it would be ignored"
+                )
+    return settings
+
+
+def to_tree(settings: Any) -> dict[str, Any]:
+    """Settings as plain dictionaries and lists, the inverse of `build`.
+
+    What an algorithm would ignore is left out.
+    """
+    tree = _plain(dataclasses.asdict(settings))
+    if algorithm(settings.algorithm.name).learning_steps != "recorded":
+        for name in ONLY_RECORDED:
+            tree["rollout"].pop(name)
+    return tree
+
+
+def save_config(settings: RunSettings, path: str | Path) -> None:
+    """Write the resolved settings beside a run's results."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_tree(settings))), encoding="utf-8")
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not UTF-8, or no prompt in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"prompts must be an existing text file, got {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"prompts must be UTF-8, got {path} with byte 0x{error.object[error.start]:02x} in "
+            f"line {line}; save it as UTF-8"
+        ) from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompts must be at least one line of text, got an empty file {path}")
+    return prompts
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    """`value` as `kind`, or an error that opens with the path."""
+    if kind is Any:
+        return value
+    if kind == AlgorithmSettings:
+        return _convert(_row_of(value, path), value, path)
+    if dataclasses.is_dataclass(kind):
+        return _convert_dataclass(kind, value, path)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and types.NoneType in arguments:
+            return None
+        (kind,) = [one for one in arguments if one is not types.NoneType]
+        return _convert(kind, value, path)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{path} must be a list, got {_show(value)}")
+        return tuple(_convert(arguments[0], one, f"{path}[{i}]") for i, one in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} must be a mapping, got {_show(value)}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{path} must be {_TYPES[kind]}, got {_show(value)}")
+    return value
+
+
+_TYPES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _convert_dataclass(kind: Any, value: Any, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path or 'config'} must be a mapping, got {_show(value)}")
+    entries = {entry.name: entry for entry in dataclasses.fields(kind)}
+    hints = get_type_hints(kind)
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in entries:
+            raise ValueError(
+                f"{prefix}{key} must be a known key, got none of that name"
+                f"{_near(str(key), entries) or '; known: ' + ', '.join(entries)}"
+            )
+    for name, entry in entries.items():
+        required = entry.default is entry.default_factory is dataclasses.MISSING
+        if required and name not in value:
+            raise ValueError(f"{prefix}{name} must be given, got nothing")
+    converted = {key: _convert(hints[key], one, f"{prefix}{key}") for key, one in value.items()}
+    try:
+        return kind(**converted)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
+
+
+def _row_of(value: Any, path: str) -> Any:
+    """The options class of the row that `value` names."""
+    name = value.get("name", "grpo") if isinstance(value, Mapping) else "grpo"
+    if name not in SETTINGS:
+        raise ValueError(
+            f"{path}.name must be one of {', '.join(SETTINGS)}, got {name}"
+            f"{_near(str(name), SETTINGS)}"
+        )
+    return SETTINGS[name]
+
+
+def _show(value: Any) -> str:
+    return f"{value!r:.80} ({type(value).__name__})"
+
+
+def _near(name: str, known: Any) -> str:
+    """The end of an error: the name that the writer may have meant."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""

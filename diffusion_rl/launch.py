@@ -1,0 +1,216 @@
+"""From settings to a running loop: what the command line and the examples share.
+
+An output folder holds config.yaml, metrics.jsonl, checkpoints/step-NNNNNN and, at the end, lora.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from diffusion_rl.algorithms import algorithm
+from diffusion_rl.checkpoint import (
+    latest_checkpoint,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+    take_snapshot,
+)
+from diffusion_rl.configuration import (
+    FAMILIES,
+    GeneratorSettings,
+    RunSettings,
+    build,
+    read_prompts,
+    save_config,
+    to_tree,
+)
+from diffusion_rl.finetune import FinetuneState, StepReport, begin, finetune
+from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
+from diffusion_rl.lora import attach_lora, load_lora, save_lora
+from diffusion_rl.rewards import Reward, build_reward, load_callable
+from diffusion_rl.tracking import AccelerateTracker, MetricsFile
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE, CHECKPOINTS, LORA = "config.yaml", "checkpoints", "lora"
+# What may differ when a run goes on; the rest would make it another run.
+MAY_CHANGE = (
+    "updates",
+    "save_every",
+    "trackers",
+    "optimizer",
+    "missing_limit",
+    "generator.device",
+    "generator.local_path",
+    "rollout.micro_batch",
+)
+
+
+@dataclass
+class Run:
+    """A run ready to go (on)."""
+
+    settings: RunSettings
+    generator: AbstractVideoGenerator
+    """With its adapter attached."""
+    rewards: list[Reward]
+    prompts: list[str]
+    embeddings: PromptEmbeddings
+    """Of the prompts."""
+    state: FinetuneState
+    """Where it stands; step 0 in a new run."""
+
+    @property
+    def output(self) -> Path:
+        """Folder of the results."""
+        return Path(self.settings.output)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it goes on from a checkpoint."""
+        return self.state.step > 0
+
+
+def build_generator(
+    settings: GeneratorSettings, *, lora: str | Path | None = None
+) -> AbstractVideoGenerator:
+    """Load a generator, and put a saved LoRA on it if one is given."""
+    generator = load_callable(FAMILIES[settings.family])(
+        settings.path,
+        height=settings.height,
+        width=settings.width,
+        num_frames=settings.num_frames,
+        fps=settings.fps,
+        max_sequence_length=settings.max_sequence_length,
+        dtype=settings.dtype,
+        device=settings.device,
+        local_path=settings.local_path,
+        revision=settings.revision,
+    )
+    if lora is not None:
+        load_lora(generator, lora)
+    return generator
+
+
+def prepare(
+    settings: RunSettings, *, restart: bool = False, keep_text_encoder: bool = False
+) -> Run:
+    """Load everything a run needs, and the newest checkpoint of its output folder if there is one.
+
+    Args:
+        settings: of the run.
+        restart: set an earlier run in the output folder aside (it is renamed, never deleted).
+        keep_text_encoder: leave it loaded after the prompts are encoded, to encode others.
+
+    Raises:
+        ValueError: the output folder belongs to a run of other settings, or its newest checkpoint
+            is damaged.
+    """
+    output = Path(settings.output)
+    if restart and output.exists():
+        set_aside(output)
+    check_same_run(settings)
+    prompts = read_prompts(settings.prompts)
+    rewards = [build_reward(reward) for reward in settings.rewards]
+    generator = build_generator(settings.generator)
+    uses_old_policy = algorithm(settings.algorithm.name).uses_old_policy
+    attach_lora(
+        generator.transformer, settings.lora, old_policy=uses_old_policy, seed=settings.seed
+    )
+    embeddings = generator.encode_prompts(prompts)
+    if not keep_text_encoder:
+        generator.release_text_encoder()
+    state = begin(generator, settings.finetune_settings())
+    newest = latest_checkpoint(output / CHECKPOINTS)
+    if newest is not None:
+        restore(generator, state, read_checkpoint(newest))
+        logger.info("going on from %s", newest)
+    save_config(settings, output / CONFIG_FILE)
+    return Run(settings, generator, rewards, prompts, embeddings, state)
+
+
+def train(run: Run) -> Generator[StepReport]:
+    """Run the loop and yield its reports, writing metrics and checkpoints on the way.
+
+    However it ends (done, Ctrl-C, an error in a reward, the caller closing the iterator), the last
+    complete update is saved; `prepare` with the same settings goes on from there.
+    """
+    settings, output = run.settings, run.output
+    metrics = MetricsFile(output, step=run.state.step)
+    trackers = []
+    if settings.trackers:
+        flat = {key: str(value) for key, value in to_tree(settings).items()}
+        trackers.append(AccelerateTracker(settings.trackers, output, output.name, flat))
+    snapshot = take_snapshot(run.generator, run.state)
+    reports = finetune(
+        run.generator,
+        run.rewards,
+        run.prompts,
+        settings.finetune_settings(),
+        run.state,
+        run.embeddings,
+    )
+    try:
+        for report in reports:
+            # Metrics first: of an update without a checkpoint the line is dropped on resuming.
+            metrics.write(report)
+            for tracker in trackers:
+                tracker.write(report)
+            snapshot = take_snapshot(run.generator, run.state)
+            if report.step % settings.save_every == 0:
+                save_checkpoint(output / CHECKPOINTS, snapshot)
+            yield report
+        save_lora(run.generator, output / LORA)
+    finally:
+        if snapshot.step:
+            save_checkpoint(output / CHECKPOINTS, snapshot)
+        for tracker in trackers:
+            tracker.close()
+
+
+def set_aside(output: Path) -> Path:
+    """Rename an output folder to the first free `<name>.previous-N`."""
+    number = 1
+    while (target := output.with_name(f"{output.name}.previous-{number}")).exists():
+        number += 1
+    output.rename(target)
+    logger.info("the earlier run is kept in %s", target)
+    return target
+
+
+def check_same_run(settings: RunSettings) -> None:
+    """Refuse to go on from checkpoints that other settings made.
+
+    Raises:
+        ValueError: names the first difference and the ways out.
+    """
+    output = Path(settings.output)
+    if latest_checkpoint(output / CHECKPOINTS) is None:
+        return
+    earlier = to_tree(build(OmegaConf.to_container(OmegaConf.load(output / CONFIG_FILE))))
+    for path, before, now in differences(earlier, to_tree(settings)):
+        if not any(path == free or path.startswith(f"{free}.") for free in MAY_CHANGE):
+            raise ValueError(
+                f"output must be a new folder or hold a run of the same settings, got {output} "
+                f"made with {path}={before}, now {now}; choose another output, or --restart to "
+                "set the earlier run aside"
+            )
+
+
+def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every place where two trees differ: its path and both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            place = f"{path}.{key}" if path else key
+            yield from differences(before.get(key), now.get(key), place)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from differences(one, other, f"{path}[{index}]")
+    elif before != now:
+        yield path, before, now

@@ -273,7 +273,8 @@ def _unworldly(tracks: list[Track], backdrop: Backdrop) -> tuple[str, ...]:
         return (*reasons, "no object")
     if len(real) > 3:
         reasons.append("too many objects")
-    if np.median(backdrop.edge) < 0.42:
+    outlined = backdrop.edge[backdrop.edge > 0]
+    if not len(outlined) or np.median(outlined) < 0.42:
         reasons.append("blurred objects")
     for track in real:
         if not 100 < np.median(track.strength[track.seen]) < 225:

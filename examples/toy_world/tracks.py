@@ -6,7 +6,7 @@ Legend: F frames. Places and lengths are relative to the frame, ways are per fra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,8 +18,13 @@ _STILL = 0.024
 """An object whose centre keeps within this over four frames stands still."""
 _FAINT = 0.6
 """Below this share of its usual colour mass an object counts as not there."""
+_FAINT_ONCE = 0.45
+"""The same for a dip that occurs but once."""
 _DEFORMED = 0.42
 """Log of width over height beyond which an object is stretched."""
+_RECOLOURED_WAY = 0.16
+"""How near a blob of a new hue must be to the last place of a thing to be that thing."""
+_COLUMNS = ("centre", "area", "aspect", "form", "box", "strength")
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,6 @@ class Track:
     strength: np.ndarray
     ghost: bool = False
     """Whether this is a second copy of another thing, or a short apparition."""
-    extra: list[int] = field(default_factory=list)
 
     def places(self) -> zip:
         return zip(self.centre, self.seen)
@@ -85,21 +89,37 @@ class Track:
 
 
 def build_tracks(blobs: Blobs, num_frames: int) -> list[Track]:
-    """Link the blobs of one clip: one track per hue, then recoloured pieces joined, then copies."""
-    mains, copies = [], []
-    for hue in range(len(HUES)):
+    """Link the blobs of one clip: things of the first frame, then what is left of later hues."""
+    hosts, copies, later = [], [], []
+    for hue in np.unique(blobs.hue):
         rows = np.nonzero(blobs.hue == hue)[0]
+        if blobs.picture[rows[0]] > 0:
+            later.append(rows)
+            continue
+        chain = _smoothest_chain(blobs, rows)
+        hosts.append(_track(blobs, chain, num_frames))
+        copies.append((hosts[-1], np.setdiff1d(rows, chain)))
+    left = set(np.concatenate([*later, np.zeros(0, int)]))
+    for host in hosts:
+        _follow_recoloured(blobs, host, left)
+    for rows in later:
+        rows = np.array(sorted(left.intersection(rows)), int)
         if len(rows):
             chain = _smoothest_chain(blobs, rows)
-            mains.append(_track(blobs, hue, chain, num_frames))
-            rest = _copies(blobs, np.setdiff1d(rows, chain), mains[-1])
-            if len(rest):
-                copies.append(_track(blobs, hue, rest, num_frames, ghost=True))
-    return [*_join_recoloured(mains), *copies]
+            hosts.append(_track(blobs, chain, num_frames))
+            hosts[-1].ghost = len(chain) <= 2
+            copies.append((hosts[-1], np.setdiff1d(rows, chain)))
+    for host, rows in copies:
+        rest = _copies(blobs, rows, host)
+        if len(rest):
+            hosts.append(_track(blobs, rest, num_frames))
+            hosts[-1].ghost = True
+    return hosts
 
 
-def _track(blobs: Blobs, hue: int, rows: np.ndarray, num_frames: int, ghost: bool = False) -> Track:
-    frames = blobs.picture[rows]
+def _track(blobs: Blobs, rows: np.ndarray, num_frames: int) -> Track:
+    """A track of one hue, from at most one blob per frame."""
+    hue, frames = int(blobs.hue[rows[0]]), blobs.picture[rows]
     seen = np.zeros(num_frames, bool)
     seen[frames] = True
 
@@ -108,8 +128,8 @@ def _track(blobs: Blobs, hue: int, rows: np.ndarray, num_frames: int, ghost: boo
         full[frames] = values[rows]
         return full
 
-    columns = (blobs.centre, blobs.area, blobs.aspect, blobs.form, blobs.box, blobs.strength)
-    return Track(hue, seen, np.full(num_frames, hue), *map(spread, columns), ghost=ghost)
+    columns = (spread(getattr(blobs, name)) for name in _COLUMNS)
+    return Track(hue, seen, np.full(num_frames, hue), *columns)
 
 
 def _smoothest_chain(blobs: Blobs, rows: np.ndarray) -> np.ndarray:
@@ -145,37 +165,19 @@ def _copies(blobs: Blobs, rows: np.ndarray, main: Track) -> np.ndarray:
     return np.array([largest[frame] for frame in sorted(largest)], int)
 
 
-def _join_recoloured(tracks: list[Track]) -> list[Track]:
-    """Join tracks that take turns at one place: one thing that changes its colour."""
-    joined: list[Track] = []
-    for track in sorted(tracks, key=lambda t: (np.argmax(t.seen), -t.seen.sum())):
-        for host in joined:
-            if _takes_over(host, track):
-                fill = track.seen & (~host.seen | (track.area > host.area))
-                for name in ("hues", "centre", "area", "aspect", "form", "box", "strength"):
-                    getattr(host, name)[fill] = getattr(track, name)[fill]
-                host.seen = host.seen | fill
+def _follow_recoloured(blobs: Blobs, host: Track, left: set[int]) -> None:
+    """Where a thing is gone, follow a blob of a new hue that takes its place; uses up `left`."""
+    for frame in range(1, len(host.seen)):
+        if host.seen[frame] or not host.seen[frame - 1]:
+            continue
+        for row in sorted(left):
+            way = np.linalg.norm(blobs.centre[row] - host.centre[frame - 1])
+            if blobs.picture[row] == frame and way < _RECOLOURED_WAY:
+                for name in _COLUMNS:
+                    getattr(host, name)[frame] = getattr(blobs, name)[row]
+                host.seen[frame], host.hues[frame] = True, blobs.hue[row]
+                left.remove(row)
                 break
-        else:
-            joined.append(track)
-    full = max((t.seen.sum() for t in joined), default=0)
-    for track in joined:
-        track.ghost = bool(track.seen.sum() <= 2 < full)
-    return joined
-
-
-def _takes_over(host: Track, track: Track) -> bool:
-    """Whether `track` shows up where and when `host` is gone."""
-    if (host.seen & track.seen).sum() > 1 or not (track.seen & ~host.seen).any():
-        return False
-    switches = 0
-    for frame in range(len(host.seen) - 1):
-        a, b = (host, track) if host.seen[frame] else (track, host)
-        if a.seen[frame] and b.seen[frame + 1] and not a.seen[frame + 1]:
-            if np.linalg.norm(a.centre[frame] - b.centre[frame + 1]) > 0.16:
-                return False
-            switches += 1
-    return switches > 0
 
 
 def find_faults(
@@ -240,7 +242,7 @@ def _absences(track: Track) -> list[tuple[str, np.ndarray]]:
     runs = _runs(gone)
     spans = [("vanish", _span(len(gone), *run)) for run in runs if run[1] - run[0] >= 2]
     short = [run for run in runs if run[1] - run[0] < 2]
-    if short:
+    if len(short) > 1 or (short and mass[short[0][0]] < _FAINT_ONCE * usual):
         spans.append(("flicker", _span(len(gone), short[0][0], short[-1][1])))
     return spans
 

@@ -10,11 +10,13 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.toy_world.muon import ConvolutionMuon
 from examples.toy_world.training_state import (
     clips_to_tensor,
     load_state,
     render_batch,
     save_state,
+    set_rate,
     warmup_cosine,
 )
 
@@ -22,21 +24,23 @@ STAGE = 1
 LATENT_CHANNELS = 24
 STEPS = 2400
 BATCH = 16
-LEARNING_RATE = 2.5e-3
+MUON_RATE = 5e-3
+ADAM_RATE = 1.5e-3
 KL_WEIGHT = 1e-4
 
 
 def build_autoencoder() -> AutoencoderKLWan:
-    """Wan 2.2's layout (pixel patches, causal time) small enough for a CPU.
+    """Wan 2.2's layout (pixel patches, residual shortcuts, causal time) small enough for a CPU.
 
     Compresses 8 x 8 pixels and 4 frames into one latent position; the first frame stands alone.
     """
     model = AutoencoderKLWan(
-        base_dim=16,
+        base_dim=32,
         dim_mult=[1, 2, 2],
         z_dim=LATENT_CHANNELS,
         num_res_blocks=1,
         temperal_downsample=[True, True],
+        is_residual=True,
         patch_size=2,
         in_channels=12,
         out_channels=12,
@@ -66,28 +70,58 @@ def autoencoder_loss(model: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Te
     return error + 2 * (difference**2).mean() + KL_WEIGHT * kl, error
 
 
+def build_optimizers(model: AutoencoderKLWan) -> list[torch.optim.Optimizer]:
+    """Muon for the inner kernels, AdamW for the rest."""
+    kernels = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 4
+        and "conv_in" not in name
+        and "conv_out" not in name
+        and min(parameter.shape[:2]) > 8
+    ]
+    inner = {id(kernel) for kernel in kernels}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in inner]
+    optimizers = [
+        ConvolutionMuon(kernels, MUON_RATE),
+        torch.optim.AdamW(rest, ADAM_RATE, (0.9, 0.95), weight_decay=0.01),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_rate"] = group["lr"]
+    return optimizers
+
+
+def training_video(step: int, steps: int) -> Tensor:
+    """A batch of pieces of clips: two latent frames at first, three in the last quarter."""
+    video = clips_to_tensor(render_batch(STAGE, step * BATCH, BATCH))
+    length = 5 if step < 0.75 * steps else 9
+    first = step % (video.shape[2] - length + 1)
+    return video[:, :, first : first + length]
+
+
 def train_autoencoder(state_file: Path, device: str = "cpu", steps: int = STEPS) -> None:
     """Train, or go on training, until `steps`; the state file holds everything."""
     torch.manual_seed(STAGE)
     model = build_autoencoder().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, (0.9, 0.95), weight_decay=0.01)
+    optimizers = build_optimizers(model)
     state = load_state(state_file) or {"step": 0, "seconds": 0.0}
     if state["step"]:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
     began = time.monotonic() - state["seconds"]
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc="autoencoder")
     smooth = float("nan")
     for step in bar:
         torch.manual_seed(STAGE * 1_000_003 + step)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * warmup_cosine(step, steps, 100)
-        video = clips_to_tensor(render_batch(STAGE, step * BATCH, BATCH)).to(device)
-        loss, error = autoencoder_loss(model, video)
-        optimizer.zero_grad()
+        set_rate(optimizers, warmup_cosine(step, steps, 50))
+        loss, error = autoencoder_loss(model, training_video(step, steps).to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         smooth = error.item() if smooth != smooth else 0.98 * smooth + 0.02 * error.item()
         if step % 50 == 0:
             bar.set_postfix(error=f"{smooth:.4f}")
@@ -98,12 +132,14 @@ def train_autoencoder(state_file: Path, device: str = "cpu", steps: int = STEPS)
                     "step": step + 1,
                     "seconds": time.monotonic() - began,
                     "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 },
             )
 
 
-def latent_statistics(model: AutoencoderKLWan, batches: int = 16) -> tuple[list[float], list[float]]:
+def latent_statistics(
+    model: AutoencoderKLWan, batches: int = 16
+) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel over fresh training clips."""
     device = next(model.parameters()).device
     latents = []

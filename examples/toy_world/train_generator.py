@@ -26,12 +26,13 @@ from examples.toy_world.training_state import (
     load_state,
     render_batch,
     save_state,
+    set_rate,
     warmup_cosine,
 )
 from examples.toy_world.world import COLOURS, MOTIONS, SHAPES
 
 STAGE = 2
-BANK = 40_960
+BANK = 32_768
 BATCH = 64
 STEPS = 4000
 MUON_RATE = 3e-3
@@ -148,13 +149,6 @@ def build_optimizers(
         for group in optimizer.param_groups:
             group["base_rate"] = group["lr"]
     return optimizers
-
-
-def set_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """Scale every group's base rate."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_rate"] * factor
 
 
 def sample_sigma(count: int, generator: torch.Generator) -> Tensor:

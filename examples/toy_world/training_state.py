@@ -46,6 +46,13 @@ def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.02) -> fl
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
 
+def set_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Scale every group's base rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_rate"] * factor
+
+
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a state file so that a kill at any moment leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -211,9 +211,7 @@ def _path(track: Track, times: np.ndarray) -> np.ndarray:
     return _fold(line, np.full(2, wall), np.full(2, 1 - wall))
 
 
-def _sample_tracks(
-    random: np.random.Generator, settings: WorldSettings, split: str
-) -> list[Track]:
+def _sample_tracks(random: np.random.Generator, settings: WorldSettings, split: str) -> list[Track]:
     """Draw objects of one split whose paths stay apart."""
     times = np.arange(settings.num_frames, dtype=float)
     while True:
@@ -288,9 +286,7 @@ def _plant_one(
     """One attempt at one fault: new tracks and the truth, or None where something touches."""
     frames, severity = settings.num_frames, int(random.integers(1, 4))
     old = tracks[target]
-    track = replace(
-        old, rgb=old.rgb.copy(), alpha=old.alpha.copy(), stretch=old.stretch.copy()
-    )
+    track = replace(old, rgb=old.rgb.copy(), alpha=old.alpha.copy(), stretch=old.stretch.copy())
     first = int(random.integers(2, frames - 5))
     last = min(frames - 1, first + 2 + severity + int(random.integers(0, 3)))
     if kind == "teleport":

@@ -17,6 +17,9 @@ help:
 	@echo "make clean            remove caches and build products; keeps .venv, runs/, checkpoints"
 
 environment:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "$(PYTHON) was not found; name a Python with: make PYTHON=/path/to/python3.11 ..."; \
+		exit 1; }
 	@$(PYTHON) .ci/install.py
 
 demo: environment

@@ -5,8 +5,11 @@ what was installed, so that a call with nothing to do takes a fraction of a seco
 old on purpose: a Python that is too old must get as far as saying so.
 """
 
+from __future__ import print_function
+
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -47,32 +50,30 @@ def is_current():
 
 def diagnosis(lines):
     """Name the package a failed pip stopped at, and its reason, from pip's output lines."""
-    package, reasons = "unknown (pip named none)", []
-    for line in lines:
-        words = line.split()
-        if not reasons and words[:1] in (["Collecting"], ["Obtaining"]) and len(words) > 1:
-            package = words[1]
-        if not reasons and words[:3] == ["Building", "wheel", "for"] and len(words) > 3:
-            package = words[3]
-        if "ERROR:" in line or line.lstrip().startswith("error:"):
-            reasons.append(line.strip())
-    reason = "\n  ".join(reasons[-3:]) or "no reason given; the last line was: " + (
-        lines[-1].strip() if lines else "none"
-    )
-    return "package: {}\nreason:  {}".format(package, reason)
+    reasons = [line.strip() for line in lines if re.match(r"\s*(ERROR|error|OSError)\b", line)]
+    started = r"^\s*(?:Collecting|Downloading|Processing|Obtaining) (\S+)"
+    named = r"(?:distribution found for|building wheel for|Cannot install) (.+?)(?: because|$)"
+    package = "unknown (pip named none)"
+    for pattern, candidates in ((started, lines), (named, reasons)):
+        found = [match.group(1) for match in (re.search(pattern, c) for c in candidates) if match]
+        package = found[-1] if found else package
+    if not reasons:
+        last = lines[-1].strip() if lines else "none"
+        reasons = ["pip gave none; its last line was: " + last]
+    return "package: {}\nreason:  {}".format(package, "\n  ".join(reasons[-3:]))
 
 
 def run_pip(arguments):
     """Run pip with its output shown as it comes; stop with a diagnosis when it fails."""
-    command = [PYTHON, "-m", "pip", *arguments]
+    command = [PYTHON, "-m", "pip"] + arguments
     lines = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True
     ) as child:
         for line in child.stdout:
-            lines.append(line)
+            lines.append(line.rstrip())
             if not line.startswith("Requirement already satisfied"):
-                print("  " + line.rstrip(), flush=True)
+                print("  " + lines[-1], flush=True)
     if child.returncode != 0:
         sys.exit(
             "\nInstallation failed: {}\n{}\n"

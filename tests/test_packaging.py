@@ -215,23 +215,23 @@ def run_pytest(folder: Path, *sources: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-    ("source", "code"),
-    [
-        ("def test_a(): pass", pytest.ExitCode.OK),
-        ("def test_a(): assert 0", pytest.ExitCode.TESTS_FAILED),
-        ("x = 1", pytest.ExitCode.NO_TESTS_COLLECTED),
-        ("import pytest\ndef test_a(): pytest.skip('mine')", pytest.ExitCode.TESTS_FAILED),
-        ("import pytest\n@pytest.mark.network\ndef test_a(): pass", pytest.ExitCode.OK),
-        (
-            "import socket\ndef test_a(): socket.create_connection(('192.0.2.1', 80))",
-            pytest.ExitCode.TESTS_FAILED,
-        ),
-    ],
-    ids=["passes", "fails", "none", "skipped", "network", "connects"],
-)
-def test_a_run_fails_when_a_test_fails_or_none_ran(tmp_path: Path, source: str, code: int) -> None:
-    assert run_pytest(tmp_path, source).returncode == code
+def test_a_run_passes_without_the_network(tmp_path: Path) -> None:
+    network = "import pytest\n@pytest.mark.network\ndef test_a(): assert 0"
+    run = run_pytest(tmp_path, "def test_a(): pass", network)
+    assert run.returncode == pytest.ExitCode.OK
+    assert "1 passed, 1 skipped" in run.stdout
+
+
+def test_a_run_fails_when_a_test_fails_or_connects(tmp_path: Path) -> None:
+    connects = "import socket\ndef test_a(): socket.create_connection(('192.0.2.1', 80))"
+    run = run_pytest(tmp_path, "def test_a(): pass", "def test_a(): assert 0", connects)
+    assert run.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "tests must not use the network, got a connection to ('192.0.2.1', 80)" in run.stdout
+    assert "2 failed, 1 passed" in run.stdout
+
+
+def test_a_run_fails_when_no_test_ran(tmp_path: Path) -> None:
+    assert run_pytest(tmp_path, "x = 1").returncode == pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 def test_one_wholly_skipped_file_fails_a_run_of_two(tmp_path: Path) -> None:
@@ -279,7 +279,14 @@ def test_a_new_python_is_accepted(version: tuple[int, ...]) -> None:
 
 
 def test_the_installer_parses_on_an_old_python() -> None:
-    ast.parse(read(".ci/install.py"), feature_version=(3, 6))
+    ast.parse(read(".ci/install.py"), feature_version=(3, 4))
+
+
+def test_a_python_that_is_not_there_is_told_so() -> None:
+    command = ["make", "environment", "PYTHON=no_such_python"]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "no_such_python was not found; name a Python with: make PYTHON=" in run.stdout
 
 
 def test_a_second_call_does_nothing_until_a_file_changes(
@@ -317,15 +324,35 @@ def test_a_failing_install_names_package_and_reason_and_is_tried_again(clone: Pa
     assert not (clone / install.STAMP).exists()
 
 
-def test_a_failing_pip_that_names_nothing_is_quoted() -> None:
-    diagnosis = installer().diagnosis(["Killed\n"])
-    assert re.search(r"package: unknown .*\nreason: .*the last line was: Killed", diagnosis)
-    assert "the last line was: none" in installer().diagnosis([])
-
-
-def test_a_failing_build_is_named() -> None:
-    lines = ["Collecting a", "Collecting b", "Building wheel for a (pyproject.toml)", "error: gcc"]
-    assert installer().diagnosis(lines) == "package: a\nreason:  error: gcc"
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            ["Collecting a==1", "ERROR: No matching distribution found for b==2"],
+            "package: b==2\nreason:  ERROR: No matching distribution found for b==2",
+        ),
+        (
+            ["Collecting a==1", "  Downloading a-1.whl", "ERROR: Could not install: No space left"],
+            "package: a-1.whl\nreason:  ERROR: Could not install: No space left",
+        ),
+        (
+            ["Collecting b", "error: gcc failed", "  ERROR: Failed building wheel for c"],
+            "package: c\nreason:  error: gcc failed\n  ERROR: Failed building wheel for c",
+        ),
+        (
+            ["ERROR: Cannot install a==1, b==2 and c==3 because these conflict."],
+            "package: a==1, b==2 and c==3\nreason:  ERROR: Cannot install a==1, b==2 and c==3 "
+            "because these conflict.",
+        ),
+        (
+            ["Collecting a==1", "Killed"],
+            "package: a==1\nreason:  pip gave none; its last line was: Killed",
+        ),
+        ([], "package: unknown (pip named none)\nreason:  pip gave none; its last line was: none"),
+    ],
+)
+def test_what_is_said_of_a_failed_install(lines: list[str], expected: str) -> None:
+    assert installer().diagnosis(lines) == expected
 
 
 def test_a_half_made_environment_is_made_anew(clone: Path) -> None:

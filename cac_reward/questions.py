@@ -180,7 +180,7 @@ _RESERVED = re.compile(
     r"</?\s*(?:tool_call|tool_response|tools|think|answer|image|video|findings)\b[^<>]*>"
     r"|<\s*\|[^<>]*>?|\|\s*>"
     r"|<\s*\d+(?:\.\d+)?\s*seconds?\s*>"
-    r"|\bverdict\s*:",
+    r"|verdict\s*:",
     re.IGNORECASE,
 )
 _HIDDEN_CATEGORIES = ("Cc", "Cf", "Co", "Zl", "Zp")
@@ -205,17 +205,20 @@ def sanitise_prompt(prompt: str) -> str:
         raise ValueError(
             f"prompt must be valid Unicode, got {ascii(prompt[:200])}; read it as UTF-8"
         )
-    text = unicodedata.normalize("NFKC", prompt)
-    text = "".join(
-        " " if character in "\t\n\r\v\f\u2028\u2029" else character
-        for character in text
-        if character in "\t\n\r\v\f\u2028\u2029"
-        or unicodedata.category(character) not in _HIDDEN_CATEGORIES
-    )
-    stripped = None
+    text, stripped = prompt, None
     while stripped != text:
-        stripped, text = text, " ".join(_RESERVED.sub(" ", text).split())
+        stripped, text = text, unicodedata.normalize("NFKC", _without_hidden(text))
+        text = " ".join(_RESERVED.sub(" ", text).split())
     return text
+
+
+def _without_hidden(text: str) -> str:
+    """Text without invisible characters; line breaks and tabs become spaces."""
+    return "".join(
+        " " if character.isspace() else character
+        for character in text
+        if character.isspace() or unicodedata.category(character) not in _HIDDEN_CATEGORIES
+    )
 
 
 def _worded(wording: str, brief: str, full: str) -> str:

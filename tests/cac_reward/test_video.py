@@ -86,6 +86,7 @@ def test_float_frames_make_the_round_trip() -> None:
     assert torch.equal(again.frames, clip.frames)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fps", "shape"),
     [
@@ -164,7 +165,7 @@ def test_playlists_never_open_other_files(tmp_path: Path) -> None:
     ("container", "message"),
     [
         ("mp4", r"video must be a readable video file, got .*cut \(Invalid data"),
-        ("mp4 with its index in front", r"video must be whole, got \d+ of 40 frames in .*cut"),
+        ("mp4 with its index in front", r"video must be a readable video file, got .*cut"),
         ("matroska", r"video must be whole, got \d\.\d+ of 5\.00 s in .*cut; write or copy"),
     ],
 )
@@ -188,6 +189,13 @@ def test_a_half_written_file_is_refused(
     cut.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * kept)])
     with pytest.raises(ValueError, match=message):
         Video.decode(cut)
+
+
+def test_a_file_with_fewer_frames_than_it_says_is_refused() -> None:
+    stream, container = SimpleNamespace(frames=40), SimpleNamespace(streams=[1, 2])
+    module._check_whole(container, stream, [0.0] * 36, "x")
+    with pytest.raises(ValueError, match="must be whole, got 35 of 40 frames in x; write or copy"):
+        module._check_whole(container, stream, [0.0] * 35, "x")
 
 
 def test_a_sound_file_has_no_pictures(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from examples.toy_world.training_state import clips_to_tensor, render_batch, sav
 from examples.toy_world.world import Clip
 
 STAGE = 4
-BANK = 16_000
+BANK = 8_192
 BATCH = 64
 STEPS = 10
 GUIDANCE = 3.0

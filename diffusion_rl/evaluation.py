@@ -1,0 +1,305 @@
+"""Base and tuned generator on the same prompts and seeds, and what the judge says of spoilt copies.
+
+Axes: N videos of an evaluation, B of one batch, F frames, C, H, W.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor
+
+from diffusion_rl.comparison import (
+    Comparison,
+    Estimate,
+    McNemar,
+    compare,
+    compare_all,
+    mcnemar,
+    relative_reduction,
+)
+from diffusion_rl.guards import STATISTICS
+from diffusion_rl.page import Table, VideoPair, comparison_table, write_report
+from diffusion_rl.rewards import Reward, RewardFunction, judge_videos
+from diffusion_rl.shapes import check_shape
+
+__all__ = [
+    "AuditRow",
+    "Comparison",
+    "Estimate",
+    "McNemar",
+    "Measured",
+    "Table",
+    "VideoPair",
+    "audit_judge",
+    "audit_table",
+    "blurred_copy",
+    "broken",
+    "compare",
+    "compare_all",
+    "comparison_table",
+    "frozen_copy",
+    "gather",
+    "mcnemar",
+    "measure_generator",
+    "prompt_groups",
+    "relative_reduction",
+    "statistic_measures",
+    "summarise",
+    "write_report",
+]
+
+BLUR = 0.06
+"""Spread of the audit's blur, as a share of the shorter side."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a generator's videos measure."""
+
+    prompts: tuple[str, ...]
+    """N texts."""
+    seeds: tuple[int, ...]
+    """N seeds."""
+    values: Mapping[str, Tensor]
+    """Measure's name to [N]; NaN where it could not be taken."""
+    reports: Mapping[str, Sequence[Any]]
+    """N objects of each measure that gives reports."""
+    videos: Tensor
+    """[N F C H W] uint8 in [0, 255]; N = 0 where they were not kept."""
+
+
+def measure_generator(
+    sample: Callable[[Sequence[str], Sequence[int]], Tensor],
+    measures: Mapping[str, RewardFunction],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    fps: float,
+    batch_size: int = 32,
+) -> Iterator[Measured]:
+    """Sample videos and measure them, batch by batch.
+
+    Give the same prompts and seeds to both generators; `gather` joins what is yielded.
+
+    Args:
+        sample: (prompts, seeds) -> videos [B F C H W] in [0, 1]; equal seeds, equal noise.
+        measures: Name to a callable that honours the reward contract.
+        prompts: N texts; equal ones must follow each other and share a batch, so that diversity
+            can be measured.
+        seeds: N integers.
+        fps: Frames per second of the videos.
+        batch_size: Videos per batch, at least 1; more where one prompt alone has more.
+
+    Yields:
+        One `Measured` per batch, with its videos.
+
+    Raises:
+        ValueError: The prompts and seeds do not pair up, or an option is outside its range.
+    """
+    if not prompts or len(prompts) != len(seeds):
+        raise ValueError(
+            f"seeds must be one for each of at least one prompt, got {len(seeds)} for "
+            f"{len(prompts)} prompts"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    rewards = [Reward(name, function) for name, function in measures.items()]
+    for batch in _batches(prompts, batch_size):
+        texts, numbers = tuple(prompts[batch]), tuple(seeds[batch])
+        videos = sample(texts, numbers)
+        judged = judge_videos(rewards, videos, texts, fps=fps).judgements
+        yield Measured(
+            prompts=texts,
+            seeds=numbers,
+            values={name: one.score for name, one in judged.items()},
+            reports={
+                name: list(one.reports) for name, one in judged.items() if one.reports is not None
+            },
+            videos=(videos * 255).round().to(torch.uint8).cpu(),
+        )
+
+
+def gather(batches: Iterable[Measured], *, keep_videos: bool = True) -> Measured:
+    """Join the batches of one generator.
+
+    Args:
+        batches: At least one; may be a progress bar over `measure_generator`.
+        keep_videos: False drops the videos batch by batch, for those that do not fit in memory.
+
+    Raises:
+        ValueError: There is no batch.
+    """
+    parts = []
+    for part in batches:
+        videos = part.videos if keep_videos else part.videos[:0]
+        parts.append(Measured(part.prompts, part.seeds, part.values, part.reports, videos))
+    if not parts:
+        raise ValueError("batches must be at least one, got none")
+    return Measured(
+        prompts=tuple(text for part in parts for text in part.prompts),
+        seeds=tuple(seed for part in parts for seed in part.seeds),
+        values={name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values},
+        reports={
+            name: [report for part in parts for report in part.reports[name]]
+            for name in parts[0].reports
+        },
+        videos=torch.cat([part.videos for part in parts]),
+    )
+
+
+def prompt_groups(prompts: Sequence[str]) -> Tensor:
+    """Number the prompts [N] by their text: what `group` is in advantages and comparisons."""
+    numbers = {text: index for index, text in enumerate(dict.fromkeys(prompts))}
+    return torch.tensor([numbers[text] for text in prompts], dtype=torch.long)
+
+
+def statistic_measures(*names: str) -> dict[str, RewardFunction]:
+    """Make measures of the guards' statistics: motion, sharpness, contrast, diversity.
+
+    Raises:
+        ValueError: There is no such statistic.
+    """
+    unknown = [name for name in names if name not in STATISTICS]
+    if unknown:
+        raise ValueError(f"names must be among {', '.join(STATISTICS)}, got '{unknown[0]}'")
+    return {name: functools.partial(_measure_statistic, name) for name in names}
+
+
+def broken(scores: Tensor, threshold: float = 0.5) -> Tensor:
+    """Turn P(clean) into faults to count.
+
+    Args:
+        scores: [N]; NaN stays NaN.
+        threshold: Scores below it are broken.
+
+    Returns:
+        [N] float32, 1 broken, 0 clean.
+    """
+    return torch.where(scores.isnan(), torch.nan, (scores < threshold).float())
+
+
+def summarise(measured: Measured) -> dict[str, float]:
+    """Mean of every measure over the videos that have it, and how many videos there are."""
+    means = {name: values.nanmean().item() for name, values in measured.values.items()}
+    return {"videos": len(measured.prompts), **means}
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """What the judge says of one kind of copy."""
+
+    copy: str
+    """original, frozen or blurred."""
+    mean_score: float
+    """Over the videos judged; NaN where none was."""
+    passed: float
+    """Share of the videos judged that reach the threshold."""
+    preferred: float
+    """Share of videos whose copy scores above the original."""
+
+
+def audit_judge(
+    judge: RewardFunction,
+    videos: Tensor,
+    prompts: Sequence[str],
+    *,
+    fps: float,
+    threshold: float = 0.5,
+) -> list[AuditRow]:
+    """Ask a judge about a frozen and a blurred copy of every clip, which a good one refuses.
+
+    Where copies pass, training on this judge needs the motion and sharpness guards.
+
+    Args:
+        judge: Honours the reward contract.
+        videos: [N F C H W] in [0, 1].
+        prompts: N texts.
+        fps: Frames per second.
+        threshold: Score from which a clip passes.
+
+    Returns:
+        Rows for the original, the frozen and the blurred copies.
+    """
+    scores = {}
+    copies = {"original": videos, "frozen": frozen_copy(videos), "blurred": blurred_copy(videos)}
+    for name, copy in copies.items():
+        batch = judge_videos([Reward(f"{name} copies", judge)], copy, prompts, fps=fps)
+        scores[name] = batch.score
+    rows = []
+    for name, score in scores.items():
+        judged = score[~score.isnan()]
+        both = ~(score.isnan() | scores["original"].isnan())
+        rows.append(
+            AuditRow(
+                copy=name,
+                mean_score=_share(judged),
+                passed=_share(judged >= threshold),
+                preferred=_share(score[both] > scores["original"][both]),
+            )
+        )
+    return rows
+
+
+def audit_table(rows: Sequence[AuditRow]) -> Table:
+    """Lay out an audit for the report."""
+    return Table(
+        title="Can the judge be fooled?",
+        columns=["copy of each clip", "mean score", "passed as clean", "scored above the original"],
+        rows=[
+            [row.copy, row.mean_score, f"{100 * row.passed:.1f}%", f"{100 * row.preferred:.1f}%"]
+            for row in rows
+        ],
+        caption="A still or blurred clip shows no fault; where the judge lets it pass, only the "
+        "guards keep training from making such clips.",
+    )
+
+
+def frozen_copy(videos: Tensor) -> Tensor:
+    """Repeat the first frame of every video [N F C H W]."""
+    check_shape("videos", videos, "N F C H W")
+    return videos[:, :1].expand_as(videos).clone()
+
+
+def blurred_copy(videos: Tensor) -> Tensor:
+    """Blur every frame of videos [N F C H W] with a Gaussian of BLUR of the shorter side."""
+    axes = check_shape("videos", videos, "N F C H W")
+    spread = BLUR * min(axes["H"], axes["W"])
+    radius = max(1, math.ceil(2.5 * spread))
+    places = torch.arange(-radius, radius + 1, dtype=torch.float32, device=videos.device)
+    kernel = torch.exp(-(places**2) / (2 * spread**2))
+    kernel = kernel / kernel.sum()
+    planes = rearrange(videos.float(), "N F C H W -> (N F C) 1 H W")
+    planes = functional.pad(planes, (radius,) * 4, mode="replicate")
+    planes = functional.conv2d(planes, kernel.reshape(1, 1, 1, -1))
+    planes = functional.conv2d(planes, kernel.reshape(1, 1, -1, 1))
+    blurred = rearrange(planes, "(N F C) 1 H W -> N F C H W", N=axes["N"], F=axes["F"], C=axes["C"])
+    return blurred.clamp(0, 1).to(videos.dtype)
+
+
+def _measure_statistic(name: str, videos: Tensor, prompts: Sequence[str], *, fps: float) -> Tensor:
+    return STATISTICS[name](videos, prompt_groups(prompts).to(videos.device))
+
+
+def _share(values: Tensor) -> float:
+    return values.float().mean().item()
+
+
+def _batches(prompts: Sequence[str], size: int) -> Iterator[slice]:
+    """Runs of equal prompts packed into batches without splitting one."""
+    start = stop = 0
+    for _, run in groupby(prompts):
+        length = len(list(run))
+        if stop > start and stop + length - start > size:
+            yield slice(start, stop)
+            start = stop
+        stop += length
+    yield slice(start, stop)

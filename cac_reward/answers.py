@@ -251,8 +251,8 @@ def _number(what: str, value: object) -> float:
 
 def _read_window(value: object, duration_seconds: float) -> TimeWindow:
     start, end = (_number("window", one) for one in _list("window", value, 2, 2))
-    if end > duration_seconds + 2 * TIME_TOLERANCE:
-        raise ValueError(f"window must end within the clip's {duration_seconds:.2f} s")
+    if start >= duration_seconds or end > duration_seconds + 2 * TIME_TOLERANCE:
+        raise ValueError(f"window must lie within the clip's {duration_seconds:.2f} s")
     return TimeWindow(start, end)
 
 

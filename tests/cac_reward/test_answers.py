@@ -153,7 +153,8 @@ def test_thousandths_always_make_a_box(numbers: tuple[float, float, float, float
         (GOOD_CALL.replace("[0.25, 1.00]", "[0.25]"), "window must be a list of 2 to 2 entries"),
         (GOOD_CALL.replace("1.00", "0.25"), "window must have 0 <= start < end"),
         (GOOD_CALL.replace("0.25", "-0.25"), "window must have 0 <= start < end"),
-        (GOOD_CALL.replace("1.00", "6.02"), r"window must end within the clip's 6.00 s"),
+        (GOOD_CALL.replace("1.00", "6.02"), r"window must lie within the clip's 6.00 s"),
+        (GOOD_CALL.replace("0.25, 1.00", "6.00, 6.01"), r"window must lie within the clip's 6"),
         (GOOD_CALL.replace("1.00", '"1.00"'), "window must be a number;"),
         (GOOD_CALL.replace("1.00", "true"), "window must be a number;"),
         (GOOD_CALL.replace("1.00", "NaN"), "must hold finite numbers, got NaN"),
@@ -206,7 +207,7 @@ LINE_ONLY = GOOD_ANSWER.partition("\n")[0]
         (LINE_ONLY.replace("red circle", "\\ud800"), "why must be one printable line"),
         (LINE_ONLY.replace("red circle", "two\\nlines"), "why must be one printable line"),
         (LINE_ONLY.replace("red circle", "x" * 1000), "why must have at most 1000 characters"),
-        (LINE_ONLY.replace("1.00", "7.00"), "window must end within the clip's 6.00 s"),
+        (LINE_ONLY.replace("1.00", "7.00"), "window must lie within the clip's 6.00 s"),
     ],
 )
 def test_wrong_findings_are_refused(text: str, message: str) -> None:

@@ -20,7 +20,13 @@ from examples.toy_world.oracle import (
     prompt_match,
     read_prompt,
 )
-from examples.toy_world.world import FAULTS, render_clip, sample_prompts, write_prompt
+from examples.toy_world.world import (
+    FAULTS,
+    WorldSettings,
+    render_clip,
+    sample_prompts,
+    write_prompt,
+)
 
 SEED = 1_500_000_000
 CLEAN = [render_clip(SEED + i, fault="none") for i in range(60)]
@@ -66,6 +72,30 @@ def test_planted_faults_are_found_where_they_are(kind):
     assert prompt_match(reports) >= 0.9
 
 
+def test_two_things_may_take_the_same_new_colour():
+    """Both are recoloured to red for frames that overlap; neither vanishes."""
+    frames = np.full((13, 32, 32, 3), 40, np.uint8)
+    for frame in range(13):
+        left, right = 6 + frame // 2, 24 - frame // 2
+        frames[frame, 3:11, left - 4 : left + 4] = (
+            (235, 50, 50) if 3 <= frame < 9 else (60, 80, 245)
+        )
+        frames[frame, 20:28, right - 4 : right + 4] = (235, 50, 50) if frame >= 6 else (50, 215, 60)
+    findings = [f for f in judge_clip(frames, 8.0).findings if f.type != "freeze"]
+    assert sorted((f.type, f.object, f.window) for f in findings) == [
+        ("recolour", "blue square", (3 / 8, 9 / 8)),
+        ("recolour", "green square", (6 / 8, 13 / 8)),
+    ]
+
+
+@pytest.mark.parametrize("world", [WorldSettings(size=48, num_frames=17), WorldSettings(size=64)])
+def test_other_sizes_and_lengths(world):
+    clips = [render_clip(SEED + i, world) for i in range(40)]
+    reports = judge_clips(np.stack([clip.frames for clip in clips]), 8.0, [c.prompt for c in clips])
+    assert [report.broken for report in reports] == [bool(clip.faults) for clip in clips]
+    assert prompt_match(reports) == 1
+
+
 def test_boxes_lie_where_the_fault_is():
     for seed in range(SEED, SEED + 10):
         clip = render_clip(seed, fault="deform")
@@ -89,6 +119,7 @@ def tinted_grid(frames):
 
 HACKS = {
     "tint": lambda v: v + np.array([30.0, 25.0, 0.0], np.float32),
+    "light tint": lambda v: v + np.array([14.0, 12.0, 0.0], np.float32),
     "grid": grid,
     "tinted grid": tinted_grid,
     "blur": lambda v: ndimage.gaussian_filter(v, (0, 0, 2.5, 2.5, 0)),
@@ -167,6 +198,8 @@ def test_diversity_is_zero_for_copies_and_positive_for_seeds():
     apart = [diversity(part, ["a"] * 3) for part in (videos[:3], videos[3:])]
     assert both == pytest.approx(np.mean(apart))
     assert both > 0
+    plain = torch.tensor([0.2, 0.5]).view(2, 1, 1, 1, 1).expand(2, 13, 3, 32, 32)
+    assert diversity(plain, ["a", "a"]) == pytest.approx(0.3)
 
 
 class Identity(torch.nn.Module):

@@ -1,0 +1,426 @@
+"""What the demo shows: summary.json, the page a person opens, and the table of the console."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusion_rl.charts import BarChart, Line, LineChart
+from diffusion_rl.clips import Clip, judged_clip
+from diffusion_rl.comparison import McNemar
+from diffusion_rl.evaluation import Measured, audit_table
+from diffusion_rl.launch import Run
+from diffusion_rl.page import Section, Table, VideoPair, comparison_table, write_page
+from diffusion_rl.tracking import METRICS_FILE
+from examples.toy_world.demo_evaluation import (
+    JUDGE,
+    ORACLE,
+    SIDES,
+    SUMMARY_MEASURES,
+    UNWORLDLY,
+    Evaluation,
+    fault_rates,
+    side_summary,
+)
+from examples.toy_world.stored_run import StoredRun, read_curves
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "cac-reward")
+SHOWN_PAIRS = 6
+SHOWN_LOSSES = 2
+SMOOTH = 5
+Curves = Mapping[str, Sequence[float | None]]
+
+
+def build_summary(run: Run, evaluation: Evaluation) -> dict[str, Any]:
+    """The content of summary.json."""
+    reduction = evaluation.reduction()
+    ends = [None, None] if reduction is None else [reduction.low, reduction.high]
+    return {
+        "base": side_summary(evaluation.base),
+        "tuned": side_summary(evaluation.tuned),
+        "relative_reduction_oracle": None if reduction is None else reduction.value,
+        "relative_reduction_oracle_ci95": [_finite(end) for end in ends],
+        "videos_generated_in_training": run.state.videos_generated,
+        "reward_calls": run.state.reward_calls,
+        "training_seconds": round(run.state.seconds, 1),
+        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "seed": run.settings.seed,
+        "versions": versions(),
+    }
+
+
+def save_summary(summary: Mapping[str, Any], path: Path) -> None:
+    """Write the summary, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def peak_memory_mb() -> float:
+    """Most memory this process has held at once; the unit of ru_maxrss differs on macOS."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def result_table(evaluation: Evaluation) -> Table:
+    """Base against tuned with intervals, most important first."""
+    return comparison_table(
+        evaluation.comparisons(),
+        title="Before and after",
+        percent=("P(clean) by the judge", "P(yes) to the prompt"),
+        caption=f"{len(evaluation.base.prompts)} videos a side: the same held-out prompts, the "
+        "same noise. Intervals: paired bootstrap over prompts. The oracle tracks pixels, shares "
+        "no code with the judge and took no part in training.",
+    )
+
+
+def table_text(table: Table) -> str:
+    """A table for the console."""
+    rows = [[str(cell) for cell in row] for row in (table.columns, *table.rows)]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(table.columns))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def console_table(evaluation: Evaluation) -> str:
+    """The measures of summary.json as text."""
+    table = result_table(evaluation)
+    shown = [name.replace("_", " ") for name in SUMMARY_MEASURES]
+    rows = [row for row in table.rows if row[0] in shown]
+    return table_text(Table(title=table.title, columns=table.columns, rows=rows))
+
+
+def write_demo_page(
+    run: Run,
+    evaluation: Evaluation,
+    summary: Mapping[str, Any],
+    stored: Mapping[str, StoredRun | None],
+) -> Path:
+    """Write report.html.
+
+    Args:
+        run: Finished.
+        evaluation: Of its generator.
+        summary: From `build_summary`.
+        stored: `unguarded`, and the name of the row that this run did not use; None where there
+            is no such file.
+    """
+    curves = read_curves(run.output / METRICS_FILE)
+    name = run.settings.algorithm.name
+    other = next((one for key, one in stored.items() if key != "unguarded" and one), None)
+    sections = [
+        Section(title="", tables=[result_table(evaluation)]),
+        _faults(evaluation),
+        _training(name, curves, other),
+        _videos(evaluation),
+    ]
+    if stored.get("unguarded") is not None:
+        sections.append(_hack(stored["unguarded"], curves, summary))  # type: ignore[arg-type]
+    sections += [_trust(evaluation), _cost(run, summary)]
+    return write_page(
+        run.output / "report.html",
+        title="A text-to-video generator learns to break less often",
+        lead=lead_sentence(run, evaluation, summary),
+        summary=summary,
+        sections=sections,
+    )
+
+
+def lead_sentence(run: Run, evaluation: Evaluation, summary: Mapping[str, Any]) -> str:
+    """What happened, in two sentences."""
+    before, after = (summary[side]["anomaly_rate_oracle"] for side in ("base", "tuned"))
+    minutes = summary["training_seconds"] / 60
+    return (
+        f"After {run.state.step} updates of {run.settings.algorithm.name} on the CaC reward "
+        f"({summary['videos_generated_in_training']:,} videos, {minutes:.1f} minutes), "
+        f"{after:.0%} of the videos break where {before:.0%} did. So says an oracle that tracks "
+        f"pixels and took no part in training, on {len(evaluation.base.prompts)} videos of "
+        "held-out prompts."
+    )
+
+
+def _faults(evaluation: Evaluation) -> Section:
+    base, tuned = fault_rates(evaluation.base), fault_rates(evaluation.tuned)
+    tests = evaluation.tests()
+    return Section(
+        title="Which faults",
+        charts=[
+            BarChart(
+                title="Videos with each type of fault, by the oracle",
+                labels=list(base),
+                series={"base": list(base.values()), "tuned": list(tuned.values())},
+                percent=True,
+                caption=f"A video may have several. {UNWORLDLY.capitalize()}: tinted, patterned, "
+                "blurred, empty, or otherwise no clip of moving shapes.",
+            )
+        ],
+        tables=[
+            Table(
+                title="McNemar's exact test of broken videos",
+                columns=["judge", "broken before only", "broken after only", "p"],
+                rows=[_test_row(name, test) for name, test in tests.items()],
+            )
+        ],
+    )
+
+
+def _test_row(name: str, test: McNemar) -> list[str | float | int]:
+    words = {"oracle": "oracle (held out)", "judge": "CaC judge (was the reward)"}
+    return [words[name], test.only_base, test.only_tuned, f"{test.p_value:.1e}"]
+
+
+def _training(name: str, curves: Curves, other: StoredRun | None) -> Section:
+    """The curves of training, and the other row's beside them."""
+    charts = [
+        LineChart(
+            title="What the rewards said",
+            lines=[
+                _line("P(clean), CaC judge", curves, f"rewards/{JUDGE}"),
+                _line("P(yes), prompt alignment", curves, "rewards/alignment"),
+            ],
+            x_label="updates",
+            y_range=(0.0, 1.0),
+            smooth=SMOOTH,
+        ),
+        LineChart(
+            title="What the guards saw, as a share of the base generator",
+            lines=[
+                _line(key.removeprefix("guards/"), curves, key)
+                for key in curves
+                if key.startswith("guards/")
+            ],
+            x_label="updates",
+            percent=True,
+            smooth=SMOOTH,
+        ),
+    ]
+    if other is not None:
+        charts.append(
+            LineChart(
+                title="Both rows of the table of algorithms",
+                lines=[
+                    _line(f"{name} (this run)", curves, f"rewards/{JUDGE}", "seconds"),
+                    _line(
+                        f"{other.algorithm} (stored)", other.curves, f"rewards/{JUDGE}", "seconds"
+                    ),
+                ],
+                x_label="seconds of training",
+                y_label="P(clean)",
+                y_range=(0.0, 1.0),
+                smooth=SMOOTH,
+                caption=f"{other.algorithm} was run beforehand with {other.config} on "
+                f"{other.machine}: broken videos {other.base['anomaly_rate_oracle']:.0%} before, "
+                f"{other.tuned['anomaly_rate_oracle']:.0%} after.",
+            )
+        )
+    charts.append(
+        LineChart(
+            title="Distance from the base generator (KL term)",
+            lines=[_line("kl", curves, "kl")],
+            x_label="updates",
+            smooth=SMOOTH,
+        )
+    )
+    return Section(title="Training", charts=charts)
+
+
+def _line(name: str, curves: Curves, key: str, along: str = "step") -> Line:
+    values = curves.get(key, ())
+    places = curves.get(along, ())[: len(values)]
+    numbers = [math.nan if value is None else value for value in values]
+    return Line(name, [0.0 if place is None else place for place in places], numbers)
+
+
+def choose_pairs(evaluation: Evaluation) -> tuple[list[int], list[int]]:
+    """Places of videos to show: broken before (by the oracle), and broken after only.
+
+    The first of each kind, one for each prompt: nobody picked them.
+    """
+    before, after = (evaluation.values[side]["anomaly_rate_oracle"] > 0 for side in SIDES)
+    prompts = evaluation.base.prompts
+    found = []
+    for wanted, count in ((before, SHOWN_PAIRS), (after & ~before, SHOWN_LOSSES)):
+        first = {prompts[place]: place for place in reversed(wanted.nonzero().flatten().tolist())}
+        found.append(sorted(first.values())[:count])
+    return found[0], found[1]
+
+
+def _videos(evaluation: Evaluation) -> Section:
+    broken_before, broken_after = choose_pairs(evaluation)
+    return Section(
+        title="Videos before and after",
+        paragraphs=[
+            f"The first {len(broken_before)} prompts with a video that was broken before "
+            f"training, and the first {len(broken_after)} with one that broke only after it; "
+            "nobody picked them. Windows, boxes and words are the judge's; the line below them is "
+            "the oracle's."
+        ],
+        video_pairs=[_pair(evaluation, place) for place in (*broken_before, *broken_after)],
+    )
+
+
+def _pair(evaluation: Evaluation, place: int) -> VideoPair:
+    return VideoPair(
+        prompt=evaluation.base.prompts[place],
+        base=_judged(evaluation.base, place, evaluation.fps),
+        tuned=_judged(evaluation.tuned, place, evaluation.fps),
+    )
+
+
+def _judged(measured: Measured, place: int, fps: float) -> Clip:
+    report = measured.reports[ORACLE][place]
+    found = [f"{one.type} at {one.window[0]:.2f}-{one.window[1]:.2f} s" for one in report.findings]
+    said = ", ".join([*dict.fromkeys(found), *report.unworldly]) or "nothing wrong"
+    followed = "" if report.prompt_followed else "; not what the prompt asks for"
+    return judged_clip(
+        measured.videos[place].float() / 255,
+        fps,
+        measured.reports[JUDGE][place],
+        note=f"Oracle: {said}{followed}.",
+    )
+
+
+def _hack(stored: StoredRun, curves: Curves, summary: Mapping[str, Any]) -> Section:
+    """The stored run without guards."""
+    rows: list[list[str | float | int]] = []
+    for name in SUMMARY_MEASURES:
+        share = "rate" in name or "match" in name
+        numbers = (stored.base[name], stored.tuned[name], summary["tuned"][name])
+        shown = [f"{100 * number:.1f}%" if share else f"{number:.3g}" for number in numbers]
+        rows.append([name.replace("_", " "), *shown])
+    kinds = stored.tuned_faults
+    return Section(
+        title="What happens without guards",
+        paragraphs=[
+            "The same judge as the only reward, with no prompt alignment, no guards and no KL "
+            f"term ({stored.config}, {stored.updates} updates, run beforehand on "
+            f"{stored.machine}). The judge grows content; look at what the videos have become."
+        ],
+        tables=[
+            Table(
+                title="Without guards against this run",
+                columns=["measure", "base", "without guards", "this run"],
+                rows=rows,
+            )
+        ],
+        charts=[
+            LineChart(
+                title="The judge's opinion without guards",
+                lines=[
+                    _line("without guards", stored.curves, f"rewards/{JUDGE}"),
+                    _line("this run", curves, f"rewards/{JUDGE}"),
+                ],
+                x_label="updates",
+                y_label="P(clean)",
+                y_range=(0.0, 1.0),
+                smooth=SMOOTH,
+            ),
+            LineChart(
+                title="What nobody guarded, as a share of the base generator",
+                lines=[
+                    _line(key.removeprefix("guards/"), stored.curves, key)
+                    for key in stored.curves
+                    if key.startswith("guards/")
+                ],
+                x_label="updates",
+                percent=True,
+                smooth=SMOOTH,
+            ),
+            BarChart(
+                title="Faults by the oracle, before and after the unguarded run",
+                labels=list(kinds),
+                series={
+                    "base": [stored.base_faults[kind] for kind in kinds],
+                    "without guards": list(kinds.values()),
+                },
+                percent=True,
+            ),
+        ],
+        video_pairs=[
+            VideoPair(
+                prompt=pair.prompt,
+                base=Clip(pair.base.float() / 255, stored.fps),
+                tuned=Clip(pair.tuned.float() / 255, stored.fps),
+            )
+            for pair in stored.pairs
+        ],
+    )
+
+
+def _trust(evaluation: Evaluation) -> Section:
+    """How far judge and oracle can be believed."""
+    errors = evaluation.oracle_errors
+    missed = errors["miss_rate_by_type"]
+    rows: list[list[str | float | int]] = [
+        ["right about a clip", _percent(errors["accuracy"])],
+        ["sound clips called broken", _percent(errors["false_alarm_rate"])],
+        ["broken clips called sound", _percent(errors["miss_rate"])],
+        ["overlap of its windows with the truth", f"{errors['window_iou']:.2f}"],
+        ["prompts of sound clips read as followed", _percent(errors["prompt_match"])],
+    ]
+    rows += [[f"{kind} missed", _percent(rate)] for kind, rate in missed.items()]
+    return Section(
+        title="How far to believe this",
+        tables=[
+            Table(
+                title="The oracle's own errors",
+                columns=["on rendered clips whose faults are known", "rate"],
+                rows=rows,
+                caption=f"{errors['clips']} rendered clips that no training saw, passed through "
+                "the generator's autoencoder. A missed type may still be found under another.",
+            ),
+            audit_table(evaluation.audit),
+        ],
+    )
+
+
+def _cost(run: Run, summary: Mapping[str, Any]) -> Section:
+    options = run.settings.rollout
+    rows: list[list[str | float | int]] = [
+        ["videos drawn in training", summary["videos_generated_in_training"]],
+        ["rewards asked for", summary["reward_calls"]],
+        ["seconds of training", summary["training_seconds"]],
+        ["most memory, MB", summary["peak_memory_mb"]],
+        ["updates", run.state.step],
+        ["videos an update", options.prompts_per_update * options.videos_per_prompt],
+        ["denoising steps", options.num_inference_steps],
+        ["guidance", options.guidance_scale],
+        ["learning rate", f"{run.settings.optimizer.learning_rate:g}"],
+        ["LoRA rank", run.settings.lora.rank],
+        ["seed", run.settings.seed],
+    ]
+    rows += [[name, version] for name, version in summary["versions"].items()]
+    table = Table(title="Cost and settings", columns=["", "this run"], rows=rows)
+    return Section(title="", tables=[table])
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f}%"
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -215,7 +215,7 @@ def _cards(summary: Mapping[str, Any]) -> str:
     base, tuned = summary.get("base"), summary.get("tuned")
     if isinstance(base, Mapping) and isinstance(tuned, Mapping):
         for name, before in base.items():
-            after = tuned.get(name)
+            after: Any = tuned.get(name)
             if not (_is_number(before) and _is_number(after)) or name == "videos":
                 continue
             share = _is_share(name)

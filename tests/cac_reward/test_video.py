@@ -116,7 +116,8 @@ def test_uneven_frames_are_brought_to_an_even_rate(caplog: pytest.LogCaptureFixt
     held = (brightness - brightness[clip.num_frames // 2]).abs() < 4
     assert 0.3 < held.float().mean() < 0.7
     assert (brightness.diff() > -3).all()
-    assert clip.duration_seconds == pytest.approx(10 / 8, rel=0.15)
+    # 10 / 8 s, give or take the time for which the last picture stays, which the file does not say.
+    assert 1.06 < clip.duration_seconds < 1.44
 
 
 def test_a_stated_rate_is_believed(caplog: pytest.LogCaptureFixture) -> None:

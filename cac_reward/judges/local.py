@@ -137,9 +137,9 @@ class LocalJudge(AbstractJudge):
         tools: Sequence[Mapping[str, object]] = (),
     ) -> Tensor:
         prefixes = one_prefix_each(prefix, len(conversations))
-        tokens = self._tokenizer(list(choices), add_special_tokens=False)["input_ids"]
-        if len(tokens) < 2 or not all(tokens) or len({tuple(one) for one in tokens}) < len(tokens):
+        if len(choices) < 2 or "" in choices or len(set(choices)) < len(choices):
             raise ValueError(f"choices must be two or more different texts, got {list(choices)}")
+        tokens = self._tokenizer(list(choices), add_special_tokens=False)["input_ids"]
         log_probs = torch.empty(len(conversations), len(tokens))
         with self._lock:
             for rows, read in self._reader.read(conversations, prefixes, tools):

@@ -9,17 +9,18 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_rl.charts import BarChart, Line, LineChart
+from diffusion_rl.charts import BarChart
 from diffusion_rl.clips import Clip, judged_clip
 from diffusion_rl.comparison import McNemar
 from diffusion_rl.evaluation import Measured, audit_table
 from diffusion_rl.launch import Run
 from diffusion_rl.page import Section, Table, VideoPair, comparison_table, write_page
 from diffusion_rl.tracking import METRICS_FILE
+from examples.toy_world.demo_curves import hack_section, training_section
 from examples.toy_world.demo_evaluation import (
     JUDGE,
     ORACLE,
@@ -35,8 +36,6 @@ from examples.toy_world.stored_run import StoredRun, read_curves
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "cac-reward")
 SHOWN_PAIRS = 6
 SHOWN_LOSSES = 2
-SMOOTH = 5
-Curves = Mapping[str, Sequence[float | None]]
 
 
 def build_summary(run: Run, evaluation: Evaluation) -> dict[str, Any]:
@@ -135,11 +134,11 @@ def write_demo_page(
     sections = [
         Section(title="", tables=[result_table(evaluation)]),
         _faults(evaluation),
-        _training(name, curves, other),
+        training_section(name, curves, other),
         _videos(evaluation),
     ]
     if stored.get("unguarded") is not None:
-        sections.append(_hack(stored["unguarded"], curves, summary))  # type: ignore[arg-type]
+        sections.append(hack_section(stored["unguarded"], curves, summary))  # type: ignore[arg-type]
     sections += [_trust(evaluation), _cost(run, summary)]
     return write_page(
         run.output / "report.html",
@@ -193,68 +192,6 @@ def _test_row(name: str, test: McNemar) -> list[str | float | int]:
     return [words[name], test.only_base, test.only_tuned, f"{test.p_value:.1e}"]
 
 
-def _training(name: str, curves: Curves, other: StoredRun | None) -> Section:
-    """The curves of training, and the other row's beside them."""
-    charts = [
-        LineChart(
-            title="What the rewards said",
-            lines=[
-                _line("P(clean), CaC judge", curves, f"rewards/{JUDGE}"),
-                _line("P(yes), prompt alignment", curves, "rewards/alignment"),
-            ],
-            x_label="updates",
-            y_range=(0.0, 1.0),
-            smooth=SMOOTH,
-        ),
-        LineChart(
-            title="What the guards saw, as a share of the base generator",
-            lines=[
-                _line(key.removeprefix("guards/"), curves, key)
-                for key in curves
-                if key.startswith("guards/")
-            ],
-            x_label="updates",
-            percent=True,
-            smooth=SMOOTH,
-        ),
-    ]
-    if other is not None:
-        charts.append(
-            LineChart(
-                title="Both rows of the table of algorithms",
-                lines=[
-                    _line(f"{name} (this run)", curves, f"rewards/{JUDGE}", "seconds"),
-                    _line(
-                        f"{other.algorithm} (stored)", other.curves, f"rewards/{JUDGE}", "seconds"
-                    ),
-                ],
-                x_label="seconds of training",
-                y_label="P(clean)",
-                y_range=(0.0, 1.0),
-                smooth=SMOOTH,
-                caption=f"{other.algorithm} was run beforehand with {other.config} on "
-                f"{other.machine}: broken videos {other.base['anomaly_rate_oracle']:.0%} before, "
-                f"{other.tuned['anomaly_rate_oracle']:.0%} after.",
-            )
-        )
-    charts.append(
-        LineChart(
-            title="Distance from the base generator (KL term)",
-            lines=[_line("kl", curves, "kl")],
-            x_label="updates",
-            smooth=SMOOTH,
-        )
-    )
-    return Section(title="Training", charts=charts)
-
-
-def _line(name: str, curves: Curves, key: str, along: str = "step") -> Line:
-    values = curves.get(key, ())
-    places = curves.get(along, ())[: len(values)]
-    numbers = [math.nan if value is None else value for value in values]
-    return Line(name, [0.0 if place is None else place for place in places], numbers)
-
-
 def choose_pairs(evaluation: Evaluation) -> tuple[list[int], list[int]]:
     """Places of videos to show: broken before (by the oracle), and broken after only.
 
@@ -301,73 +238,6 @@ def _judged(measured: Measured, place: int, fps: float) -> Clip:
         fps,
         measured.reports[JUDGE][place],
         note=f"Oracle: {said}{followed}.",
-    )
-
-
-def _hack(stored: StoredRun, curves: Curves, summary: Mapping[str, Any]) -> Section:
-    """The stored run without guards."""
-    rows: list[list[str | float | int]] = []
-    for name in SUMMARY_MEASURES:
-        share = "rate" in name or "match" in name
-        numbers = (stored.base[name], stored.tuned[name], summary["tuned"][name])
-        shown = [f"{100 * number:.1f}%" if share else f"{number:.3g}" for number in numbers]
-        rows.append([name.replace("_", " "), *shown])
-    kinds = stored.tuned_faults
-    return Section(
-        title="What happens without guards",
-        paragraphs=[
-            "The same judge as the only reward, with no prompt alignment, no guards and no KL "
-            f"term ({stored.config}, {stored.updates} updates, run beforehand on "
-            f"{stored.machine}). The judge grows content; look at what the videos have become."
-        ],
-        tables=[
-            Table(
-                title="Without guards against this run",
-                columns=["measure", "base", "without guards", "this run"],
-                rows=rows,
-            )
-        ],
-        charts=[
-            LineChart(
-                title="The judge's opinion without guards",
-                lines=[
-                    _line("without guards", stored.curves, f"rewards/{JUDGE}"),
-                    _line("this run", curves, f"rewards/{JUDGE}"),
-                ],
-                x_label="updates",
-                y_label="P(clean)",
-                y_range=(0.0, 1.0),
-                smooth=SMOOTH,
-            ),
-            LineChart(
-                title="What nobody guarded, as a share of the base generator",
-                lines=[
-                    _line(key.removeprefix("guards/"), stored.curves, key)
-                    for key in stored.curves
-                    if key.startswith("guards/")
-                ],
-                x_label="updates",
-                percent=True,
-                smooth=SMOOTH,
-            ),
-            BarChart(
-                title="Faults by the oracle, before and after the unguarded run",
-                labels=list(kinds),
-                series={
-                    "base": [stored.base_faults[kind] for kind in kinds],
-                    "without guards": list(kinds.values()),
-                },
-                percent=True,
-            ),
-        ],
-        video_pairs=[
-            VideoPair(
-                prompt=pair.prompt,
-                base=Clip(pair.base.float() / 255, stored.fps),
-                tuned=Clip(pair.tuned.float() / 255, stored.fps),
-            )
-            for pair in stored.pairs
-        ],
     )
 
 

@@ -156,6 +156,7 @@ class CaCScorer:
         Raises:
             ValueError: If layout, range, rate or the number of prompts is wrong.
         """
+        check_videos(videos, fps)
         reports = self.inspect(videos, prompts, fps=fps)
         count, num_frames, _, height, width = videos.shape
         scale = min(1.0, MAX_BLAME_SIDE / max(height, width))

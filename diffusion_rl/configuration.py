@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from diffusion_rl.algorithms import algorithm
+from diffusion_rl.algorithms import ALGORITHMS, algorithm
 from diffusion_rl.finetune import FinetuneSettings
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.lora import LoraSettings
@@ -135,32 +135,38 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
         raise FileNotFoundError(f"config must be an existing YAML file, got {path}{near}")
     try:
         config = OmegaConf.load(path)
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            if not (key and equals):
-                raise ValueError(f"overrides must be key=value, got {override!r}")
-            OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value)
-        tree = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config must be readable YAML, got {path}: {error}") from error
-    except (AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"overrides must fit {path}, got {overrides}: {error}") from error
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not (key and equals):
+            raise ValueError(f"overrides must be key=value, got {override!r}")
+        try:
+            OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value)
+        except (OmegaConfBaseException, YAMLError, AttributeError, TypeError) as error:
+            raise ValueError(f"overrides must fit {path}, got {override!r}: {error}") from error
+    try:
+        tree = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"config must hold values or references, got {path}: {error}") from error
     return build(tree)
 
 
 def build(tree: Any) -> RunSettings:
     """Plain dictionaries and lists to settings."""
-    settings = _convert(RunSettings, tree, "")
-    rollout = tree.get("rollout") or {}
-    row = settings.algorithm.name
-    if algorithm(row).learning_steps != "recorded":
-        for name in ONLY_RECORDED:
+    algorithm_tree, rollout = (
+        tree.get(name) if isinstance(tree, Mapping) else None for name in ("algorithm", "rollout")
+    )
+    if isinstance(algorithm_tree, Mapping) and isinstance(rollout, Mapping):
+        row = algorithm_tree.get("name")
+        ignored = row in ALGORITHMS and ALGORITHMS[row].learning_steps != "recorded"
+        for name in ONLY_RECORDED if ignored else ():
             if name in rollout:
                 raise ValueError(
                     f"rollout.{name} must be left out with algorithm '{row}', got "
                     f"{rollout[name]}; it would be ignored"
                 )
-    return settings
+    return _convert(RunSettings, tree, "")
 
 
 def to_tree(settings: Any) -> dict[str, Any]:

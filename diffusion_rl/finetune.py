@@ -1,6 +1,6 @@
 """The loop: draw videos, judge them, move the adapter; one StepReport for each update.
 
-Axes: B videos, K denoising steps, S recorded ones.
+Axes: B videos.
 """
 
 from __future__ import annotations
@@ -8,146 +8,31 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from diffusion_rl.advantages import missing_share, tied_share
 from diffusion_rl.algorithms import algorithm
+from diffusion_rl.collect import Batch, collect, update_source
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
-from diffusion_rl.guards import GuardReport, GuardSettings, apply_guards, measure_reference
-from diffusion_rl.lora import old_policy, reference_policy, trained_parameters, update_old_policy
+from diffusion_rl.guards import GuardReport, apply_guards, measure_reference
+from diffusion_rl.lora import reference_policy, trained_parameters, update_old_policy
+from diffusion_rl.progress import FinetuneSettings, FinetuneState, StepReport
 from diffusion_rl.rewards import JudgedBatch, Reward, judge_videos
-from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
+from diffusion_rl.rollout import Trajectory
 from diffusion_rl.self_check import self_check
 from diffusion_rl.updates import (
     AlgorithmSettings,
-    GrpoSettings,
     NftSettings,
-    OptimizerSettings,
     UpdateStatistics,
     build_optimizer,
     update_policy,
 )
 
+__all__ = ["FinetuneSettings", "FinetuneState", "StepReport", "begin", "finetune"]
+
 logger = logging.getLogger(__name__)
-
-# Seeds of training videos start here, so that small seeds stay unseen for evaluation.
-FIRST_TRAINING_SEED = 1 << 31
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneSettings:
-    """What the loop needs besides its parts."""
-
-    algorithm: AlgorithmSettings = field(default_factory=GrpoSettings)
-    """A row of the table with its options."""
-    rollout: RolloutSettings = field(default_factory=RolloutSettings)
-    """How videos are drawn."""
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    """How the adapter moves."""
-    guards: tuple[GuardSettings, ...] = ()
-    """What must not fall below the base policy's level."""
-    updates: int = 60
-    """The loop ends after this many updates, counted over resumed runs; at least 1."""
-    seed: int = 0
-    """Fixes prompts, noise and noise levels of every update; at least 0."""
-    missing_limit: float = 0.5
-    """Share of unjudged videos at which the run stops, in [0, 1)."""
-
-    def __post_init__(self) -> None:
-        if self.updates < 1:
-            raise ValueError(f"updates must be at least 1, got {self.updates}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
-        if not 0 <= self.missing_limit < 1:
-            raise ValueError(f"missing_limit must be in [0, 1), got {self.missing_limit}")
-        replays = algorithm(self.algorithm.name).learning_steps == "recorded"
-        if replays and self.rollout.learning_guidance != self.rollout.guidance_scale:
-            raise ValueError(
-                f"rollout.train_guidance must be left out with algorithm '{self.algorithm.name}', "
-                f"got {self.rollout.train_guidance}; a step can only be replayed as it was taken"
-            )
-
-
-@dataclass
-class FinetuneState:
-    """What an update changes besides the adapter; saved and restored by `checkpoint`."""
-
-    optimizer: torch.optim.Optimizer
-    """Over the adapter's parameters."""
-    step: int = 0
-    """Updates done."""
-    reference_levels: dict[str, float] = field(default_factory=dict)
-    """The base policy's level of every guarded statistic."""
-    videos_generated: int = 0
-    """Since the first start, those for the guards' reference levels included."""
-    reward_calls: int = 0
-    """Videos judged times rewards."""
-    seconds: float = 0.0
-    """Wall time spent in updates."""
-
-
-class Batch(NamedTuple):
-    """One update's videos; every field follows from the settings' seed and the update's number."""
-
-    trajectory: Trajectory
-    """What was drawn."""
-    group: Tensor
-    """[B] long: videos of one group share a prompt slot."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One update in numbers; the field names are the metric names."""
-
-    step: int
-    """Updates done, this one included."""
-    reward: float
-    """Mean over judged videos of the weighted sum of rewards, guards' penalties not taken off."""
-    rewards: Mapping[str, float]
-    """Mean over judged videos of each reward by name, unweighted."""
-    penalty: float
-    """Mean over videos of what the guards took off."""
-    guards: Mapping[str, float]
-    """Mean of each guarded statistic, as a share of the base policy's level."""
-    alarms: tuple[str, ...]
-    """Guarded statistics whose mean fell below their floor."""
-    score_std: float
-    """Spread over judged videos of reward minus penalty."""
-    advantage_size: float
-    """Mean |advantage| over videos."""
-    tied_share: float
-    """Share of groups whose judged scores are all equal, which teach nothing."""
-    missing_share: float
-    """Share of videos that no score exists for."""
-    loss: float
-    """As in UpdateStatistics."""
-    ratio_deviation: float
-    """As in UpdateStatistics."""
-    clip_fraction: float
-    """As in UpdateStatistics."""
-    kl: float
-    """As in UpdateStatistics."""
-    grad_norm: float
-    """As in UpdateStatistics."""
-    collect_seconds: float
-    """Drawing and decoding the videos."""
-    judge_seconds: float
-    """Rewards and guards."""
-    update_seconds: float
-    """Gradients and optimiser steps."""
-    videos_generated: int
-    """Since the first start, those for the guards' reference levels included."""
-    reward_calls: int
-    """Videos judged times rewards, since the first start."""
-    seconds: float
-    """Wall time of all updates since the first start."""
 
 
 def begin(generator: AbstractVideoGenerator, settings: FinetuneSettings) -> FinetuneState:
@@ -231,39 +116,6 @@ def finetune(
         )
 
 
-def collect(
-    generator: AbstractVideoGenerator,
-    embeddings: PromptEmbeddings,
-    settings: FinetuneSettings,
-    *,
-    step: int,
-) -> Batch:
-    """Draw the videos of update `step`, which fixes prompts, seeds and stochastic steps."""
-    source = update_source(settings.seed, step)
-    options = settings.rollout
-    groups, members = options.prompts_per_update, options.videos_per_prompt
-    chosen = choose_prompts(len(embeddings), groups, settings.seed, step)
-    group = torch.arange(groups).repeat_interleave(members)
-    seeds = torch.randint(1 << 31, (groups * members,), generator=source) + FIRST_TRAINING_SEED
-    row = algorithm(settings.algorithm.name)
-    steps: list[int] = []
-    if row.learning_steps == "recorded":
-        order = torch.randperm(options.num_eligible, generator=source)
-        steps = sorted(order[: options.stochastic_steps].tolist())
-    slow = row.uses_old_policy and step > 0
-    with old_policy(generator.transformer) if slow else nullcontext():
-        trajectory = rollout(
-            generator,
-            embeddings,
-            chosen[group],
-            seeds.tolist(),
-            options,
-            transition=row.transition,
-            stochastic=steps,
-        )
-    return Batch(trajectory, group)
-
-
 def judge(
     generator: AbstractVideoGenerator,
     rewards: Sequence[Reward],
@@ -312,23 +164,6 @@ def update(
         decay = settings.algorithm.old_decay(state.step + 1)
         update_old_policy(generator.transformer, decay)
     return statistics
-
-
-def update_source(seed: int, step: int, purpose: int = 0) -> torch.Generator:
-    """Random numbers of one update, the same whether or not the run was interrupted before."""
-    words = np.random.SeedSequence((seed, step, purpose)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
-
-
-def choose_prompts(count: int, wanted: int, seed: int, step: int) -> Tensor:
-    """Which of `count` prompts update `step` uses: shuffled passes over all of them."""
-    first = max(step - 1, 0) * wanted
-    places = range(first, first + wanted)
-    orders = {
-        turn: torch.randperm(count, generator=update_source(seed, turn, purpose=2))
-        for turn in {place // count for place in places}
-    }
-    return torch.stack([orders[place // count][place % count] for place in places])
 
 
 def _mean(score: Tensor) -> float:

@@ -193,6 +193,11 @@ def check_same_run(settings: RunSettings) -> None:
     output = Path(settings.output)
     if latest_checkpoint(output / CHECKPOINTS) is None:
         return
+    if not (output / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"output must hold a {CONFIG_FILE} beside its checkpoints, got none in {output}; put "
+            "it back, or --restart to set the earlier run aside"
+        )
     earlier = to_tree(build(OmegaConf.to_container(OmegaConf.load(output / CONFIG_FILE))))
     for path, before, now in differences(earlier, to_tree(settings)):
         if not any(path == free or path.startswith(f"{free}.") for free in MAY_CHANGE):

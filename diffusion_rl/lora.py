@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def attach_lora(
         raise ValueError("transformer must carry no adapter yet, got one that has; load it afresh")
     linears = [name for name, part in transformer.named_modules() if isinstance(part, nn.Linear)]
     for target in settings.targets:
-        if not any(name == target or name.endswith("." + target) for name in linears):
+        if not any(_ends(name, target) for name in linears):
             raise ValueError(
                 f"targets must name linear layers of the transformer, got {target!r}; "
                 f"it has {', '.join(linears[:8])}, ..."
@@ -81,7 +82,9 @@ def attach_lora(
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets)
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # PEFT warns of a second adapter, which is what is wanted here.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed)
         for name in (TRAINED, OLD) if old_policy else (TRAINED,):
             inject_adapter_in_model(config, transformer, adapter_name=name)
@@ -250,7 +253,7 @@ def load_lora(generator: AbstractVideoGenerator, folder: str | Path) -> None:
     state, settings = parse_lora(path.read_bytes(), str(path))
     transformer = generator.transformer
     if not tuner_layers(transformer):
-        _check_same_model(_shapes_for(transformer, state, settings), state, f"lora {path}")
+        _check_same_model(_shapes_for(transformer, settings), state, f"lora {path}")
         attach_lora(transformer, settings)
     set_lora_state(transformer, state, source=f"lora {path}")
 
@@ -267,7 +270,7 @@ def parse_lora(content: bytes, source: str) -> tuple[dict[str, Tensor], LoraSett
     wrong = [name for name in state if not name.startswith(PREFIX)]
     if wrong or not state:
         raise ValueError(
-            f"lora must have weights named {PREFIX}..., got {wrong[0] if wrong else 'none'} in "
+            f"lora must have weights named {PREFIX}*, got {wrong[0] if wrong else 'none'} in "
             f"{source}; write it with save_lora or diffusers' save_lora_weights"
         )
     state = {name.removeprefix(PREFIX): value.float() for name, value in state.items()}
@@ -275,17 +278,19 @@ def parse_lora(content: bytes, source: str) -> tuple[dict[str, Tensor], LoraSett
     return state, _settings_of(state, json.loads(packed), source)
 
 
-def _shapes_for(
-    transformer: nn.Module, state: dict[str, Tensor], settings: LoraSettings
-) -> dict[str, torch.Size]:
-    """Shapes a LoRA of these modules would have here; a module this model lacks is left out."""
-    linears = {n: part for n, part in transformer.named_modules() if isinstance(part, nn.Linear)}
+def _shapes_for(transformer: nn.Module, settings: LoraSettings) -> dict[str, torch.Size]:
+    """Shapes of the weights that `attach_lora` would add."""
     shapes = {}
-    for name in {name.split(".lora_")[0] for name in state} & set(linears):
-        inner, outer = linears[name].in_features, linears[name].out_features
-        shapes[f"{name}.lora_A.weight"] = torch.Size((settings.rank, inner))
-        shapes[f"{name}.lora_B.weight"] = torch.Size((outer, settings.rank))
+    for name, part in transformer.named_modules():
+        if isinstance(part, nn.Linear) and any(_ends(name, end) for end in settings.targets):
+            shapes[f"{name}.lora_A.weight"] = torch.Size((settings.rank, part.in_features))
+            shapes[f"{name}.lora_B.weight"] = torch.Size((part.out_features, settings.rank))
     return shapes
+
+
+def _ends(name: str, target: str) -> bool:
+    """Whether a target names this layer, by PEFT's rule."""
+    return name == target or name.endswith("." + target)
 
 
 def _settings_of(state: dict[str, Tensor], metadata: dict, source: str) -> LoraSettings:

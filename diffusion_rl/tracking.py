@@ -21,9 +21,9 @@ METRICS_FILE = "metrics.jsonl"
 VIDEO_SUFFIXES = (".mp4", ".webp")
 
 
-def flatten(record: Any) -> dict[str, float | int | str]:
+def flatten(record: Any) -> dict[str, Any]:
     """A dataclass as flat names and numbers; mappings become `name/key`."""
-    flat: dict[str, float | int | str] = {}
+    flat: dict[str, Any] = {}
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
         if isinstance(value, Mapping):
@@ -89,32 +89,32 @@ class AccelerateTracker:
     """The same numbers to tensorboard, wandb, ... through accelerate's trackers.
 
     Args:
-        names: as `accelerate.Accelerator(log_with=...)` takes them; the package must be installed.
+        trackers: names whose packages are installed, or objects of accelerate's GeneralTracker.
         folder: where file-based trackers write.
         project: name of the run.
         settings: flat values saved with the run.
     """
 
     def __init__(
-        self, names: Sequence[str], folder: str | Path, project: str, settings: Mapping[str, Any]
+        self, trackers: Sequence[Any], folder: str | Path, project: str, settings: Mapping[str, Any]
     ) -> None:
         from accelerate import Accelerator
         from accelerate.tracking import get_available_trackers
 
         available = [str(name) for name in get_available_trackers()]
-        for name in names:
-            if name not in available:
+        for name in trackers:
+            if isinstance(name, str) and name not in available:
                 raise ImportError(
-                    f"tracker {name!r} needs its package; install it with: pip install {name} "
-                    f"(installed: {', '.join(available) or 'none'})"
+                    f"trackers must be installed, got {name!r}; install it with: pip install "
+                    f"{name} (there is: {', '.join(available) or 'none'})"
                 )
-        self._accelerator = Accelerator(log_with=list(names), project_dir=str(folder), cpu=True)
+        self._accelerator = Accelerator(log_with=list(trackers), project_dir=str(folder))
         self._accelerator.init_trackers(project, config=dict(settings))
 
     def write(self, record: Any) -> None:
         """Log the numbers of a dataclass that has a `step`."""
         flat = flatten(record)
-        numbers = {key: value for key, value in flat.items() if not isinstance(value, str)}
+        numbers = {key: value for key, value in flat.items() if isinstance(value, int | float)}
         self._accelerator.log(numbers, step=record.step)
 
     def close(self) -> None:

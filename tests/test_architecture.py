@@ -22,7 +22,17 @@ LAYERS = {
     "diffusion_rl": [
         *("shapes", "transitions", "advantages", "credit", "losses", "algorithms", "guards"),
         *("rewards", "generators/base", "generators/", "lora", "rollout", "updates"),
-        *("self_check", "finetune", "checkpoint", "tracking", "comparison", "charts", "style"),
+        *(
+            "self_check",
+            "progress",
+            "collect",
+            "finetune",
+            "checkpoint",
+            "tracking",
+            "comparison",
+            "charts",
+            "style",
+        ),
         *("clips", "page", "evaluation", "before_after", "configuration", "launch", "__main__"),
     ],
 }

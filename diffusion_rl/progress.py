@@ -1,0 +1,113 @@
+"""What a fine-tuning run is told, what it remembers and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from diffusion_rl.algorithms import algorithm
+from diffusion_rl.guards import GuardSettings
+from diffusion_rl.rollout import RolloutSettings
+from diffusion_rl.updates import AlgorithmSettings, GrpoSettings, OptimizerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings:
+    """What the loop needs besides its parts."""
+
+    algorithm: AlgorithmSettings = field(default_factory=GrpoSettings)
+    """A row of the table with its options."""
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    """How videos are drawn."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    """How the adapter moves."""
+    guards: tuple[GuardSettings, ...] = ()
+    """What must not fall below the base policy's level."""
+    updates: int = 60
+    """The loop ends after this many updates, counted over resumed runs; at least 1."""
+    seed: int = 0
+    """Fixes prompts, noise and noise levels of every update; at least 0."""
+    missing_limit: float = 0.5
+    """Share of unjudged videos at which the run stops, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        if self.updates < 1:
+            raise ValueError(f"updates must be at least 1, got {self.updates}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if not 0 <= self.missing_limit < 1:
+            raise ValueError(f"missing_limit must be in [0, 1), got {self.missing_limit}")
+        replays = algorithm(self.algorithm.name).learning_steps == "recorded"
+        if replays and self.rollout.learning_guidance != self.rollout.guidance_scale:
+            raise ValueError(
+                f"rollout.train_guidance must be left out with algorithm '{self.algorithm.name}', "
+                f"got {self.rollout.train_guidance}; a step can only be replayed as it was taken"
+            )
+
+
+@dataclass
+class FinetuneState:
+    """What an update changes besides the adapter; saved and restored by `checkpoint`."""
+
+    optimizer: torch.optim.Optimizer
+    """Over the adapter's parameters."""
+    step: int = 0
+    """Updates done."""
+    reference_levels: dict[str, float] = field(default_factory=dict)
+    """The base policy's level of every guarded statistic."""
+    videos_generated: int = 0
+    """Since the first start, those for the guards' reference levels included."""
+    reward_calls: int = 0
+    """Videos judged times rewards."""
+    seconds: float = 0.0
+    """Wall time spent in updates."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One update in numbers; the field names are the metric names."""
+
+    step: int
+    """Updates done, this one included."""
+    reward: float
+    """Mean over judged videos of the weighted sum of rewards, guards' penalties not taken off."""
+    rewards: Mapping[str, float]
+    """Mean over judged videos of each reward by name, unweighted."""
+    penalty: float
+    """Mean over videos of what the guards took off."""
+    guards: Mapping[str, float]
+    """Mean of each guarded statistic, as a share of the base policy's level."""
+    alarms: tuple[str, ...]
+    """Guarded statistics whose mean fell below their floor."""
+    score_std: float
+    """Spread over judged videos of reward minus penalty."""
+    advantage_size: float
+    """Mean |advantage| over videos."""
+    tied_share: float
+    """Share of groups whose judged scores are all equal, which teach nothing."""
+    missing_share: float
+    """Share of videos that no score exists for."""
+    loss: float
+    """As in UpdateStatistics."""
+    ratio_deviation: float
+    """As in UpdateStatistics."""
+    clip_fraction: float
+    """As in UpdateStatistics."""
+    kl: float
+    """As in UpdateStatistics."""
+    grad_norm: float
+    """As in UpdateStatistics."""
+    collect_seconds: float
+    """Drawing and decoding the videos."""
+    judge_seconds: float
+    """Rewards and guards."""
+    update_seconds: float
+    """Gradients and optimiser steps."""
+    videos_generated: int
+    """Since the first start, those for the guards' reference levels included."""
+    reward_calls: int
+    """Videos judged times rewards, since the first start."""
+    seconds: float
+    """Wall time of all updates since the first start."""

@@ -1,0 +1,238 @@
+"""Stop anywhere, go on bit for bit; and what happens when the disk does not play along."""
+
+import errno
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion_rl.checkpoint import (
+    MANIFEST,
+    STATE_FILE,
+    checkpoints,
+    latest_checkpoint,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+    take_snapshot,
+)
+from diffusion_rl.finetune import FinetuneSettings, FinetuneState, begin, finetune
+from diffusion_rl.guards import GuardSettings
+from diffusion_rl.lora import OLD, LoraSettings, attach_lora, load_lora, lora_state
+from diffusion_rl.rewards import Reward
+from diffusion_rl.rollout import RolloutSettings
+from diffusion_rl.updates import AlgorithmSettings, GrpoSettings, NftSettings, OptimizerSettings
+from tests.toy_gaussian import LORA, ToyGenerator
+
+
+def jittery(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
+    """A reward that draws from both global random sources."""
+    noise = torch.rand(len(videos)) + random.random()
+    return videos[:, :, 0].mean((1, 2, 3)) + 0.1 * noise
+
+
+REWARD = Reward("jittery", jittery)
+
+
+def settings_for(algorithm: AlgorithmSettings, updates: int) -> FinetuneSettings:
+    return FinetuneSettings(
+        algorithm=algorithm,
+        rollout=RolloutSettings(
+            num_inference_steps=4, stochastic_steps=2, prompts_per_update=2, videos_per_prompt=4
+        ),
+        optimizer=OptimizerSettings(learning_rate=1e-2),
+        guards=(GuardSettings(statistic="contrast"),),
+        updates=updates,
+    )
+
+
+def start(settings: FinetuneSettings, seed: int = 0) -> tuple[ToyGenerator, FinetuneState]:
+    generator = ToyGenerator()
+    nft = isinstance(settings.algorithm, NftSettings)
+    attach_lora(generator.transformer, LORA, old_policy=nft, seed=seed)
+    return generator, begin(generator, settings)
+
+
+def weights(generator: ToyGenerator, settings: FinetuneSettings) -> dict[str, Tensor]:
+    state = lora_state(generator.transformer)
+    if isinstance(settings.algorithm, NftSettings):
+        state |= {f"old {k}": v for k, v in lora_state(generator.transformer, OLD).items()}
+    return state
+
+
+@pytest.mark.parametrize("algorithm", [GrpoSettings(inner_steps=2), NftSettings()])
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
+    algorithm: AlgorithmSettings, tmp_path: Path
+) -> None:
+    whole = settings_for(algorithm, updates=5)
+    generator, state = start(whole)
+    torch.manual_seed(7)
+    random.seed(7)
+    expected = list(finetune(generator, [REWARD], ["plain", "bright"], whole, state))
+
+    first, first_state = start(whole)
+    torch.manual_seed(7)
+    random.seed(7)
+    loop = finetune(first, [REWARD], ["plain", "bright"], whole, first_state)
+    rewards = [next(loop).reward for _ in range(3)]
+    save_checkpoint(tmp_path, take_snapshot(first, first_state))
+    loop.close()
+
+    torch.manual_seed(99)
+    random.seed(99)
+    second, second_state = start(whole, seed=5)
+    restore(second, second_state, read_checkpoint(tmp_path / "step-000003"))
+    assert second_state.step == 3
+    assert second_state.videos_generated == first_state.videos_generated
+    assert second_state.reference_levels == first_state.reference_levels
+    rewards += [
+        report.reward
+        for report in finetune(second, [REWARD], ["plain", "bright"], whole, second_state)
+    ]
+    assert rewards == [report.reward for report in expected]
+    after, before = weights(second, whole), weights(generator, whole)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[ToyGenerator, FinetuneState, Path]:
+    """A run after two updates, saved after each."""
+    settings = settings_for(GrpoSettings(), updates=2)
+    generator, state = start(settings)
+    for _ in finetune(generator, [REWARD], ["plain"], settings, state):
+        save_checkpoint(tmp_path, take_snapshot(generator, state))
+    return generator, state, tmp_path
+
+
+def test_a_checkpoints_lora_loads_on_its_own(trained: tuple) -> None:
+    generator, _, folder = trained
+    fresh = ToyGenerator()
+    load_lora(fresh, folder / "step-000002" / "lora")
+    expected = lora_state(generator.transformer)
+    found = lora_state(fresh.transformer)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_snapshot_is_a_copy(trained: tuple) -> None:
+    generator, state, _ = trained
+    snapshot = take_snapshot(generator, state)
+    before = lora_state(generator.transformer)
+    for parameter in state.optimizer.param_groups[0]["params"]:
+        parameter.data.add_(1.0)
+    state.optimizer.state.clear()
+    restore(generator, state, snapshot)
+    after = lora_state(generator.transformer)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert len(state.optimizer.state) == 2
+
+
+def test_the_learning_rate_stays_that_of_the_new_settings(trained: tuple) -> None:
+    _, _, folder = trained
+    generator, state = start(settings_for(GrpoSettings(), updates=2))
+    state.optimizer.param_groups[0]["lr"] = 5e-5
+    restore(generator, state, read_checkpoint(folder / "step-000002"))
+    assert state.optimizer.param_groups[0]["lr"] == 5e-5
+
+
+def test_only_the_newest_checkpoints_stay(trained: tuple) -> None:
+    generator, state, folder = trained
+    assert [path.name for path in checkpoints(folder)] == ["step-000001", "step-000002"]
+    state.step = 1_000_000
+    save_checkpoint(folder, take_snapshot(generator, state))
+    assert [path.name for path in checkpoints(folder)] == ["step-000002", "step-1000000"]
+    assert latest_checkpoint(folder) == folder / "step-1000000"
+    assert latest_checkpoint(folder / "nothing") is None
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        save_checkpoint(folder, take_snapshot(generator, state), keep=0)
+
+
+def test_a_step_saved_before_is_left_as_it_is(trained: tuple) -> None:
+    generator, state, folder = trained
+    written = (folder / "step-000002" / MANIFEST).stat().st_mtime_ns
+    save_checkpoint(folder, take_snapshot(generator, state))
+    assert (folder / "step-000002" / MANIFEST).stat().st_mtime_ns == written
+
+
+def test_a_full_disk_loses_nothing(trained: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, state, folder = trained
+    state.step = 3
+    files = []
+
+    def full(handle: int) -> None:
+        files.append(handle)
+        if len(files) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = "step 3 .* could not be written .*No space left.*last complete one is .*step-000002"
+    with pytest.raises(OSError, match=message) as raised:
+        save_checkpoint(folder, take_snapshot(generator, state))
+    assert raised.value.errno == errno.ENOSPC
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]
+    assert read_checkpoint(folder / "step-000002").step == 2
+
+
+def test_a_save_cut_off_is_invisible_and_cleared_away(trained: tuple) -> None:
+    generator, state, folder = trained
+    leftover = folder / "step-000003.partial"
+    leftover.mkdir()
+    (leftover / STATE_FILE).write_bytes(b"half")
+    assert latest_checkpoint(folder) == folder / "step-000002"
+    state.step = 4
+    save_checkpoint(folder, take_snapshot(generator, state))
+    assert not leftover.exists()
+    assert latest_checkpoint(folder) == folder / "step-000004"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (MANIFEST, None, "must be complete, got no checkpoint.json"),
+        (MANIFEST, b"{", "must be complete, got a damaged .*checkpoint.json"),
+        (STATE_FILE, None, r"got a damaged .*training_state.pt \(0 bytes\)"),
+        (STATE_FILE, b"half", r"got a damaged .*training_state.pt \(4 bytes\)"),
+    ],
+)
+def test_a_half_written_checkpoint_is_refused_with_the_way_out(
+    trained: tuple, file: str, content: bytes | None, message: str
+) -> None:
+    _, _, folder = trained
+    path = folder / "step-000002"
+    if content is None:
+        (path / file).unlink()
+    else:
+        (path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_checkpoint(path)
+    assert f"delete {path} to go on from {folder / 'step-000001'}" in str(raised.value)
+    assert read_checkpoint(folder / "step-000001").step == 1
+
+
+def test_a_checkpoint_of_another_version_is_refused(trained: tuple) -> None:
+    _, _, folder = trained
+    path = folder / "step-000001" / MANIFEST
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"version": 99}))
+    with pytest.raises(ValueError, match="must be of version 1, got 99"):
+        read_checkpoint(path.parent)
+
+
+def test_a_checkpoint_of_another_run_is_refused(trained: tuple) -> None:
+    _, _, folder = trained
+    snapshot = read_checkpoint(folder / "step-000002")
+    nft = start(settings_for(NftSettings(), updates=2))
+    with pytest.raises(ValueError, match="of the same algorithm, got one without an old policy"):
+        restore(*nft, snapshot)
+    other = ToyGenerator()
+    attach_lora(other.transformer, LoraSettings(rank=3, targets=("shift",)))
+    state = begin(other, settings_for(GrpoSettings(), updates=2))
+    with pytest.raises(ValueError, match="checkpoint must fit the generator's transformer"):
+        restore(other, state, snapshot)
+    grpo = start(settings_for(GrpoSettings(), updates=2))
+    with pytest.raises(ValueError, match="of the same algorithm, got one with an old policy"):
+        restore(*grpo, take_snapshot(*nft))

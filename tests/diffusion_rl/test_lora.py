@@ -1,0 +1,250 @@
+"""The three policies of one transformer, and the LoRA on its way to diffusers and back."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import load_file, save_file
+
+from diffusion_rl.generators.wan import WanGenerator
+from diffusion_rl.lora import (
+    LORA_FILE,
+    OLD,
+    LoraSettings,
+    attach_lora,
+    has_old_policy,
+    load_lora,
+    lora_bytes,
+    lora_state,
+    old_policy,
+    reference_policy,
+    save_lora,
+    trained_parameters,
+    tuner_layers,
+    update_old_policy,
+)
+from diffusion_rl.rollout import sample_videos
+from tests.tiny_wan import SIZE, build_tiny_wan, save_tiny_wan
+from tests.toy_gaussian import LORA, ToyGenerator
+
+WAN_LORA = LoraSettings(rank=2, alpha=8)
+PROMPTS = ["a red circle moves left", "the blue square"]
+
+
+def shake(generator: ToyGenerator | WanGenerator) -> None:
+    """Give the adapter weights that change something."""
+    for parameter in trained_parameters(generator.transformer):
+        torch.nn.init.normal_(parameter, std=0.3)
+
+
+def velocity(generator: ToyGenerator) -> torch.Tensor:
+    embeddings = generator.encode_prompts(["plain", "bright"])
+    return generator.predict(
+        generator.initial_latents([0, 1]), torch.tensor(0.5), embeddings, 1.0
+    ).detach()
+
+
+@pytest.fixture
+def toy() -> ToyGenerator:
+    generator = ToyGenerator()
+    attach_lora(generator.transformer, LORA, old_policy=True)
+    return generator
+
+
+def test_a_fresh_adapter_changes_nothing() -> None:
+    generator = ToyGenerator()
+    before = velocity(generator)
+    parameters = attach_lora(generator.transformer, LORA, old_policy=True)
+    assert torch.equal(velocity(generator), before)
+    with old_policy(generator.transformer):
+        assert torch.equal(velocity(generator), before)
+    assert [p.shape for p in parameters] == [(2, 5), (3, 2)]
+
+
+def test_only_the_trained_adapter_carries_gradient(toy: ToyGenerator) -> None:
+    def learning() -> set[str]:
+        return {name for name, p in toy.transformer.named_parameters() if p.requires_grad}
+
+    expected = {f"shift.lora_{half}.default.weight" for half in "AB"}
+    assert learning() == expected
+    with old_policy(toy.transformer):
+        assert not any(OLD in name for name in learning())
+    with reference_policy(toy.transformer):
+        pass
+    assert learning() == expected
+
+
+def test_reference_is_the_base_and_comes_back_after_an_error(toy: ToyGenerator) -> None:
+    base = velocity(toy)
+    shake(toy)
+    tuned = velocity(toy)
+    assert not torch.equal(tuned, base)
+    with reference_policy(toy.transformer):
+        assert torch.equal(velocity(toy), base)
+    with pytest.raises(KeyError), reference_policy(toy.transformer):
+        raise KeyError
+    assert torch.equal(velocity(toy), tuned)
+
+
+def test_the_old_policy_follows_by_its_decay(toy: ToyGenerator) -> None:
+    old = lora_state(toy.transformer, OLD)
+    shake(toy)
+    trained = lora_state(toy.transformer)
+    assert not torch.equal(old["shift.lora_B.weight"], trained["shift.lora_B.weight"])
+    update_old_policy(toy.transformer, decay=0.75)
+    for name, value in lora_state(toy.transformer, OLD).items():
+        torch.testing.assert_close(value, 0.75 * old[name] + 0.25 * trained[name])
+    update_old_policy(toy.transformer, decay=0.0)
+    tuned = velocity(toy)
+    with old_policy(toy.transformer):
+        assert torch.equal(velocity(toy), tuned)
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 1.5"):
+        update_old_policy(toy.transformer, decay=1.5)
+
+
+def test_without_an_old_policy_there_is_none_to_use() -> None:
+    generator = ToyGenerator()
+    attach_lora(generator.transformer, LORA)
+    assert not has_old_policy(generator.transformer)
+    with (
+        pytest.raises(RuntimeError, match="must have an old policy"),
+        old_policy(generator.transformer),
+    ):
+        pass
+
+
+def test_the_seed_fixes_the_fresh_adapter() -> None:
+    states = []
+    for seed in (0, 0, 1):
+        generator = ToyGenerator()
+        attach_lora(generator.transformer, LORA, seed=seed)
+        states.append(lora_state(generator.transformer)["shift.lora_A.weight"])
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_diffusers_loads_the_lora_and_makes_the_same_videos(
+    tmp_path: Path, guidance: float
+) -> None:
+    folder = save_tiny_wan(tmp_path / "pipeline")
+    generator = WanGenerator.from_pretrained(folder, **SIZE, batched_guidance=False)
+    options = {"num_inference_steps": 3, "guidance_scale": guidance}
+    base = sample_videos(generator, PROMPTS, [3, 4], **options)
+    attach_lora(generator.transformer, WAN_LORA)
+    shake(generator)
+    videos = sample_videos(generator, PROMPTS, [3, 4], **options)
+    assert not torch.allclose(videos, base)
+    save_lora(generator, tmp_path / "lora")
+
+    pipeline = WanPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    pipeline.set_progress_bar_config(disable=True)
+    stock = pipeline(
+        PROMPTS,
+        height=16,
+        width=16,
+        num_frames=5,
+        latents=generator.initial_latents([3, 4]),
+        output_type="pt",
+        max_sequence_length=12,
+        **options,
+    ).frames
+    assert torch.equal(videos, stock)
+    names = load_file(tmp_path / "lora" / LORA_FILE)
+    assert all(name.startswith("transformer.blocks.") for name in names)
+
+    again = WanGenerator.from_pretrained(folder, **SIZE, batched_guidance=False)
+    load_lora(again, tmp_path / "lora")
+    assert torch.equal(sample_videos(again, PROMPTS, [3, 4], **options), videos)
+
+
+def test_a_lora_saved_by_diffusers_without_settings_loads(tmp_path: Path) -> None:
+    generator = WanGenerator(build_tiny_wan(), **SIZE)
+    attach_lora(generator.transformer, LoraSettings(rank=2, alpha=2))
+    shake(generator)
+    WanPipeline.save_lora_weights(tmp_path, lora_state(generator.transformer))
+    again = WanGenerator(build_tiny_wan(), **SIZE)
+    load_lora(again, tmp_path)
+    state, expected = lora_state(again.transformer), lora_state(generator.transformer)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+
+
+def test_loading_over_an_adapter_replaces_it(toy: ToyGenerator, tmp_path: Path) -> None:
+    shake(toy)
+    tuned = velocity(toy)
+    save_lora(toy, tmp_path)
+    shake(toy)
+    assert not torch.equal(velocity(toy), tuned)
+    load_lora(toy, tmp_path)
+    assert torch.equal(velocity(toy), tuned)
+
+
+def test_adapter_weights_are_float32_on_a_half_precision_model() -> None:
+    generator = WanGenerator(build_tiny_wan().to(torch.bfloat16), **SIZE)
+    parameters = attach_lora(generator.transformer, WAN_LORA)
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+
+
+@pytest.mark.parametrize("other", [{"layers": 1}, {"layers": 3}, {"heads": 4}])
+def test_the_lora_of_another_model_is_refused(tmp_path: Path, other: dict) -> None:
+    generator = WanGenerator(build_tiny_wan(), **SIZE)
+    attach_lora(generator.transformer, WAN_LORA)
+    save_lora(generator, tmp_path)
+    stranger = WanGenerator(build_tiny_wan(**other), **SIZE)
+    attach_lora(stranger.transformer, WAN_LORA)
+    with pytest.raises(ValueError, match="must fit the generator's transformer, got 40 weights"):
+        load_lora(stranger, tmp_path)
+    for bare in (WanGenerator(build_tiny_wan(**other), **SIZE), ToyGenerator()):
+        with pytest.raises(ValueError, match="belongs to another model or to other lora settings"):
+            load_lora(bare, tmp_path)
+        assert not tuner_layers(bare.transformer)  # Refused before anything was touched.
+
+
+def test_files_that_are_no_lora_are_refused(toy: ToyGenerator, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"lora must be a folder with a {LORA_FILE}"):
+        load_lora(toy, tmp_path)
+    file = tmp_path / LORA_FILE
+    for content in (b"", b"not a safetensors file at all", lora_bytes(toy.transformer)[:-10]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="lora must be a safetensors file, got"):
+            load_lora(toy, tmp_path)
+    save_file({"base_model.model.shift.lora_A.weight": torch.zeros(2, 5)}, file)
+    with pytest.raises(ValueError, match="must have weights named transformer.\\*, got base_model"):
+        load_lora(toy, tmp_path)
+    save_file(
+        {f"transformer.{name}.lora_A.weight": torch.zeros(n + 1, 5) for n, name in enumerate("ab")},
+        file,
+    )
+    with pytest.raises(ValueError, match=r"lora must have one rank, got \[1, 2\]"):
+        load_lora(toy, tmp_path)
+
+
+def test_saving_or_attaching_at_the_wrong_time_is_refused(tmp_path: Path) -> None:
+    generator = ToyGenerator()
+    with pytest.raises(ValueError, match="generator must carry a LoRA to save, got none"):
+        save_lora(generator, tmp_path)
+    attach_lora(generator.transformer, LORA)
+    with pytest.raises(ValueError, match="must carry no adapter yet"):
+        attach_lora(generator.transformer, LORA)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"alpha": 0}, "alpha must be above 0, got 0"),
+        ({"targets": ()}, "targets must name at least one layer, got none"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoraSettings(**options)
+
+
+def test_a_target_that_does_not_exist_is_refused() -> None:
+    settings = LoraSettings(targets=("shift", "to_q"))
+    with pytest.raises(ValueError, match="targets must name linear layers .*'to_q'; it has shift"):
+        attach_lora(ToyGenerator().transformer, settings)

@@ -1,0 +1,189 @@
+"""Rollouts: what is recorded can be replayed exactly, and batching changes nothing."""
+
+import pytest
+import torch
+
+from diffusion_rl.generators.base import AbstractVideoGenerator
+from diffusion_rl.generators.wan import WanGenerator
+from diffusion_rl.lora import LoraSettings, attach_lora, trained_parameters
+from diffusion_rl.rollout import (
+    RolloutSettings,
+    Trajectory,
+    chunks,
+    highest_sigma,
+    rollout,
+    sample_videos,
+)
+from diffusion_rl.transitions import flow_sde
+from diffusion_rl.updates import replay
+from tests.tiny_wan import SIZE, build_tiny_wan
+from tests.toy_gaussian import LORA, ToyGenerator
+
+PROMPTS = ["a red circle moves left", "the blue square"]
+
+
+def draw(
+    generator: AbstractVideoGenerator,
+    settings: RolloutSettings,
+    seeds: range = range(5),
+    stochastic: tuple[int, ...] = (0, 2),
+) -> Trajectory:
+    index = torch.arange(len(seeds)) % 2
+    return rollout(
+        generator,
+        generator.encode_prompts(PROMPTS),
+        index,
+        seeds,
+        settings,
+        stochastic=stochastic,
+    )
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("micro_batch", [2, 5])
+def test_replaying_at_unchanged_weights_gives_ratio_exactly_one(
+    guidance: float, micro_batch: int
+) -> None:
+    generator = WanGenerator(build_tiny_wan(), **SIZE)
+    attach_lora(generator.transformer, LoraSettings(rank=2, alpha=4))
+    for parameter in trained_parameters(generator.transformer):
+        torch.nn.init.normal_(parameter, std=0.2)
+    settings = RolloutSettings(
+        num_inference_steps=4, guidance_scale=guidance, micro_batch=micro_batch
+    )
+    trajectory = draw(generator, settings)
+    assert trajectory.latents.dtype == trajectory.next_latents.dtype == torch.float32
+    for part in chunks(5, micro_batch):
+        for index in range(2):
+            step = replay(generator, trajectory, index, part, settings)
+            assert step.log_prob.requires_grad
+            ratio = torch.exp(step.log_prob - trajectory.log_probs[part, index])
+            assert torch.equal(ratio, torch.ones_like(ratio))
+
+
+def test_replaying_after_the_weights_have_moved_gives_another_ratio() -> None:
+    generator = ToyGenerator()
+    parameters = attach_lora(generator.transformer, LORA)
+    settings = RolloutSettings(num_inference_steps=4)
+    trajectory = draw(generator, settings)
+    torch.nn.init.normal_(parameters[1], std=0.1)
+    step = replay(generator, trajectory, 0, slice(0, 5), settings)
+    assert not torch.allclose(step.log_prob, trajectory.log_probs[:, 0])
+
+
+def test_recorded_steps_are_those_of_the_transition() -> None:
+    generator = ToyGenerator()
+    settings = RolloutSettings(num_inference_steps=4, noise_level=0.5)
+    trajectory = draw(generator, settings)
+    assert trajectory.steps == (0, 2)
+    assert trajectory.latents.shape == trajectory.next_latents.shape == (2, 5, 3, 4, 4, 4)
+    embeddings = trajectory.embeddings
+    for index, place in enumerate(trajectory.steps):
+        sigma, next_sigma = trajectory.sigmas[place], trajectory.sigmas[place + 1]
+        latent = trajectory.latents[index]
+        expected = flow_sde(
+            latent,
+            generator.predict(latent, sigma, embeddings, 1.0),
+            sigma,
+            next_sigma,
+            noise_level=0.5,
+            sigma_max=trajectory.sigmas[1],
+            next_latent=trajectory.next_latents[index],
+        )
+        torch.testing.assert_close(trajectory.log_probs[:, index], expected.log_prob)
+    # Between the two recorded steps lies one deterministic step.
+    between = trajectory.next_latents[0]
+    velocity = generator.predict(between, trajectory.sigmas[1], embeddings, 1.0)
+    torch.testing.assert_close(trajectory.latents[1], between - 0.25 * velocity)
+
+
+def test_without_stochastic_steps_nothing_is_recorded_or_random() -> None:
+    generator = ToyGenerator()
+    settings = RolloutSettings(num_inference_steps=4)
+    first, second = (draw(generator, settings, stochastic=()) for _ in range(2))
+    assert torch.equal(first.final_latent, second.final_latent)
+    assert first.latents.shape == (0, 5, 3, 4, 4, 4)
+    assert first.log_probs.shape == (5, 0)
+    explored = draw(generator, settings)
+    assert not torch.allclose(explored.final_latent, first.final_latent)
+
+
+def test_the_micro_batch_bounds_memory_not_results() -> None:
+    generator = ToyGenerator()
+    whole = draw(generator, RolloutSettings(num_inference_steps=4, micro_batch=5))
+    parts = draw(generator, RolloutSettings(num_inference_steps=4, micro_batch=2))
+    torch.testing.assert_close(whole.videos, parts.videos)
+    torch.testing.assert_close(whole.log_probs, parts.log_probs)
+
+
+def test_a_videos_exploration_ignores_who_shares_the_batch() -> None:
+    generator = ToyGenerator()
+    settings = RolloutSettings(num_inference_steps=4)
+    many, few = draw(generator, settings), draw(generator, settings, seeds=range(2, 4))
+    # Seeds 2 and 3 show prompts 0 and 1 in both.
+    torch.testing.assert_close(many.videos[2:4], few.videos)
+    assert not torch.allclose(many.videos[0], many.videos[2])
+
+
+def test_keeping_some_videos_keeps_them_whole() -> None:
+    trajectory = draw(ToyGenerator(), RolloutSettings(num_inference_steps=4))
+    kept = trajectory.keep(torch.tensor([False, True, False, False, True]))
+    rows = [1, 4]
+    assert kept.seeds == (1, 4)
+    assert kept.prompt_index.tolist() == [1, 0]
+    assert torch.equal(kept.latents, trajectory.latents[:, rows])
+    assert torch.equal(kept.next_latents, trajectory.next_latents[:, rows])
+    assert torch.equal(kept.log_probs, trajectory.log_probs[rows])
+    assert torch.equal(kept.final_latent, trajectory.final_latent[rows])
+    assert torch.equal(kept.videos, trajectory.videos[rows])
+    assert torch.equal(kept.embeddings.conditional, trajectory.embeddings.conditional[rows])
+
+
+def test_sampling_needs_a_seed_for_each_prompt() -> None:
+    generator = ToyGenerator()
+    videos = sample_videos(generator, ["plain", "bright", "plain"], [1, 1, 2])
+    assert videos.shape == (3, 4, 3, 4, 4)
+    assert videos[1].mean() > videos[0].mean() + 0.05
+    with pytest.raises(ValueError, match="seeds must be one for each of the 2 prompts, got 1"):
+        sample_videos(generator, ["plain", "bright"], [1])
+
+
+def test_chunks_cover_everything_once() -> None:
+    for count in range(1, 9):
+        for size in range(1, 10):
+            places = [i for part in chunks(count, size) for i in range(count)[part]]
+            assert places == list(range(count))
+            assert all(part.stop - part.start <= size for part in chunks(count, size))
+
+
+def test_the_highest_sigma_is_below_one() -> None:
+    assert highest_sigma(torch.tensor([1.0, 0.8, 0.0])) == torch.tensor(0.8)
+    assert highest_sigma(torch.tensor([1.0, 0.0])) == torch.tensor(0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"stochastic_steps": 0}, "stochastic_steps must be at least 1, got 0"),
+        ({"prompts_per_update": 0}, "prompts_per_update must be at least 1, got 0"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1, got 0"),
+        ({"videos_per_prompt": 1}, "videos_per_prompt must be at least 2, got 1; one video has"),
+        ({"guidance_scale": 0.5}, "guidance_scale must be at least 1, got 0.5"),
+        ({"train_guidance": 0.5}, "train_guidance must be at least 1, got 0.5"),
+        ({"noise_level": 0.0}, "noise_level must be above 0, got 0.0"),
+        ({"eligible_steps": 11}, r"eligible_steps must be in \[1, 10\], got 11"),
+        ({"stochastic_steps": 10}, "must be at most the 9 eligible steps, got 10"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RolloutSettings(**options)
+
+
+def test_settings_derived_from_others() -> None:
+    assert RolloutSettings(eligible_steps=10, stochastic_steps=10).num_eligible == 10
+    assert RolloutSettings().num_eligible == 9
+    assert RolloutSettings(num_inference_steps=1, stochastic_steps=1).num_eligible == 1
+    assert RolloutSettings(guidance_scale=3.0).learning_guidance == 3.0
+    assert RolloutSettings(guidance_scale=3.0, train_guidance=1.0).learning_guidance == 1.0

@@ -1,0 +1,242 @@
+"""One update: its gradient by hand, its KL term, its batching, its failures."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion_rl.lora import attach_lora, lora_state, reference_policy, trained_parameters
+from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
+from diffusion_rl.transitions import flow_sde, ode
+from diffusion_rl.updates import (
+    AlgorithmSettings,
+    GrpoSettings,
+    NftSettings,
+    OptimizerSettings,
+    UpdateStatistics,
+    build_optimizer,
+    draw_sigmas,
+    replay,
+    update_policy,
+)
+from tests.toy_gaussian import LORA, ToyGenerator
+
+ADVANTAGES = torch.tensor([1.0, -0.5, 0.25, -1.5, 0.75, 2.0])
+CALM = OptimizerSettings(learning_rate=1e-3, max_grad_norm=1e9)
+
+
+def prepare(
+    algorithm: AlgorithmSettings, options: RolloutSettings, std: float = 0.0
+) -> tuple[ToyGenerator, Trajectory]:
+    """A generator (its adapter shaken by `std`) and six videos it drew."""
+    generator = ToyGenerator()
+    parameters = attach_lora(generator.transformer, LORA, old_policy=algorithm.name == "nft")
+    source = torch.Generator().manual_seed(3)
+    for parameter in parameters if std else []:
+        parameter.data.normal_(std=std, generator=source)
+    embeddings = generator.encode_prompts(["plain", "bright"])
+    recorded = algorithm.name == "grpo"
+    trajectory = rollout(
+        generator,
+        embeddings,
+        torch.arange(6) % 2,
+        range(6),
+        options,
+        transition=flow_sde if recorded else ode,
+        stochastic=(0, 2) if recorded else (),
+    )
+    return generator, trajectory
+
+
+def run(
+    generator: ToyGenerator,
+    trajectory: Trajectory,
+    algorithm: AlgorithmSettings,
+    options: RolloutSettings,
+    advantages: Tensor = ADVANTAGES,
+) -> UpdateStatistics:
+    optimizer = build_optimizer(trained_parameters(generator.transformer), CALM)
+    source = torch.Generator().manual_seed(0)
+    return update_policy(generator, trajectory, advantages, algorithm, options, optimizer, source)
+
+
+def distance(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    return max((before[name] - after[name]).abs().max().item() for name in before)
+
+
+OPTIONS = RolloutSettings(num_inference_steps=4, micro_batch=6)
+
+
+def test_the_first_gradient_is_the_policy_gradient() -> None:
+    """At ratio 1 the surrogate's gradient is -mean of advantage x gradient of log_prob."""
+    algorithm = GrpoSettings()
+    generator, trajectory = prepare(algorithm, OPTIONS, std=0.1)
+    parameters = trained_parameters(generator.transformer)
+    log_probs = torch.stack(
+        [replay(generator, trajectory, k, slice(0, 6), OPTIONS).log_prob for k in range(2)], 1
+    )
+    expected = torch.autograd.grad(-(ADVANTAGES[:, None] * log_probs).mean(), parameters)
+    found = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure: None = None) -> None:
+            found.append([group.grad.clone() for group in self.param_groups[0]["params"]])
+
+    recorder = Recorder([{"params": parameters, "max_grad_norm": 1e9}], lr=1.0)
+    statistics = update_policy(
+        generator, trajectory, ADVANTAGES, algorithm, OPTIONS, recorder, torch.Generator()
+    )
+    for one, other in zip(found[0], expected, strict=True):
+        torch.testing.assert_close(one, other)
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in expected))
+    assert statistics.grad_norm == pytest.approx(norm)
+    assert statistics.ratio_deviation == 0.0
+    assert statistics.clip_fraction == 0.0
+    assert statistics.loss == pytest.approx(-ADVANTAGES.mean().item())
+
+
+@pytest.mark.parametrize("algorithm", [GrpoSettings(kl_weight=0.1), NftSettings(inner_steps=2)])
+def test_the_micro_batch_changes_no_gradient(algorithm: AlgorithmSettings) -> None:
+    results = []
+    for size in (6, 4, 1):
+        options = RolloutSettings(num_inference_steps=4, micro_batch=size)
+        generator, trajectory = prepare(algorithm, options, std=0.1)
+        run(generator, trajectory, algorithm, options)
+        results.append(lora_state(generator.transformer))
+    for other in results[1:]:
+        for name in other:
+            torch.testing.assert_close(other[name], results[0][name])
+
+
+def test_inner_steps_split_the_recorded_videos() -> None:
+    options = RolloutSettings(num_inference_steps=4, micro_batch=2)
+    steps = []
+    for inner in (1, 2, 3, 99):
+        algorithm = GrpoSettings(inner_steps=inner)
+        generator, trajectory = prepare(algorithm, options)
+        optimizer = build_optimizer(trained_parameters(generator.transformer), CALM)
+        count = 0
+
+        def counted(*_: object) -> None:
+            nonlocal count
+            count += 1
+
+        optimizer.register_step_post_hook(counted)
+        statistics = update_policy(
+            generator, trajectory, ADVANTAGES, algorithm, options, optimizer, torch.Generator()
+        )
+        steps.append(count)
+        # The videos of later optimiser steps were drawn before the earlier ones.
+        assert (statistics.ratio_deviation > 0) == (count > 1)
+    assert steps == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "algorithm", [GrpoSettings(kl_weight=1.0), NftSettings(kl_weight=1000.0, inner_steps=1)]
+)
+def test_the_kl_term_pulls_towards_the_reference(algorithm: AlgorithmSettings) -> None:
+    generator, trajectory = prepare(algorithm, OPTIONS, std=0.3)
+
+    def gap() -> float:
+        latent, sigma = generator.initial_latents(range(6)), torch.tensor(0.5)
+        with torch.no_grad():
+            now = generator.predict(latent, sigma, trajectory.embeddings, 1.0)
+            with reference_policy(generator.transformer):
+                base = generator.predict(latent, sigma, trajectory.embeddings, 1.0)
+        return (now - base).square().mean().item()
+
+    before = gap()
+    statistics = run(generator, trajectory, algorithm, OPTIONS, torch.zeros(6))
+    assert statistics.kl > 0
+    assert gap() < before
+
+
+@pytest.mark.parametrize("algorithm", [GrpoSettings(), NftSettings(kl_weight=0.0, inner_steps=1)])
+def test_without_advantage_and_kl_nothing_moves(algorithm: AlgorithmSettings) -> None:
+    generator, trajectory = prepare(algorithm, OPTIONS, std=0.1)
+    if algorithm.name == "nft":
+        # With the old policy at the trained one, good and bad pull alike.
+        from diffusion_rl.lora import update_old_policy
+
+        update_old_policy(generator.transformer, 0.0)
+    before = copy.deepcopy(lora_state(generator.transformer))
+    statistics = run(generator, trajectory, algorithm, OPTIONS, torch.zeros(6))
+    assert statistics.kl == 0.0
+    assert statistics.grad_norm == pytest.approx(0.0, abs=1e-6)
+    if algorithm.name == "grpo":
+        assert distance(before, lora_state(generator.transformer)) == 0.0
+
+
+def test_forward_process_statistics_have_no_ratio() -> None:
+    algorithm = NftSettings()
+    generator, trajectory = prepare(algorithm, OPTIONS)
+    statistics = run(generator, trajectory, algorithm, OPTIONS)
+    assert math.isnan(statistics.ratio_deviation)
+    assert math.isnan(statistics.clip_fraction)
+    assert statistics.grad_norm > 0
+
+
+def test_noise_levels_follow_the_schedule_and_fill_it_evenly() -> None:
+    schedule = torch.tensor([1.0, 0.9, 0.6, 0.0])
+    sigmas = draw_sigmas(schedule, 300, torch.Generator().manual_seed(0))
+    assert bool(((sigmas > 0) & (sigmas <= 1)).all())
+    # A third of the levels in each third of the schedule, whatever its width.
+    assert int((sigmas > 0.9).sum()) == 100
+    assert int(((sigmas > 0.6) & (sigmas <= 0.9)).sum()) == 100
+    assert not torch.equal(sigmas, sigmas.sort().values)
+    with_one = draw_sigmas(torch.tensor([1.0, 0.0]), 1, torch.Generator().manual_seed(0))
+    assert 0 < with_one.item() <= 1
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm() -> None:
+    algorithm = GrpoSettings()
+    generator, trajectory = prepare(algorithm, OPTIONS)
+    before = lora_state(generator.transformer)
+    with pytest.raises(RuntimeError, match="gradient must be finite, got norm nan; resume"):
+        run(generator, trajectory, algorithm, OPTIONS, torch.full((6,), math.nan))
+    assert distance(before, lora_state(generator.transformer)) == 0.0
+    assert all(p.grad is None for p in trained_parameters(generator.transformer))
+
+
+def test_the_gradient_is_limited() -> None:
+    algorithm = GrpoSettings()
+    generator, trajectory = prepare(algorithm, OPTIONS)
+    parameters = trained_parameters(generator.transformer)
+    optimizer = torch.optim.SGD([{"params": parameters, "max_grad_norm": 0.01}], lr=1.0)
+    before = lora_state(generator.transformer)
+    statistics = update_policy(
+        generator, trajectory, ADVANTAGES, algorithm, OPTIONS, optimizer, torch.Generator()
+    )
+    after = lora_state(generator.transformer)
+    moved = math.sqrt(sum((after[n] - before[n]).square().sum().item() for n in before))
+    assert statistics.grad_norm > 0.01
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_old_policys_decay_grows_to_its_limit() -> None:
+    settings = NftSettings(old_decay_rate=0.1, old_decay_limit=0.25)
+    assert [settings.old_decay(n) for n in (1, 2, 3, 100)] == [0.1, 0.2, 0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (GrpoSettings, {"clip_range": 1.0}, r"clip_range must be in \(0, 1\), got 1.0"),
+        (GrpoSettings, {"kl_weight": -1.0}, "kl_weight must be at least 0, got -1.0"),
+        (GrpoSettings, {"inner_steps": 0}, "inner_steps must be at least 1, got 0"),
+        (GrpoSettings, {"advantage_std": "all"}, "advantage_std must be group or batch, got all"),
+        (GrpoSettings, {"advantage_clip": 0.0}, "advantage_clip must be above 0, got 0.0"),
+        (GrpoSettings, {"name": "nft"}, "name must be the row that GrpoSettings belongs to"),
+        (NftSettings, {"beta": 0.0}, "beta must be above 0, got 0.0"),
+        (NftSettings, {"old_decay_rate": -1.0}, "old_decay_rate must be at least 0, got -1.0"),
+        (NftSettings, {"old_decay_limit": 1.0}, r"old_decay_limit must be in \[0, 1\), got 1.0"),
+        (OptimizerSettings, {"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        (OptimizerSettings, {"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
+        (OptimizerSettings, {"max_grad_norm": 0.0}, "max_grad_norm must be above 0, got 0.0"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(kind: type, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**options)

@@ -35,7 +35,15 @@ from cac_reward.questions import (
     write_time,
 )
 from cac_reward.report import Box, Finding, TimeWindow
-from examples.toy_world.world import COLOURS, FAULTS, MOTIONS, SHAPES, Clip, write_prompt
+from examples.toy_world.world import (
+    COLOURS,
+    FAULTS,
+    MOTIONS,
+    SHAPES,
+    Clip,
+    sample_prompts,
+    write_prompt,
+)
 
 PATCH = 8
 SCAN_SIDE = 24
@@ -222,7 +230,15 @@ class LessonWriter:
 
 
 def wrong_prompt(clip: Clip, random: np.random.Generator) -> str:
-    """The clip's prompt with one thing in it no longer true."""
+    """A prompt that is not true of the clip: another clip's, or its own with one thing changed.
+
+    The first kind is easy and gets the question learnt, the second makes the answer careful.
+    """
+    if random.random() < 0.35:
+        other = clip.prompt
+        while other == clip.prompt:
+            other = sample_prompts(1, int(random.integers(2**31)), "train")[0]
+        return other
     objects = []
     for part in clip.prompt.split(" and a "):
         colour, shape, _, *motion = part.removeprefix("a ").split()

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from examples.toy_world.training_state import (
     clips_to_tensor,
+    compile_blocks,
     load_state,
     render_batch,
     save_state,
@@ -35,7 +36,7 @@ from examples.toy_world.world import COLOURS, MOTIONS, SHAPES
 STAGE = 2
 BANK = 32_768
 BATCH = 64
-STEPS = 3200
+STEPS = 9600
 MUON_RATE = 3e-3
 ADAM_RATE = 1e-3
 TEXT_LENGTH = 32
@@ -180,6 +181,7 @@ def train_generator(
         average.load_state_dict(state["average"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
+    compile_blocks(model.transformer.blocks)
     began = time.monotonic() - state["seconds"]
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc="generator")
     smooth = float("nan")

@@ -309,7 +309,8 @@ def train_phase1(state_file: Path, steps: int = PHASE1_STEPS) -> None:
     def parts(step: int) -> list[tuple[list[Lesson], list[Tensor]]]:
         set_rate(training.optimizers, warmup_cosine(step, steps, 100, floor=0.5))
         clips = render_batch(STAGE, step * BATCH, BATCH)
-        lessons = write_lessons(clips, training.writer, 1, (0.75, 0.25, 0.0))
+        shares = (0.75, 0.25, 0.0) if step < steps // 2 else (0.5, 0.5, 0.0)
+        lessons = write_lessons(clips, training.writer, 1, shares)
         return [(lessons, [frames_to_tensor(clip.frames) for clip in clips])]
 
     _run(training, steps, "judge, phase 1", parts)

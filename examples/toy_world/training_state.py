@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from examples.toy_world.world import Clip, WorldSettings, render_clip
+
+logger = logging.getLogger(__name__)
 
 # Seed ranges that never meet: training below, everything that is measured above.
 EVALUATION_SEED = 1_000_000_000
@@ -51,6 +56,15 @@ def set_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["base_rate"] * factor
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compile each block in place where a C++ compiler is installed; a third less time on a CPU."""
+    if shutil.which("g++") is None:
+        logger.warning("no C++ compiler (g++) found; training runs uncompiled, and slower")
+        return
+    for block in blocks:
+        block.compile()
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -21,12 +21,7 @@ from examples.toy_world.world import FAULTS, Clip, WorldSettings, render_clip
 _SHAPES = ("circle", "square", "triangle", "cross")
 # Typical moments (Blobs.form) of each shape, and how far a moment may stray from them.
 _FORMS = np.array(
-    [
-        [0.0, 0.0, 3.95, 0.667],
-        [0.0, 0.0, 3.57, 0.965],
-        [-0.53, 0.52, 4.62, 0.77],
-        [0, 0, 5.06, 0.34],
-    ]
+    [[0, 0, 3.94, 0.675], [0, 0, 3.61, 0.93], [-0.51, 0.5, 4.52, 0.755], [0, 0, 5.06, 0.335]]
 )
 _FORM_SCALE = np.array([0.15, 0.15, 0.35, 0.09])
 
@@ -260,9 +255,9 @@ def _unworldly(tracks: list[Track], backdrop: Backdrop) -> tuple[str, ...]:
     """Reasons why these are no objects of the world over a background of the world."""
     reasons = []
     level = np.median(backdrop.level)
-    if np.median(backdrop.tint) > 10 or backdrop.tint.max() > 24:
+    if np.median(backdrop.tint) > 8 or backdrop.tint.max() > 20:
         reasons.append("tinted background")
-    if np.median(backdrop.roughness) > 7 or np.median(backdrop.speckle) > 18:
+    if np.median(backdrop.roughness) > 5 or np.median(backdrop.speckle) > 14:
         reasons.append("patterned background")
     if not 8 < level < 112 or np.abs(backdrop.level - level).max() > 14:
         reasons.append("unsteady or odd brightness")

@@ -12,7 +12,7 @@ import numpy as np
 
 from examples.toy_world.blobs import HUES, Blobs
 
-_JUMP = 0.19
+_JUMP = 0.155
 """A longer way than this between two frames is a teleport; honest objects make at most 0.08."""
 _STILL = 0.024
 """An object whose centre keeps within this over four frames stands still."""
@@ -22,6 +22,8 @@ _FAINT_ONCE = 0.45
 """The same for a dip that occurs but once."""
 _DEFORMED = 0.42
 """Log of width over height beyond which an object is stretched."""
+_SCRAP = 0.45
+"""Below this share of a thing's usual area a blob is no thing of its own."""
 _RECOLOURED_WAY = 0.16
 """How near a blob of a new hue must be to the last place of a thing to be that thing."""
 _COLUMNS = ("centre", "area", "aspect", "form", "box", "strength")
@@ -96,7 +98,7 @@ def build_tracks(blobs: Blobs, num_frames: int) -> list[Track]:
         if blobs.picture[rows[0]] > 0:
             later.append(rows)
             continue
-        chain = _smoothest_chain(blobs, rows)
+        chain = _whole(blobs, _smoothest_chain(blobs, rows))
         hosts.append(_track(blobs, chain, num_frames))
         copies.append((hosts[-1], np.setdiff1d(rows, chain)))
     left = set(np.concatenate([*later, np.zeros(0, int)]))
@@ -155,10 +157,14 @@ def _smoothest_chain(blobs: Blobs, rows: np.ndarray) -> np.ndarray:
     return np.array([step[i] for step, i in zip(steps, reversed(pick))])
 
 
+def _whole(blobs: Blobs, chain: np.ndarray) -> np.ndarray:
+    """The chain without scraps, such as a rim of the old colour around a recoloured thing."""
+    return chain[blobs.area[chain] > _SCRAP * np.median(blobs.area[chain])]
+
+
 def _copies(blobs: Blobs, rows: np.ndarray, main: Track) -> np.ndarray:
     """The largest further blob of each frame, where it is large enough to be a thing."""
-    usual = np.median(main.area[main.seen])
-    rows = rows[blobs.area[rows] > 0.45 * usual]
+    rows = rows[blobs.area[rows] > _SCRAP * np.median(main.area[main.seen])]
     largest = {}
     for row in rows[np.argsort(blobs.area[rows])]:
         largest[blobs.picture[row]] = row

@@ -159,6 +159,14 @@ def sample_sigma(count: int, generator: torch.Generator) -> Tensor:
     return FLOW_SHIFT * sigma / (1 + (FLOW_SHIFT - 1) * sigma)
 
 
+def drop_prompts(tokens: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Blank some prompts of a batch [B L], so that guidance has an unconditional side."""
+    words = tokens.clone()
+    blank = torch.rand(len(tokens), generator=random) < PROMPT_DROPOUT
+    words[blank] = torch.tensor([1] + [0] * (TEXT_LENGTH - 1))
+    return words
+
+
 def train_generator(
     bank_file: Path, state_file: Path, device: str = "cpu", steps: int = STEPS
 ) -> None:
@@ -192,9 +200,7 @@ def train_generator(
         data = latents[pick].float().to(device)
         noise = torch.randn(data.shape, generator=random).to(device)
         sigma = sample_sigma(BATCH, random).to(device)
-        words = tokens[pick].clone()
-        blank = torch.rand(BATCH, generator=random) < PROMPT_DROPOUT
-        words[blank] = torch.tensor([1] + [0] * (TEXT_LENGTH - 1))
+        words = drop_prompts(tokens[pick], random)
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * data + level * noise
         # The fused attention kernel's backward pass is slower than plain products on a CPU.

@@ -48,7 +48,7 @@ from tests.tiny_judge import build_config, build_processor, build_tokenizer
 
 STAGE = 3
 PHASE1_STEPS = 3000
-PHASE2_STEPS = 2000
+PHASE2_STEPS = 900
 BATCH = 32
 PHASE2_SCANS = 24
 PHASE2_INSPECTIONS = 12

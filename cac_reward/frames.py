@@ -270,7 +270,8 @@ def _at_rate(span: range, fps: float, shown_fps: float) -> list[int]:
     """Frames of a stretch at a rate that is never above the clip's own; at least one."""
     stride = max(1.0, fps / shown_fps)
     count = math.ceil(len(span) / stride - 1e-9)
-    return [span[min(len(span) - 1, round(i * stride))] for i in range(count)]
+    # Rounded down, since rounding to the nearest could show the last frame twice.
+    return [span[math.floor(i * stride + 1e-9)] for i in range(count)]
 
 
 def _thin(indices: Sequence[int], most: int) -> list[int]:

@@ -23,7 +23,7 @@ REPORT = {
             "type": "vanish",
             "window": [0.5, 1.0],
             "boxes": [
-                {"time": 0.5, "box": [0.25, 0.25, 0.5, 0.5]},
+                {"time": 0.5, "box": [0.25, 0.125, 0.5, 0.75]},
                 {"time": 0.75, "box": [0.5, 0.5, 0.75, 0.75]},
             ],
             "severity": 2,
@@ -49,7 +49,7 @@ def test_a_report_becomes_marks_and_windows():
     assert clip.windows == ((0.25, 1.25),)
     (mark,) = clip.marks
     assert (mark.type, mark.window, mark.why) == ("vanish", (0.5, 1.0), "the circle is gone")
-    assert mark.boxes_at(0.6) == [(0.25, 0.25, 0.5, 0.5)]
+    assert mark.boxes_at(0.6) == [(0.25, 0.125, 0.5, 0.75)]
     assert mark.boxes_at(0.9) == [(0.5, 0.5, 0.75, 0.75)]
 
 
@@ -73,7 +73,7 @@ def test_boxes_are_drawn_in_their_window_only_and_where_they_belong():
     picture = is_colour(drawn[:, :, :192], RED)
     assert [index for index in range(13) if picture[index].any()] == [4, 5, 6, 7]  # 0.5 to 1.0 s
     rows, columns = picture[4].nonzero().unbind(1)
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (48, 95, 48, 95)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (24, 143, 48, 95)
     assert not picture[4, 60:84, 60:84].any()  # an outline, not a patch
     rows, _ = picture[6].nonzero().unbind(1)
     assert rows.min() == 96  # from 0.75 s on the other box

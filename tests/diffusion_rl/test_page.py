@@ -161,7 +161,7 @@ def test_every_text_is_escaped(tmp_path):
             HOSTILE + "2": 0.5,
             HOSTILE + "2_ci95": [0.1, 0.9],
         },
-        tables=[Table(title=HOSTILE, columns=[HOSTILE], rows=[[HOSTILE]], caption=HOSTILE)],
+        tables=[Table(title=HOSTILE, columns=2 * [HOSTILE], rows=[2 * [HOSTILE]], caption=HOSTILE)],
         video_pairs=[VideoPair(prompt=HOSTILE, base=hostile_clip, tuned=clip())],
         notes=[HOSTILE],
     )

@@ -197,4 +197,4 @@ def _edge(chroma: np.ndarray, blobs: Blobs) -> np.ndarray:
     mean = (gain**2).sum(1) / np.maximum(gain.sum(1), 1)
     count = np.bincount(blobs.picture, minlength=len(chroma))
     strength = np.bincount(blobs.picture, blobs.strength, len(chroma)) / np.maximum(count, 1)
-    return mean / np.maximum(strength, 1)
+    return np.where(count > 0, mean / np.maximum(strength, 1), 0)

@@ -21,7 +21,7 @@ from examples.toy_world.world import FAULTS, Clip, WorldSettings, render_clip
 _SHAPES = ("circle", "square", "triangle", "cross")
 # Typical moments (Blobs.form) of each shape, and how far a moment may stray from them.
 _FORMS = np.array(
-    [[0, 0, 3.94, 0.675], [0, 0, 3.61, 0.93], [-0.51, 0.5, 4.52, 0.755], [0, 0, 5.06, 0.335]]
+    [[0, 0, 3.94, 0.675], [0, 0, 3.65, 0.89], [-0.51, 0.5, 4.52, 0.755], [0, 0, 5.06, 0.335]]
 )
 _FORM_SCALE = np.array([0.15, 0.15, 0.35, 0.09])
 
@@ -255,9 +255,9 @@ def _unworldly(tracks: list[Track], backdrop: Backdrop) -> tuple[str, ...]:
     """Reasons why these are no objects of the world over a background of the world."""
     reasons = []
     level = np.median(backdrop.level)
-    if np.median(backdrop.tint) > 8 or backdrop.tint.max() > 20:
+    if np.median(backdrop.tint) > 6 or backdrop.tint.max() > 16:
         reasons.append("tinted background")
-    if np.median(backdrop.roughness) > 5 or np.median(backdrop.speckle) > 14:
+    if np.median(backdrop.roughness) > 4 or np.median(backdrop.speckle) > 11:
         reasons.append("patterned background")
     if not 8 < level < 112 or np.abs(backdrop.level - level).max() > 14:
         reasons.append("unsteady or odd brightness")
@@ -269,7 +269,7 @@ def _unworldly(tracks: list[Track], backdrop: Backdrop) -> tuple[str, ...]:
     if len(real) > 3:
         reasons.append("too many objects")
     outlined = backdrop.edge[backdrop.edge > 0]
-    if not len(outlined) or np.median(outlined) < 0.42:
+    if not len(outlined) or np.median(outlined) < 0.47:
         reasons.append("blurred objects")
     for track in real:
         if not 100 < np.median(track.strength[track.seen]) < 225:

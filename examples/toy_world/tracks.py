@@ -14,8 +14,9 @@ from examples.toy_world.blobs import HUES, Blobs
 
 _JUMP = 0.155
 """A longer way than this between two frames is a teleport; honest objects make at most 0.08."""
-_STILL = 0.024
-"""An object whose centre keeps within this over four frames stands still."""
+_STILL = ((4, 0.024), (5, 0.04))
+"""(frames, room): a centre that keeps within this room so long stands still; one that bounces off
+a wall needs at least 0.045 in four frames and 0.09 in five."""
 _FAINT = 0.6
 """Below this share of its usual colour mass an object counts as not there."""
 _FAINT_ONCE = 0.45
@@ -24,7 +25,7 @@ _DEFORMED = 0.42
 """Log of width over height beyond which an object is stretched."""
 _SCRAP = 0.45
 """Below this share of a thing's usual area a blob is no thing of its own."""
-_RECOLOURED_WAY = 0.16
+_RECOLOURED_WAY = 0.2
 """How near a blob of a new hue must be to the last place of a thing to be that thing."""
 _COLUMNS = ("centre", "area", "aspect", "form", "box", "strength")
 
@@ -173,17 +174,21 @@ def _copies(blobs: Blobs, rows: np.ndarray, main: Track) -> np.ndarray:
 
 def _follow_recoloured(blobs: Blobs, host: Track, left: set[int]) -> None:
     """Where a thing is gone, follow a blob of a new hue that takes its place; uses up `left`."""
+    whole = _SCRAP * np.median(host.area[host.seen])
+    last = 0
     for frame in range(1, len(host.seen)):
-        if host.seen[frame] or not host.seen[frame - 1]:
-            continue
-        for row in sorted(left):
-            way = np.linalg.norm(blobs.centre[row] - host.centre[frame - 1])
-            if blobs.picture[row] == frame and way < _RECOLOURED_WAY:
+        if not host.seen[frame] and frame - last <= 2:
+            reach = _RECOLOURED_WAY + 0.06 * (frame - last - 1)
+            rows = [r for r in left if blobs.picture[r] == frame and blobs.area[r] > whole]
+            ways = [np.linalg.norm(blobs.centre[row] - host.centre[last]) for row in rows]
+            if ways and min(ways) < reach:
+                row = rows[int(np.argmin(ways))]
                 for name in _COLUMNS:
                     getattr(host, name)[frame] = getattr(blobs, name)[row]
                 host.seen[frame], host.hues[frame] = True, blobs.hue[row]
                 left.remove(row)
-                break
+        if host.seen[frame]:
+            last = frame
 
 
 def find_faults(
@@ -247,10 +252,16 @@ def _absences(track: Track) -> list[tuple[str, np.ndarray]]:
     gone = mass < _FAINT * usual
     runs = _runs(gone)
     spans = [("vanish", _span(len(gone), *run)) for run in runs if run[1] - run[0] >= 2]
-    short = [run for run in runs if run[1] - run[0] < 2]
+    short = [run for run in runs if run[1] - run[0] < 2 and not _changes_hue(track, *run)]
     if len(short) > 1 or (short and mass[short[0][0]] < _FAINT_ONCE * usual):
         spans.append(("flicker", _span(len(gone), short[0][0], short[-1][1])))
     return spans
+
+
+def _changes_hue(track: Track, first: int, last: int) -> bool:
+    """Whether a thing has another hue after these frames than before: it is faint in between."""
+    part = slice(max(0, first - 1), last + 2)
+    return len(np.unique(track.hues[part][track.seen[part]])) > 1
 
 
 def _jumps(track: Track) -> list[tuple[str, np.ndarray]]:
@@ -263,10 +274,11 @@ def _jumps(track: Track) -> list[tuple[str, np.ndarray]]:
 
 
 def _stops(track: Track) -> list[tuple[str, np.ndarray]]:
-    """Runs of at least four frames within which the centre keeps its place."""
+    """Runs of frames within which the centre keeps its place."""
     still = np.zeros(len(track.seen), bool)
-    for first in range(len(still) - 3):
-        part = slice(first, first + 4)
-        if track.seen[part].all() and np.ptp(track.centre[part], axis=0).max() < _STILL:
-            still[part] = True
+    for length, room in _STILL:
+        for first in range(len(still) - length + 1):
+            part = slice(first, first + length)
+            if track.seen[part].all() and np.ptp(track.centre[part], axis=0).max() < room:
+                still[part] = True
     return [("freeze", _span(len(still), *run)) for run in _runs(still)]

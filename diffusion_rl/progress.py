@@ -39,8 +39,14 @@ class FinetuneSettings:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if not 0 <= self.missing_limit < 1:
             raise ValueError(f"missing_limit must be in [0, 1), got {self.missing_limit}")
-        replays = algorithm(self.algorithm.name).learning_steps == "recorded"
-        if replays and self.rollout.learning_guidance != self.rollout.guidance_scale:
+        if algorithm(self.algorithm.name).learning_steps != "recorded":
+            return
+        if self.rollout.stochastic_steps > self.rollout.num_eligible:
+            raise ValueError(
+                f"rollout.stochastic_steps must be at most the {self.rollout.num_eligible} "
+                f"eligible steps, got {self.rollout.stochastic_steps}"
+            )
+        if self.rollout.learning_guidance != self.rollout.guidance_scale:
             raise ValueError(
                 f"rollout.train_guidance must be left out with algorithm '{self.algorithm.name}', "
                 f"got {self.rollout.train_guidance}; a step can only be replayed as it was taken"

@@ -64,11 +64,6 @@ class RolloutSettings:
                 f"eligible_steps must be in [1, {self.num_inference_steps}], "
                 f"got {self.eligible_steps}"
             )
-        if self.stochastic_steps > self.num_eligible:
-            raise ValueError(
-                f"stochastic_steps must be at most the {self.num_eligible} eligible steps, "
-                f"got {self.stochastic_steps}"
-            )
 
     @property
     def num_eligible(self) -> int:
@@ -249,7 +244,6 @@ def sample_videos(
     distinct = list(dict.fromkeys(prompts))
     settings = RolloutSettings(
         num_inference_steps=num_inference_steps,
-        stochastic_steps=1,
         guidance_scale=guidance_scale,
         micro_batch=micro_batch,
     )

@@ -127,7 +127,9 @@ def test_settings_that_would_be_ignored_are_refused(config: Path, name: str) -> 
     message = f"^rollout.{name} must be left out with algorithm 'nft', got 1; it would be ignored"
     with pytest.raises(ValueError, match=message):
         load_config(config, ["algorithm.name=nft", f"rollout.{name}=1"])
-    load_config(config, [f"rollout.{name}=1"])
+    load_config(config, [f"rollout.{name}=1", "rollout.stochastic_steps=1"])
+    # Nor do their defaults stand in the way of a short schedule.
+    load_config(config, ["algorithm.name=nft", "rollout.num_inference_steps=2"])
 
 
 @pytest.mark.parametrize("missing", ["generator", "rewards", "prompts", "output"])

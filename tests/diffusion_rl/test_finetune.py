@@ -252,6 +252,10 @@ def test_what_cannot_start_is_refused() -> None:
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"missing_limit": 1.0}, r"missing_limit must be in \[0, 1\), got 1.0"),
         (
+            {"rollout": dataclasses.replace(ROLLOUT, stochastic_steps=4)},
+            "rollout.stochastic_steps must be at most the 3 eligible steps, got 4",
+        ),
+        (
             {"rollout": dataclasses.replace(ROLLOUT, guidance_scale=2.0, train_guidance=1.0)},
             "rollout.train_guidance must be left out with algorithm 'grpo', got 1.0",
         ),

@@ -173,7 +173,6 @@ def test_the_highest_sigma_is_below_one() -> None:
         ({"train_guidance": 0.5}, "train_guidance must be at least 1, got 0.5"),
         ({"noise_level": 0.0}, "noise_level must be above 0, got 0.0"),
         ({"eligible_steps": 11}, r"eligible_steps must be in \[1, 10\], got 11"),
-        ({"stochastic_steps": 10}, "must be at most the 9 eligible steps, got 10"),
     ],
 )
 def test_settings_outside_their_range_are_refused(options: dict, message: str) -> None:

@@ -294,7 +294,7 @@ class CaCScorer:
             judge_id=self.judge.name,
             fps=case.fps,
             num_frames=len(case.frames),
-            findings=case.findings if case.error is None else (),
+            findings=case.findings,
             windows=case.windows,
             scan_frames=tuple(case.scan_frames),
             inspect_frames=tuple(case.inspect_frames),

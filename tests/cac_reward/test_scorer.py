@@ -232,15 +232,14 @@ def test_every_clip_may_fail_and_fast_mode_asks_for_no_prose() -> None:
     assert score(CaCScorer(ScriptedJudge([PROSE]), mode="fast"), 1)[0].isfinite().all()
 
 
-def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = ScriptedJudge([Part()])
-
-    def fail(*_: object, **__: object) -> list[str]:
+@pytest.mark.parametrize("name", ["parse_tool_call", "parse_findings", "inspect_indices"])
+def test_other_errors_are_not_swallowed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ValueError("out of paper")
 
-    monkeypatch.setattr(judge, "generate", fail)
+    monkeypatch.setattr(f"cac_reward.scorer.{name}", fail)
     with pytest.raises(ValueError, match="out of paper"):
-        score(CaCScorer(judge), 1)
+        score(CaCScorer(ScriptedJudge([Part()])), 1)
 
 
 def test_a_judge_that_returns_nan_is_an_error_not_a_missing_score() -> None:

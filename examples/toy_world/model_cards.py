@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.toy_world.measure import parameter_count, size_mb
+from examples.toy_world.train_generator import TEXT_LENGTH
 
 _HEAD = """---
 license: apache-2.0
@@ -43,7 +44,8 @@ def generator_card(
         'pipeline = WanPipeline.from_pretrained("examples/toy_world/checkpoints/generator")',
         'frames = pipeline("a red circle moving sideways", "", height=32, width=32,',
         f"                  num_frames=13, num_inference_steps={sampling['num_inference_steps']},",
-        f"                  guidance_scale={sampling['guidance_scale']}).frames",
+        f"                  guidance_scale={sampling['guidance_scale']},",
+        f"                  max_sequence_length={TEXT_LENGTH}).frames",
     )
     data = (
         "Clips of `examples/toy_world/world.py`, about half of them with planted faults (vanish, "
@@ -72,7 +74,9 @@ def generator_card(
         f"## Measured\n\n{made['videos']} videos of held-out prompts with the demo's sampling "
         f"settings, judged by the oracle (`oracle.py`), which tracks pixels.\n\n"
         f"{_table(('figure', 'value'), rows)}\n{_oracle(figures)}"
-        "\n## Limits\n\nIt knows nothing but this world, and words of its prompts alone.\n"
+        "\n## Limits\n\nIt knows nothing but this world, and words of its prompts alone. It was trained on "
+        f"texts padded to {TEXT_LENGTH} tokens: leave out `max_sequence_length` and the pipeline "
+        "pads to 512, which it has never seen.\n"
     )
 
 

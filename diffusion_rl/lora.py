@@ -145,14 +145,31 @@ def reference_policy(transformer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def old_policy(transformer: nn.Module) -> Iterator[None]:
-    """The slow copy of the trained policy."""
+    """The slow copy of the trained policy, for use without gradient.
+
+    In float32 its update is added to the layers' own weights for the time, which is a third faster
+    than an adapter beside them; the weights themselves are put back, not computed back. Weights of
+    half precision would round the update away, so there the adapter runs.
+    """
     if not has_old_policy(transformer):
         raise RuntimeError("transformer must have an old policy; attach_lora(..., old_policy=True)")
-    _activate(transformer, OLD)
+    layers: list[Any] = tuner_layers(transformer)
+    if any(layer.base_layer.weight.dtype != torch.float32 for layer in layers):
+        _activate(transformer, OLD)
+        try:
+            yield
+        finally:
+            _activate(transformer, TRAINED)
+        return
+    own = [layer.base_layer.weight.data for layer in layers]
     try:
-        yield
+        with torch.no_grad(), reference_policy(transformer):
+            for layer, weight in zip(layers, own, strict=True):
+                layer.base_layer.weight.data = weight + layer.get_delta_weight(OLD)
+            yield
     finally:
-        _activate(transformer, TRAINED)
+        for layer, weight in zip(layers, own, strict=True):
+            layer.base_layer.weight.data = weight
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The three policies of one transformer, and the LoRA on its way to diffusers and back."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -98,9 +99,37 @@ def test_the_old_policy_follows_by_its_decay(toy: ToyGenerator) -> None:
     update_old_policy(toy.transformer, decay=0.0)
     tuned = velocity(toy)
     with old_policy(toy.transformer):
-        assert torch.equal(velocity(toy), tuned)
+        torch.testing.assert_close(velocity(toy), tuned)
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 1.5"):
         update_old_policy(toy.transformer, decay=1.5)
+
+
+def test_the_old_policy_leaves_no_trace(toy: ToyGenerator) -> None:
+    """It is added to the model's own weights for the time; those must come back to the bit."""
+    shake(toy)
+    update_old_policy(toy.transformer, decay=0.0)
+    shake(toy)
+    tuned = velocity(toy)
+    weights = copy.deepcopy(toy.transformer.state_dict())
+    with old_policy(toy.transformer):
+        assert not torch.allclose(velocity(toy), tuned)
+    with pytest.raises(KeyError), old_policy(toy.transformer):
+        raise KeyError
+    after = toy.transformer.state_dict()
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+    assert torch.equal(velocity(toy), tuned)
+
+
+def test_in_half_precision_the_old_policy_is_an_adapter() -> None:
+    generator = WanGenerator(build_tiny_wan().to(torch.bfloat16), **SIZE)
+    attach_lora(generator.transformer, WAN_LORA, old_policy=True)
+    shake(generator)
+    update_old_policy(generator.transformer, decay=0.0)
+    embeddings = generator.encode_prompts(PROMPTS)
+    inputs = (generator.initial_latents([0, 1]), torch.tensor(0.5), embeddings, 1.0)
+    trained = generator.predict(*inputs)
+    with old_policy(generator.transformer):
+        assert torch.equal(generator.predict(*inputs), trained)
 
 
 def test_without_an_old_policy_there_is_none_to_use() -> None:

@@ -219,6 +219,8 @@ def sample_command(options: argparse.Namespace) -> int:
 
 def evaluate_command(options: argparse.Namespace) -> int:
     """`evaluate`: base and LoRA measured alike, a table, summary.json and report.html."""
+    if options.videos_per_prompt < 1:
+        raise ValueError(f"--videos-per-prompt must be at least 1, got {options.videos_per_prompt}")
     config = options.base or Path(options.lora).parent / CONFIG_FILE
     settings = with_local_path(load_config(config, options.overrides), options.local_path)
     prompts = [

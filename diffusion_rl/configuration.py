@@ -158,7 +158,7 @@ def build(tree: Any) -> RunSettings:
         tree.get(name) if isinstance(tree, Mapping) else None for name in ("algorithm", "rollout")
     )
     if isinstance(algorithm_tree, Mapping) and isinstance(rollout, Mapping):
-        row = algorithm_tree.get("name")
+        row = str(algorithm_tree.get("name"))
         ignored = row in ALGORITHMS and ALGORITHMS[row].learning_steps != "recorded"
         for name in ONLY_RECORDED if ignored else ():
             if name in rollout:
@@ -277,10 +277,11 @@ def _convert_dataclass(kind: Any, value: Any, path: str) -> Any:
 def _row_of(value: Any, path: str) -> Any:
     """The options class of the row that `value` names."""
     name = value.get("name", "grpo") if isinstance(value, Mapping) else "grpo"
+    if not isinstance(name, str):
+        raise ValueError(f"{path}.name must be a text, got {_show(name)}")
     if name not in SETTINGS:
         raise ValueError(
-            f"{path}.name must be one of {', '.join(SETTINGS)}, got {name}"
-            f"{_near(str(name), SETTINGS)}"
+            f"{path}.name must be one of {', '.join(SETTINGS)}, got {name}{_near(name, SETTINGS)}"
         )
     return SETTINGS[name]
 

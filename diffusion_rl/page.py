@@ -277,11 +277,13 @@ def _videos(pairs: Sequence[VideoPair]) -> str:
         f"{_clip('base', pair.base)}{_clip('tuned', pair.tuned)}</div></article>"
         for pair in pairs
     )
-    key = (
-        '<p class="caption">Same prompt and same noise on both sides. Time line below each video: '
-        '<span class="key again"></span> the judge looked again, <span class="key fault"></span> '
-        "it found a fault (boxed in the picture).</p>"
-    )
+    key = '<p class="caption">Same prompt and same noise on both sides.'
+    if any(clip.score is not None for pair in pairs for clip in (pair.base, pair.tuned)):
+        key += (
+            ' Time line below each video: <span class="key again"></span> the judge looked again, '
+            '<span class="key fault"></span> it found a fault (boxed in the picture).'
+        )
+    key += "</p>"
     return f'{key}<div class="pairs">{shown}</div>'
 
 

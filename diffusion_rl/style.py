@@ -22,7 +22,7 @@ p { max-width: 72ch; margin: 0 0 12px; }
 .lead { font-size: 1.12rem; color: var(--soft); margin: -12px 0 28px; }
 section section { margin-bottom: 20px; }
 .caption, .note { color: var(--soft); font-size: 0.88rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 14px; }
 .card { background: var(--paper); border: 1px solid var(--rule); border-radius: 12px;
   padding: 16px 18px; box-shadow: var(--shade); display: flex; flex-direction: column; gap: 2px; }
 .card.effect { border-color: var(--accent); }

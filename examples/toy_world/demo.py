@@ -117,10 +117,12 @@ def run_demo(options: argparse.Namespace) -> None:
     stored = {name: load_stored_run(name) for name in (UNGUARDED, other)}
     make_room(settings, options.fresh)
 
+    print("loading generator and judge")
     run = prepare(settings, keep_text_encoder=True)
     describe(run)
-    print(f"1/3 training ({settings.updates - run.state.step} updates to go; Ctrl-C saves)")
-    if run.state.step < settings.updates:
+    left = max(0, settings.updates - run.state.step)
+    print(f"1/3 training ({left} updates to go; Ctrl-C saves)")
+    if left:
         train_with_bar(run)
     else:
         save_lora(run.generator, run.output / LORA)

@@ -292,3 +292,10 @@ def fault_rates(measured: Measured) -> dict[str, float]:
         rates[kind] = sum(found) / len(found)
     rates[UNWORLDLY] = sum(bool(report.unworldly) for report in reports) / len(reports)
     return rates
+
+
+def judge_fault_rates(measured: Measured) -> dict[str, float]:
+    """Share of videos in which the judge names each type of fault, or one of its own."""
+    named = [{one.type for one in report.findings} for report in measured.reports[JUDGE]]
+    rates = {fault: sum(fault in kinds for kinds in named) / len(named) for fault in FAULTS}
+    return {**rates, "another": sum(bool(kinds - set(FAULTS)) for kinds in named) / len(named)}

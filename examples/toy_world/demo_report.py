@@ -29,6 +29,7 @@ from examples.toy_world.demo_evaluation import (
     UNWORLDLY,
     Evaluation,
     fault_rates,
+    judge_fault_rates,
     side_summary,
 )
 from examples.toy_world.stored_run import StoredRun, read_curves
@@ -132,7 +133,7 @@ def write_demo_page(
     name = run.settings.algorithm.name
     other = next((one for key, one in stored.items() if key != "unguarded" and one), None)
     sections = [
-        Section(title="", tables=[result_table(evaluation)]),
+        Section(title="", tables=[result_table(evaluation), _mcnemar(evaluation)]),
         _faults(evaluation),
         training_section(name, curves, other),
         _videos(evaluation),
@@ -163,27 +164,36 @@ def lead_sentence(run: Run, evaluation: Evaluation, summary: Mapping[str, Any]) 
 
 
 def _faults(evaluation: Evaluation) -> Section:
-    base, tuned = fault_rates(evaluation.base), fault_rates(evaluation.tuned)
-    tests = evaluation.tests()
-    return Section(
-        title="Which faults",
-        charts=[
+    """By type, as the oracle and as the judge see them."""
+    charts = []
+    for title, rates in (
+        ("Videos with each type of fault, by the oracle", fault_rates),
+        ("The same by the CaC judge, which was the reward", judge_fault_rates),
+    ):
+        base, tuned = rates(evaluation.base), rates(evaluation.tuned)
+        charts.append(
             BarChart(
-                title="Videos with each type of fault, by the oracle",
+                title=title,
                 labels=list(base),
                 series={"base": list(base.values()), "tuned": list(tuned.values())},
                 percent=True,
-                caption=f"A video may have several. {UNWORLDLY.capitalize()}: tinted, patterned, "
-                "blurred, empty, or otherwise no clip of moving shapes.",
             )
+        )
+    return Section(
+        title="Which faults",
+        paragraphs=[
+            f"A video may have several. {UNWORLDLY.capitalize()}: tinted, patterned, blurred, "
+            "empty, or otherwise no clip of moving shapes."
         ],
-        tables=[
-            Table(
-                title="McNemar's exact test of broken videos",
-                columns=["judge", "broken before only", "broken after only", "p"],
-                rows=[_test_row(name, test) for name, test in tests.items()],
-            )
-        ],
+        charts=charts,
+    )
+
+
+def _mcnemar(evaluation: Evaluation) -> Table:
+    return Table(
+        title="McNemar's exact test of broken videos",
+        columns=["judge", "broken before only", "broken after only", "p"],
+        rows=[_test_row(name, test) for name, test in evaluation.tests().items()],
     )
 
 
@@ -249,7 +259,7 @@ def _trust(evaluation: Evaluation) -> Section:
         ["right about a clip", _percent(errors["accuracy"])],
         ["sound clips called broken", _percent(errors["false_alarm_rate"])],
         ["broken clips called sound", _percent(errors["miss_rate"])],
-        ["overlap of its windows with the truth", f"{errors['window_iou']:.2f}"],
+        ["overlap of its windows with the truth", _percent(errors["window_iou"])],
         ["prompts of sound clips read as followed", _percent(errors["prompt_match"])],
     ]
     rows += [[f"{kind} missed", _percent(rate)] for kind, rate in missed.items()]

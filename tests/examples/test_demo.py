@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from diffusion_rl.checkpoint import checkpoints
 from diffusion_rl.configuration import load_config, save_config
@@ -26,7 +28,7 @@ from examples.toy_world.demo_evaluation import (
     build_judges,
 )
 from tests.examples.stand_in_judge import WHY
-from tests.tiny_judge import CORPUS, build_tiny_judge
+from tests.tiny_judge import build_tiny_judge
 from tests.tiny_wan import SIZE, save_tiny_wan
 
 SIDE_KEYS = {
@@ -38,8 +40,6 @@ SUMMARY_KEYS = {
     *("videos_generated_in_training", "reward_calls", "training_seconds", "peak_memory_mb"),
     *("seed", "versions"),
 }
-CLEAN_SAYING_SEED = 0
-"""With these weights the tiny judge calls every clip clean at once."""
 STAND_IN = {
     "cac": ("tests.examples.stand_in_judge:StandInJudge", {"mode": "fast"}),
     "alignment": ("tests.examples.stand_in_judge:StandInAlignment", {}),
@@ -73,7 +73,7 @@ def write_config(folder: Path, generator: Path, rewards: dict = STAND_IN, **more
         "lora": {"rank": 2, "alpha": 2},
         "algorithm": {"name": "nft", "inner_steps": 1},
         "rollout": {
-            **{"num_inference_steps": 2, "prompts_per_update": 2, "videos_per_prompt": 2},
+            **{"num_inference_steps": 4, "prompts_per_update": 2, "videos_per_prompt": 2},
             **{"micro_batch": 4, "guidance_scale": 2.0},
         },
         "rewards": [
@@ -169,17 +169,22 @@ def test_control_c_saves_and_the_same_command_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = words(tmp_path, write_config(tmp_path, generator_folder))
-    process = subprocess.Popen(
+    metrics = tmp_path / "demo" / "metrics.jsonl"
+    with subprocess.Popen(
         [sys.executable, "-m", "examples.toy_world.demo", *command, "--updates", "100000"],
         cwd=repository,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-    )
-    metrics = tmp_path / "demo" / "metrics.jsonl"
-    wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, process)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=120)
+        # A job in the background of a script is started deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        try:
+            wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, process)
+            process.send_signal(signal.SIGINT)
+            said, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == demo.INTERRUPTED
     saved = checkpoints(tmp_path / "demo" / "checkpoints")[-1]
     done = int(saved.name[5:])
@@ -200,7 +205,6 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None
             return
         assert process.poll() is None, f"ended with {process.returncode}"
         time.sleep(0.1)
-    process.kill()
     raise AssertionError("waited in vain")
 
 
@@ -224,19 +228,30 @@ def test_a_run_interrupted_in_its_evaluation_only_evaluates(
     assert (tmp_path / "demo" / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_the_demo_runs_with_a_real_judge(tmp_path: Path, generator_folder: Path) -> None:
-    judge = build_tiny_judge(
-        tmp_path / "judge",
-        # One token, so that a judge with random weights may well say it.
+def judge_that_says_clean(folder: Path) -> Path:
+    """A Qwen3-VL folder whose weights prefer the token "Verdict: clean" to a tool call."""
+    build_tiny_judge(
+        folder,
         whole_tokens=("Verdict: clean",),
-        corpus=CORPUS,
-        seed=CLEAN_SAYING_SEED,
         settings={
             **{"schema_version": 1, "wording": "brief", "domain": "toy_world"},
             "scan": {"fps": 8.0, "max_frames": 4, "pixels": 256},
             "inspect": {"fps": 8.0, "max_frames": 4, "pixels": 256, "margin_seconds": 0.25},
         },
     )
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    call = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<tool_call>")
+    with torch.no_grad():
+        # Every state points along the first axis, and so do all tokens but one.
+        table = model.get_input_embeddings().weight
+        table[:, 0] = 5.0
+        table[call, 0] = -5.0
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_the_demo_runs_with_a_real_judge(tmp_path: Path, generator_folder: Path) -> None:
+    judge = judge_that_says_clean(tmp_path / "judge")
     options = {"path_or_hub_id": str(judge)}
     rewards = {
         "cac": ("cac_reward:CaCScorer.from_pretrained", {**options, "mode": "fast"}),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from cac_reward.report import AnomalyReport, TimeWindow
+from cac_reward.report import Finding as JudgeFinding
 from diffusion_rl.evaluation import Measured
 from examples.toy_world import demo, demo_report
 from examples.toy_world.demo_evaluation import (
@@ -18,6 +21,7 @@ from examples.toy_world.demo_evaluation import (
     EvaluationSettings,
     evaluation_prompts,
     fault_rates,
+    judge_fault_rates,
     oracle_diversity,
     outcomes,
     side_summary,
@@ -103,6 +107,17 @@ def test_outcomes_and_rates(evaluation: Evaluation) -> None:
     assert (rates["vanish"], rates["freeze"], rates["flicker"], rates[UNWORLDLY]) == (
         *(0.25, 0.25, 0.0, 0.25),
     )
+
+
+def test_the_judges_own_types_are_counted(evaluation: Evaluation) -> None:
+    def report(*kinds: str) -> AnomalyReport:
+        findings = tuple(JudgeFinding(kind, TimeWindow(0.0, 0.5)) for kind in kinds)
+        return AnomalyReport(score=0.1, judge_id="j", fps=8.0, num_frames=13, findings=findings)
+
+    judged = [report("vanish", "vanish"), report("vanish", "melt"), report(), report("freeze")]
+    reports = {**evaluation.base.reports, JUDGE: judged}
+    rates = judge_fault_rates(replace(evaluation.base, reports=reports))
+    assert (rates["vanish"], rates["freeze"], rates["another"]) == (0.5, 0.25, 0.25)
 
 
 def test_reduction_and_tests(evaluation: Evaluation) -> None:

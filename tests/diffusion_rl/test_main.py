@@ -1,0 +1,214 @@
+"""The commands as a user types them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from diffusion_rl.__main__ import INTERRUPTED, main
+from diffusion_rl.checkpoint import latest_checkpoint
+from diffusion_rl.launch import CHECKPOINTS, LORA
+from diffusion_rl.tracking import read_metrics
+from tests.tiny_wan import save_tiny_wan
+
+REWARDS = """
+import time
+
+def red(videos, prompts, *, fps):
+    return videos[:, :, 0].mean((1, 2, 3))
+
+def slow_red(videos, prompts, *, fps):
+    time.sleep(0.3)
+    return red(videos, prompts, fps=fps)
+
+def clean(videos, prompts, *, fps):
+    score = red(videos, prompts, fps=fps)
+    reports = [{"findings": [{"type": "vanish", "window": [0.0, 0.25]}]} for _ in prompts]
+    return {"score": (score > score.median()).float(), "reports": reports}
+
+def loud(videos, prompts, *, fps):
+    return 5 * red(videos, prompts, fps=fps)
+"""
+CONFIG = """
+generator:
+  {path: wan, height: 16, width: 16, num_frames: 5, fps: 8, max_sequence_length: 12}
+lora: {rank: 2}
+rollout: {num_inference_steps: 3, stochastic_steps: 1, prompts_per_update: 2, videos_per_prompt: 2}
+rewards: [{name: red, target: "tiny_rewards:red"}]
+guards: [{statistic: contrast}]
+prompts: prompts.txt
+updates: 2
+output: run
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_wan(tmp_path_factory.mktemp("wan") / "wan")
+
+
+@pytest.fixture
+def place(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a user has it, and the current one."""
+    (tmp_path / "wan").symlink_to(pipeline)
+    (tmp_path / "tiny_rewards.py").write_text(REWARDS)
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "prompts.txt").write_text("a red circle\nthe blue square\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_train_says_what_runs_and_where_it_went(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "tiny.yaml", "updates=3"]) == 0
+    printed = capsys.readouterr()
+    assert "lora: run/lora   metrics: run/metrics.jsonl" in printed.out
+    assert "3/3" in printed.err
+    assert "reward 0." in printed.err
+    assert (place / "run" / LORA).is_dir()
+    assert len(read_metrics(place / "run" / "metrics.jsonl")) == 3
+
+
+def test_overrides_may_follow_options(place: Path) -> None:
+    assert main(["train", "tiny.yaml", "--restart", "updates=1", "output=other"]) == 0
+    assert len(read_metrics(place / "other" / "metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tiny.yaml", "updats=3"], "updats must be a known key"),
+        (["small.yaml"], "config must be an existing YAML file"),
+        (["tiny.yaml", "rewards[0].target=tiny_rewards:rd"], "target .*near.*: red"),
+        (["tiny.yaml", "generator.path=Wan-AI/none"], "got Wan-AI/none; .*--local-path FOLDER"),
+        (["tiny.yaml", "--local-path", "nothing"], "--local-path must be an existing folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_status(
+    place: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    import re
+
+    assert main(["train", *words]) == 1
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert re.search(message, printed[-1])
+    assert "Traceback" not in "".join(printed)
+    with pytest.raises((ValueError, OSError, ImportError), match=message):
+        main(["train", *words, "--traceback"])
+
+
+def test_an_unknown_option_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "tiny.yaml", "--resume"])
+    assert "unrecognized arguments: --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_is_saved_and_says_how_to_go_on(
+    place: Path, repository: Path, number: signal.Signals
+) -> None:
+    words = ["train", "tiny.yaml", "updates=500", "rewards[0].target=tiny_rewards:slow_red"]
+    paths = os.pathsep.join([str(repository), str(place)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffusion_rl", *words],
+        env=os.environ | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # A job in the background of a script ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    metrics = place / "run" / "metrics.jsonl"
+    while process.poll() is None and len(read_metrics(metrics)) < 2:
+        time.sleep(0.05)
+    process.send_signal(number)
+    printed, _ = process.communicate()
+    assert process.returncode == INTERRUPTED
+    step = int(latest_checkpoint(place / "run" / CHECKPOINTS).name[5:])
+    assert step >= 1
+    again = "python -m diffusion_rl " + " ".join(words)
+    assert f"stopped after update {step} of 500; go on with: {again}" in printed
+
+    again_words = [*words[:2], f"updates={step + 1}", words[3]]
+    assert main(again_words) == 0
+    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, step + 2))
+
+
+def test_sample_writes_a_video_for_each_prompt(place: Path) -> None:
+    main(["train", "tiny.yaml", "updates=1"])
+    words = ["sample", "tiny.yaml", "--prompts", "prompts.txt", "--output"]
+    assert main([*words, "base"]) == 0
+    assert main([*words, "tuned", "--lora", "run/lora", "--format", "webp", "--scale", "2"]) == 0
+    assert sorted(path.name for path in (place / "base").iterdir()) == ["0000.mp4", "0001.mp4"]
+    assert sorted(path.name for path in (place / "tuned").iterdir()) == ["0000.webp", "0001.webp"]
+
+
+def test_a_lora_of_another_model_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["train", "tiny.yaml", "updates=1"])
+    save_tiny_wan(place / "deeper", layers=3)
+    words = ["sample", "tiny.yaml", "generator.path=deeper", "--prompts", "prompts.txt"]
+    assert main([*words, "--lora", "run/lora"]) == 1
+    assert "must fit the generator's transformer" in capsys.readouterr().err
+
+
+def test_evaluate_compares_and_writes_a_report(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["train", "tiny.yaml", "updates=1", "optimizer.learning_rate=0.1"])
+    words = ["evaluate", "--lora", "run/lora", "--prompts", "prompts.txt"]
+    words += ["--measure", "held_out=tiny_rewards:clean", "--clean", "held_out"]
+    assert main([*words, "--videos-per-prompt", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "held_out_anomaly_rate" in printed
+    assert "report: evaluation/report.html" in printed
+    summary = json.loads((place / "evaluation" / "summary.json").read_text())
+    assert summary["base"]["videos"] == summary["tuned"]["videos"] == 6
+    assert summary["base"].keys() == {
+        "videos",
+        "red",
+        "held_out",
+        "held_out_anomaly_rate",
+        "motion",
+        "sharpness",
+        "contrast",
+        "diversity",
+    }
+    assert summary["base"]["red"] != summary["tuned"]["red"]
+    assert 0 < summary["base"]["held_out_anomaly_rate"] < 1
+    assert {"mcnemar_p_held_out", "relative_reduction_held_out"} <= summary.keys()
+    page = (place / "evaluation" / "report.html").read_text()
+    assert "vanish" in page
+    assert "Can the judge be fooled? (held_out)" in page
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--measure", "held_out"], "--measure must be NAME=MODULE:CALLABLE, got 'held_out'"),
+        (["--clean", "other"], "--clean must name measures, got other; there are"),
+        (
+            ["--measure", "loud=tiny_rewards:loud", "--clean", "loud"],
+            r"--clean must name measures in \[0, 1\], got loud",
+        ),
+        (["--videos-per-prompt", "0"], "--videos-per-prompt must be at least 1, got 0"),
+        (["--base", "none.yaml"], "config must be an existing YAML file, got none.yaml"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str
+) -> None:
+    import re
+
+    main(["train", "tiny.yaml", "updates=1"])
+    words = ["evaluate", "--lora", "run/lora", "--prompts", "prompts.txt"]
+    assert main([*words, "--videos-per-prompt", "1", *extra]) == 1
+    assert re.search(message, capsys.readouterr().err)

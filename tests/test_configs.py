@@ -1,0 +1,177 @@
+"""Every recipe loads; every wrong key and type in it is refused; the big one runs when tiny."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from cac_reward.judges.local import LocalJudge
+from diffusion_rl.configuration import build, load_config, save_config, to_tree
+from diffusion_rl.launch import LORA, prepare, train
+from tests.tiny_judge import build_tiny_judge
+from tests.tiny_wan import save_tiny_wan
+
+FOLDER = Path(__file__).resolve().parent.parent / "configs" / "rl"
+RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
+BIG = FOLDER / "wan2.1_1.3b_grpo.yaml"
+CALL = '<tool_call>\n{"name": "inspect", "arguments": {"windows": [[0.00, 0.25]]}}\n</tool_call>'
+FINDINGS = (
+    '{"findings": [{"type": "vanish", "window": [0.00, 0.25], "boxes": '
+    '[{"time": 0.00, "box": [100, 100, 500, 500]}], "severity": 2, "why": "gone"}]}'
+)
+
+Place = tuple[str | int, ...]
+REQUIRED: list[Place] = [("generator", key) for key in ("path", "height", "width", "num_frames")]
+REQUIRED += [("generator", "fps"), ("prompts",), ("output",)]
+
+
+def tree_of(name: str) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(FOLDER / name), resolve=True)
+
+
+def places(tree: Any, here: Place = ()) -> Iterator[Place]:
+    """Where every key stands; what a reward is called with is its own affair."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield (*here, key)
+            if key != "options":
+                yield from places(value, (*here, key))
+    elif isinstance(tree, list):
+        for index, value in enumerate(tree):
+            yield from places(value, (*here, index))
+
+
+def spoil(tree: Any, place: Place) -> tuple[Any, Any]:
+    """A deep copy and the mapping in it that holds the last key of `place`."""
+    spoilt = copy.deepcopy(tree)
+    parent = spoilt
+    for key in place[:-1]:
+        parent = parent[key]
+    return spoilt, parent
+
+
+def written(place: Place) -> str:
+    text = ""
+    for key in place:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else str(key)
+    return text
+
+
+def brightness(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
+    return videos.mean((1, 2, 3, 4))
+
+
+def test_there_are_recipes() -> None:
+    assert {"toy_grpo.yaml", "toy_nft.yaml", "wan2.1_1.3b_grpo.yaml"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_loads_and_survives_saving(name: str, tmp_path: Path) -> None:
+    settings = load_config(FOLDER / name)
+    save_config(settings, tmp_path / name)
+    assert load_config(tmp_path / name) == settings
+    assert {reward.name for reward in settings.rewards} >= {"cac", "alignment"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_leaves_out_what_is_the_default_anyway(name: str) -> None:
+    """Values equal to the default hide the ones that matter; sizes and weights may be repeated."""
+    tree = tree_of(name)
+    expected = to_tree(build(tree))
+    for place in places(tree):
+        spoilt, parent = spoil(tree, place)
+        if place[0] in ("rewards", "guards") or place[-1] in ("name", "updates"):
+            continue
+        if isinstance(parent[place[-1]], dict | list) or place in REQUIRED:
+            continue
+        del parent[place[-1]]
+        assert to_tree(build(spoilt)) != expected, f"{name}: {written(place)} is the default"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_misspelt_key_is_refused_with_its_path(name: str) -> None:
+    tree = tree_of(name)
+    for place in places(tree):
+        spoilt, parent = spoil(tree, place)
+        parent[f"{place[-1]}x"] = parent.pop(place[-1])
+        with pytest.raises(ValueError, match="must be a known key") as raised:
+            build(spoilt)
+        # The algorithm's name chooses which keys there are; without it the first one is named.
+        if place != ("algorithm", "name"):
+            assert str(raised.value).startswith(f"{written(place)}x must be a known key")
+            assert f"did you mean {place[-1]}?" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_wrong_type_is_refused_with_its_path(name: str) -> None:
+    tree = tree_of(name)
+    for place in places(tree):
+        spoilt, parent = spoil(tree, place)
+        value = parent[place[-1]]
+        parent[place[-1]] = "text" if isinstance(value, dict | list) else {"unexpected": 1}
+        with pytest.raises(ValueError, match=" must be ") as raised:
+            build(spoilt)
+        assert str(raised.value).startswith(f"{written(place)} must be ")
+
+
+def test_without_the_hub_the_big_recipe_fails_at_once(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    settings = load_config(
+        BIG,
+        [
+            f"prompts={tmp_path / 'prompts.txt'}",
+            f"output={tmp_path / 'run'}",
+            f"rewards=[{{name: brightness, target: '{__name__}:brightness'}}]",
+        ],
+    )
+    message = r"got Wan-AI/Wan2.1-T2V-1.3B-Diffusers; .*cache .*--local-path FOLDER"
+    with pytest.raises(FileNotFoundError, match=message):
+        prepare(settings)
+
+
+def write_by_the_protocol(
+    judge: LocalJudge, conversations: Sequence[Any], *, prefix: str = "", **options: Any
+) -> list[str]:
+    """What a trained judge writes; random weights write rubbish."""
+    del judge, options
+    return [CALL if prefix.startswith("<tool_call>") else FINDINGS] * len(conversations)
+
+
+def test_a_tiny_wan_and_a_tiny_qwen_go_through_the_big_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalJudge, "generate", write_by_the_protocol)
+    wan = save_tiny_wan(tmp_path / "wan", scheduler="unipc")
+    judge = build_tiny_judge(tmp_path / "judge")
+    (tmp_path / "prompts.txt").write_text("a red circle\nthe blue square\n")
+    overrides = [
+        f"generator.local_path={wan}",
+        "generator.height=16",
+        "generator.width=16",
+        "generator.num_frames=5",
+        "generator.device=cpu",
+        "rollout.num_inference_steps=4",
+        "rollout.prompts_per_update=2",
+        "rollout.videos_per_prompt=2",
+        f"prompts={tmp_path / 'prompts.txt'}",
+        f"output={tmp_path / 'run'}",
+        "updates=1",
+    ]
+    for reward in range(2):
+        overrides += [
+            f"rewards[{reward}].options.path_or_hub_id={judge}",
+            f"rewards[{reward}].options.device=cpu",
+            f"rewards[{reward}].options.dtype=float32",
+        ]
+    run = prepare(load_config(BIG, overrides))
+    (report,) = train(run)
+    assert report.rewards.keys() == {"cac", "alignment"}
+    assert all(0 < score < 1 for score in report.rewards.values())
+    assert report.guards.keys() == {"motion", "sharpness", "contrast", "diversity"}
+    assert report.missing_share == 0.0
+    assert report.videos_generated == 2 + 4 + 4
+    assert (tmp_path / "run" / LORA).is_dir()

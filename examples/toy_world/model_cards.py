@@ -42,10 +42,16 @@ def generator_card(
         "from diffusers import WanPipeline",
         "",
         'pipeline = WanPipeline.from_pretrained("examples/toy_world/checkpoints/generator")',
-        'frames = pipeline("a red circle moving sideways", "", height=32, width=32,',
-        f"                  num_frames=13, num_inference_steps={sampling['num_inference_steps']},",
-        f"                  guidance_scale={sampling['guidance_scale']},",
-        f"                  max_sequence_length={TEXT_LENGTH}).frames",
+        "frames = pipeline(",
+        '    "a red circle moving sideways",',
+        '    "",',
+        "    height=32,",
+        "    width=32,",
+        "    num_frames=13,",
+        f"    num_inference_steps={sampling['num_inference_steps']},",
+        f"    guidance_scale={sampling['guidance_scale']},",
+        f"    max_sequence_length={TEXT_LENGTH},",
+        ").frames",
     )
     data = (
         "Clips of `examples/toy_world/world.py`, about half of them with planted faults (vanish, "
@@ -74,8 +80,8 @@ def generator_card(
         f"## Measured\n\n{made['videos']} videos of held-out prompts with the demo's sampling "
         f"settings, judged by the oracle (`oracle.py`), which tracks pixels.\n\n"
         f"{_table(('figure', 'value'), rows)}\n{_oracle(figures)}"
-        "\n## Limits\n\nIt knows nothing but this world, and words of its prompts alone. It was trained on "
-        f"texts padded to {TEXT_LENGTH} tokens: leave out `max_sequence_length` and the pipeline "
+        "\n## Limits\n\nIt knows nothing but this world, and words of its prompts alone. It was "
+        f"trained on texts padded to {TEXT_LENGTH} tokens: leave out `max_sequence_length` and the pipeline "
         "pads to 512, which it has never seen.\n"
     )
 

@@ -81,8 +81,8 @@ def generator_card(
         f"settings, judged by the oracle (`oracle.py`), which tracks pixels.\n\n"
         f"{_table(('figure', 'value'), rows)}\n{_oracle(figures)}"
         "\n## Limits\n\nIt knows nothing but this world, and words of its prompts alone. It was "
-        f"trained on texts padded to {TEXT_LENGTH} tokens: leave out `max_sequence_length` and the pipeline "
-        "pads to 512, which it has never seen.\n"
+        f"trained on texts padded to {TEXT_LENGTH} tokens: leave out `max_sequence_length` and the "
+        "pipeline pads to 512, which it has never seen.\n"
     )
 
 

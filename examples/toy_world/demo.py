@@ -50,6 +50,11 @@ logger = logging.getLogger("diffusion_rl")
 
 CONFIGS = {"nft": "configs/rl/toy_nft.yaml", "grpo": "configs/rl/toy_grpo.yaml"}
 """What each row of the table of algorithms is run with; the first is the default."""
+QUIET = (
+    *("cac_reward", "diffusion_rl.guards", "diffusion_rl.rewards"),
+    *("diffusers", "transformers", "huggingface_hub", "httpx", "httpcore"),
+)
+"""Loggers that warn of single videos, or of every file they read."""
 COMMAND = "python -m examples.toy_world.demo"
 SUMMARY = "summary.json"
 UNGUARDED = "unguarded"
@@ -60,10 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(given)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # The bar shows alarms at every update; other packages talk about every file they read.
-    logging.getLogger("diffusion_rl.guards").setLevel(logging.ERROR)
-    for name in ("httpx", "httpcore", "huggingface_hub", "diffusers", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    keep_quiet()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with logging_redirect_tqdm():
@@ -77,6 +79,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def keep_quiet() -> None:
+    """Leave the screen to the demo's own bars, which count alarms and videos not judged."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def build_parser() -> argparse.ArgumentParser:

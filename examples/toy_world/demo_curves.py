@@ -12,7 +12,7 @@ from diffusion_rl.page import Section, Table, VideoPair
 from examples.toy_world.demo_evaluation import JUDGE, SUMMARY_MEASURES
 from examples.toy_world.stored_run import StoredRun
 
-SMOOTH = 5
+SMOOTH = 8
 Curves = Mapping[str, Sequence[float | None]]
 
 

@@ -222,7 +222,10 @@ def measure_side(
             batch_size=settings.batch_size,
         )
         with tqdm(total=len(texts), desc=f"evaluate {description}", unit="video") as bar:
+            unjudged = 0
             for part in batches:
+                unjudged += int(part.values[JUDGE].isnan().sum())
+                bar.set_postfix(unjudged=unjudged)
                 bar.update(len(part.prompts))
                 yield part
 

@@ -30,7 +30,6 @@ from examples.toy_world.demo_evaluation import (
     Evaluation,
     fault_rates,
     judge_fault_rates,
-    side_summary,
 )
 from examples.toy_world.stored_run import StoredRun, read_curves
 
@@ -41,11 +40,12 @@ SHOWN_LOSSES = 2
 
 def build_summary(run: Run, evaluation: Evaluation) -> dict[str, Any]:
     """The content of summary.json."""
+    measured, videos = evaluation.comparisons(), len(evaluation.base.prompts)
     reduction = evaluation.reduction()
     ends = [None, None] if reduction is None else [reduction.low, reduction.high]
     return {
-        "base": side_summary(evaluation.base),
-        "tuned": side_summary(evaluation.tuned),
+        "base": {"videos": videos, **{name: measured[name].base for name in SUMMARY_MEASURES}},
+        "tuned": {"videos": videos, **{name: measured[name].tuned for name in SUMMARY_MEASURES}},
         "relative_reduction_oracle": None if reduction is None else reduction.value,
         "relative_reduction_oracle_ci95": [_finite(end) for end in ends],
         "videos_generated_in_training": run.state.videos_generated,
@@ -89,7 +89,7 @@ def result_table(evaluation: Evaluation) -> Table:
         percent=("P(clean) by the judge", "P(yes) to the prompt"),
         caption=f"{len(evaluation.base.prompts)} videos a side: the same held-out prompts, the "
         "same noise. Intervals: paired bootstrap over prompts. The oracle tracks pixels, shares "
-        "no code with the judge and took no part in training.",
+        "no code with the judge and took no part in training. Pairs: those judged on both sides.",
     )
 
 
@@ -262,7 +262,6 @@ def _trust(evaluation: Evaluation) -> Section:
         ["overlap of its windows with the truth", _percent(errors["window_iou"])],
         ["prompts of sound clips read as followed", _percent(errors["prompt_match"])],
     ]
-    rows += [[f"{kind} missed", _percent(rate)] for kind, rate in missed.items()]
     return Section(
         title="How far to believe this",
         tables=[
@@ -271,7 +270,13 @@ def _trust(evaluation: Evaluation) -> Section:
                 columns=["on rendered clips whose faults are known", "rate"],
                 rows=rows,
                 caption=f"{errors['clips']} rendered clips that no training saw, passed through "
-                "the generator's autoencoder. A missed type may still be found under another.",
+                "the generator's autoencoder.",
+            ),
+            Table(
+                title="Faults it misses, by type",
+                columns=["", *missed],
+                rows=[["missed", *map(_percent, missed.values())]],
+                caption="Not found under their own name; they may still be found under another.",
             ),
             audit_table(evaluation.audit),
         ],
@@ -293,7 +298,6 @@ def _cost(run: Run, summary: Mapping[str, Any]) -> Section:
         ["LoRA rank", run.settings.lora.rank],
         ["seed", run.settings.seed],
     ]
-    rows += [[name, version] for name, version in summary["versions"].items()]
     table = Table(title="Cost and settings", columns=["", "this run"], rows=rows)
     return Section(title="", tables=[table])
 

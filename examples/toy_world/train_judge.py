@@ -22,6 +22,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from examples.toy_world import judge_bank
+from examples.toy_world.judge_folder import build_config, build_processor, build_tokenizer
 from examples.toy_world.judge_lessons import (
     SETTINGS,
     DenseLabels,
@@ -44,7 +45,6 @@ from examples.toy_world.training_state import (
     warmup_cosine,
 )
 from examples.toy_world.world import Clip, WorldSettings
-from tests.tiny_judge import build_config, build_processor, build_tokenizer
 
 STAGE = 3
 PHASE1_STEPS = 3000

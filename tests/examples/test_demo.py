@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import diffusers.utils.logging
 import pytest
 import torch
+import transformers.utils.logging
 import yaml
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -54,11 +56,12 @@ def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def what_main_changes() -> Iterator[None]:
     """Put back the process-wide settings of a command."""
-    names = ("diffusion_rl.guards", "diffusers", "transformers", "httpx", "httpcore")
-    levels = {name: logging.getLogger(name).level for name in (*names, "huggingface_hub")}
+    levels = {name: logging.getLogger(name).level for name in demo.QUIET}
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
+    diffusers.utils.logging.enable_progress_bar()
+    transformers.utils.logging.enable_progress_bar()
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
 

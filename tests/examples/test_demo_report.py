@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,19 @@ def test_reduction_and_tests(evaluation: Evaluation) -> None:
     assert (tests["judge"].only_base, tests["judge"].only_tuned) == (2, 1)
     sound = measured([oracle_report()] * 4, [0.9] * 4)
     assert Evaluation(sound, evaluation.tuned, 8.0, [], {}).reduction() is None
+
+
+def test_the_summary_says_what_the_table_says(evaluation: Evaluation) -> None:
+    """The judge's rates are over the pairs judged on both sides, in both places."""
+    state = SimpleNamespace(videos_generated=9, reward_calls=18, seconds=1.26)
+    run = SimpleNamespace(state=state, settings=SimpleNamespace(seed=7))
+    summary = demo_report.build_summary(run, evaluation)
+    assert summary["base"]["anomaly_rate_judge"] == pytest.approx(2 / 3)
+    assert summary["tuned"]["anomaly_rate_judge"] == pytest.approx(1 / 3)
+    assert (summary["base"]["videos"], summary["seed"]) == (4, 7)
+    assert (summary["videos_generated_in_training"], summary["reward_calls"]) == (9, 18)
+    assert summary["training_seconds"] == 1.3
+    assert "66.7%" in demo_report.console_table(evaluation)
 
 
 def test_the_pairs_shown_are_the_first_not_the_best(evaluation: Evaluation) -> None:

@@ -177,6 +177,24 @@ def test_a_full_disk_loses_nothing(trained: tuple, monkeypatch: pytest.MonkeyPat
     assert read_checkpoint(folder / "step-000002").step == 2
 
 
+def test_a_checkpoint_appears_only_when_it_is_whole(
+    trained: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, state, folder = trained
+    state.step = 3
+    whole = []
+
+    def crash(source: Path, target: Path) -> None:
+        whole.append((read_checkpoint(source).step, Path(target).exists()))
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="could not be written"):
+        save_checkpoint(folder, take_snapshot(generator, state))
+    assert whole == [(3, False)]
+    assert latest_checkpoint(folder) == folder / "step-000002"
+
+
 def test_a_save_cut_off_is_invisible_and_cleared_away(trained: tuple) -> None:
     generator, state, folder = trained
     leftover = folder / "step-000003.partial"

@@ -8,19 +8,28 @@ import pytest
 import torch
 from torch import Tensor
 
+import diffusion_rl.finetune
 from diffusion_rl.collect import FIRST_TRAINING_SEED, choose_prompts, collect
 from diffusion_rl.finetune import (
     FinetuneSettings,
     FinetuneState,
     StepReport,
     begin,
+    compare,
     finetune,
 )
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.lora import OLD, attach_lora, lora_state
 from diffusion_rl.rewards import Reward
-from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.updates import AlgorithmSettings, GrpoSettings, NftSettings, OptimizerSettings
+from diffusion_rl.rollout import RolloutSettings, Trajectory
+from diffusion_rl.updates import (
+    AlgorithmSettings,
+    GrpoSettings,
+    NftSettings,
+    OptimizerSettings,
+    UpdateStatistics,
+    update_policy,
+)
 from tests.toy_gaussian import LORA, ToyGenerator
 
 PROMPTS = ["plain", "bright", "plain and small"]
@@ -126,9 +135,20 @@ def _with_old(state: dict[str, Tensor]) -> ToyGenerator:
     return generator
 
 
-def test_unjudged_videos_teach_nothing() -> None:
-    """Videos scored NaN leave the same update as if they had not been drawn."""
+def test_unjudged_videos_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Videos scored NaN are not among those an update learns from."""
     captured: list[Tensor] = []
+    learnt_from = []
+
+    def spy(generator: object, trajectory: Trajectory, *rest: object) -> UpdateStatistics:
+        assert not {1, 6} & {places.index(seed) for seed in trajectory.seeds}
+        learnt_from.append(len(trajectory.seeds))
+        return update_policy(generator, trajectory, *rest)
+
+    monkeypatch.setattr(diffusion_rl.finetune, "update_policy", spy)
+    toy = ToyGenerator()
+    drawn = collect(toy, toy.encode_prompts(PROMPTS), settings_for(GrpoSettings()), step=1)
+    places = list(drawn.trajectory.seeds)
 
     def partly(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
         score = redness(videos, prompts, fps=fps)
@@ -141,6 +161,7 @@ def test_unjudged_videos_teach_nothing() -> None:
         assert reports[0].missing_share == 0.25
         assert math.isfinite(reports[0].loss)
         assert reports[0].grad_norm > 0
+        assert learnt_from[-1] == 6
         judged = captured[-1][~captured[-1].isnan()]
         assert reports[0].reward == pytest.approx(judged.mean().item())
 
@@ -157,6 +178,22 @@ def test_guards_charge_and_alarm() -> None:
     assert report.penalty == pytest.approx(2.0 * (1 - report.guards["contrast"]))
     assert report.reward == pytest.approx(report.rewards["red"])
     assert state.reference_levels == {"contrast": 10.0}
+
+
+def test_penalties_are_taken_off_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+
+    def spy(score: Tensor, *rest: object) -> Tensor:
+        compared.append(score)
+        return compare(score, *rest)
+
+    monkeypatch.setattr(diffusion_rl.finetune, "compare", spy)
+    nothing = Reward("nothing", lambda videos, prompts, *, fps: torch.zeros(len(videos)))
+    guards = (GuardSettings(statistic="contrast", weight=2.0, floor=1.0),)
+    _, reports = run(settings_for(GrpoSettings(), guards=guards, updates=1), nothing)
+    assert reports[0].penalty > 0
+    assert compared[0].max() <= 0
+    assert compared[0].mean().item() == pytest.approx(-reports[0].penalty)
 
 
 def test_the_reference_level_is_that_of_the_base() -> None:

@@ -178,6 +178,30 @@ def test_forward_process_statistics_have_no_ratio() -> None:
     assert statistics.grad_norm > 0
 
 
+def test_final_latents_are_noised_as_flow_matching_does() -> None:
+    """latent = (1 - sigma) * data + sigma * noise, the same for every policy asked."""
+    algorithm = NftSettings(inner_steps=1)
+    generator, trajectory = prepare(algorithm, OPTIONS)
+    asked = []
+    predict = generator.predict
+
+    def spy(latent: Tensor, sigma: Tensor, *rest: object) -> Tensor:
+        asked.append((latent, sigma))
+        return predict(latent, sigma, *rest)
+
+    generator.predict = spy
+    run(generator, trajectory, algorithm, OPTIONS)
+    source = torch.Generator().manual_seed(0)
+    data = trajectory.final_latent
+    noise = torch.randn(data.shape, generator=source)
+    sigma = draw_sigmas(trajectory.sigmas, 6, source)
+    level = sigma.view(6, 1, 1, 1, 1)
+    assert len(asked) == 3  # Old, reference and trained.
+    for latent, levels in asked:
+        assert torch.equal(levels, sigma)
+        torch.testing.assert_close(latent, data + level * (noise - data))
+
+
 def test_noise_levels_follow_the_schedule_and_fill_it_evenly() -> None:
     schedule = torch.tensor([1.0, 0.9, 0.6, 0.0])
     sigmas = draw_sigmas(schedule, 300, torch.Generator().manual_seed(0))

@@ -147,6 +147,11 @@ def test_the_summary_says_what_the_table_says(evaluation: Evaluation) -> None:
 
 def test_the_pairs_shown_are_the_first_not_the_best(evaluation: Evaluation) -> None:
     assert demo_report.choose_pairs(evaluation) == ([0, 3], [2])
+    # What was broken before as well is no loss.
+    both = [oracle_report("vanish"), oracle_report()]
+    worse = [oracle_report("vanish"), oracle_report("freeze")]
+    pair = [measured(reports, [0.5, 0.5], "ab") for reports in (both, worse)]
+    assert demo_report.choose_pairs(Evaluation(*pair, 8.0, [], {})) == ([0], [1])
 
 
 def test_diversity_is_within_prompts() -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from cac_reward.report import AnomalyReport, Finding, TimeWindow
+from diffusion_rl.evaluation import Measured
 from examples.toy_world import measure
 from examples.toy_world.model_cards import generator_card, judge_card
 from examples.toy_world.oracle import OracleReport
@@ -60,12 +61,43 @@ def truth(*windows: tuple[float, float]) -> OracleReport:
 
 
 def test_windows_are_compared_where_both_call_a_clip_broken() -> None:
-    judge = [report(0.1, (0.0, 1.0)), report(0.9), report(0.2, (0.0, 0.5)), report(0.1, (0, 0.25))]
+    judge = [report(0.1, (0.0, 1.0)), report(0.9, (0.0, 1.0)), report(0.2, (0.0, 0.5))]
+    judge.append(report(0.1, (0, 0.25)))
     oracle = [truth((0.5, 1.0)), truth((0.0, 1.0)), truth(), truth((0.5, 0.75))]
     assert measure.mean_window_overlap(judge, oracle) == pytest.approx((0.5 + 0.0) / 2)
     asked = replace(report(0.1), windows=(TimeWindow(0.5, 1.0),))
     assert measure.mean_window_overlap([asked], oracle[:1]) == pytest.approx(1.0)
     assert math.isnan(measure.mean_window_overlap([report(0.9)], [truth()]))
+
+
+def test_a_judge_is_measured_against_the_oracle() -> None:
+    """Broken, sound, broken, sound; the last clip but one could not be judged."""
+    truths = [truth((0.0, 0.5)), truth(), truth((0.5, 1.0)), truth()]
+    scores = torch.tensor([0.1, 0.8, math.nan, 0.3])
+    reports = [report(0.1, (0.0, 0.5)), report(0.8), report(0.5), report(0.3, (0.0, 0.5))]
+    ones = torch.ones(4)
+    measured = Measured(
+        prompts=("a",) * 4,
+        seeds=(0, 1, 2, 3),
+        values={
+            **{"cac": scores, "oracle": torch.tensor([0.0, 1.0, 0.0, 1.0]), "diversity": ones},
+            **{"alignment": torch.tensor([0.1, 0.9, 0.8, 0.2]), "sharpness": ones},
+            "contrast": ones,
+        },
+        reports={
+            "cac": reports,
+            "oracle": [
+                replace(one, prompt_followed=row in (1, 2)) for row, one in enumerate(truths)
+            ],
+        },
+        videos=torch.zeros(0, 5, 3, 16, 16, dtype=torch.uint8),
+    )
+    figures = measure.judge_figures(measured, "cac")
+    assert figures["verdict_auc"] == 1.0
+    assert figures["verdict_accuracy"] == pytest.approx(2 / 3)
+    assert figures["window_iou"] == 1.0
+    assert figures["unjudged"] == 0.25
+    assert measure.alignment_auc(measured) == 1.0
 
 
 def test_rendered_figures_of_a_judge_that_knows() -> None:

@@ -21,13 +21,16 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from diffusion_rl.checkpoint import checkpoints
 from diffusion_rl.configuration import load_config, save_config
-from diffusion_rl.launch import build_generator
+from diffusion_rl.launch import build_generator, prepare
+from diffusion_rl.lora import tuner_layers
 from diffusion_rl.rewards import RewardSettings
 from diffusion_rl.tracking import read_metrics
-from examples.toy_world import demo
+from examples.toy_world import demo, demo_evaluation
 from examples.toy_world.demo_evaluation import (
     JUDGE,
+    EvaluationSettings,
     build_judges,
+    measure_side,
 )
 from tests.examples.stand_in_judge import WHY
 from tests.tiny_judge import build_tiny_judge
@@ -163,6 +166,25 @@ def test_a_finished_run_is_kept_and_the_next_starts_anew(
     assert [line.split("  ")[0] for line in lines[head + 2 : head + 7]] == [
         *("anomaly rate oracle", "anomaly rate judge", "motion", "prompt match", "diversity"),
     ]
+
+
+def test_base_is_measured_without_the_lora_and_tuned_with_it(
+    tmp_path: Path, generator_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, generator_folder)
+    run = prepare(load_config(config, [f"output={tmp_path / 'run'}"]), keep_text_encoder=True)
+    seen = {}
+
+    def look(generator, *rest):
+        seen[rest[-1]] = [layer.disable_adapters for layer in tuner_layers(generator.transformer)]
+        return measure_side(generator, *rest)
+
+    monkeypatch.setattr(demo_evaluation, "measure_side", look)
+    sizes = EvaluationSettings(videos_per_prompt=2, oracle_clips=2)
+    demo_evaluation.evaluate_run(run, ["a green circle"], sizes)
+    assert list(seen) == ["base", "tuned"]
+    assert all(seen["base"])
+    assert not any(seen["tuned"])
 
 
 def test_control_c_saves_and_the_same_command_goes_on(

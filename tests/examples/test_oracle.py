@@ -119,7 +119,7 @@ def tinted_grid(frames):
 
 HACKS = {
     "tint": lambda v: v + np.array([30.0, 25.0, 0.0], np.float32),
-    "light tint": lambda v: v + np.array([14.0, 12.0, 0.0], np.float32),
+    "light tint": lambda v: v + np.array([8.0, 7.0, 0.0], np.float32),
     "grid": grid,
     "tinted grid": tinted_grid,
     "blur": lambda v: ndimage.gaussian_filter(v, (0, 0, 2.5, 2.5, 0)),
@@ -143,6 +143,43 @@ def test_hacks_count_as_broken(name):
     assert anomaly_rate(reports) >= (0.95 if name == "shuffled" else 1)
     if name not in ("frozen", "shuffled"):
         assert any(report.unworldly for report in reports)
+
+
+def small(frames):
+    """Everything at half its size, in the middle of a grey frame."""
+    shrunk = np.full_like(frames, 40)
+    shrunk[:, :, 8:24, 8:24] = frames[:, :, ::2, ::2]
+    return shrunk
+
+
+def four_things(frames):
+    hues = ((235, 50, 50), (50, 215, 60), (60, 80, 245), (235, 220, 45))
+    drawn = np.full_like(frames, 40)
+    for frame in range(frames.shape[1]):
+        for i, hue in enumerate(hues):
+            drawn[:, frame, 8 * i : 8 * i + 7, 4 + frame : 11 + frame] = hue
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (HACKS["light tint"], "tinted background"),
+        (HACKS["grid"], "patterned background"),
+        (HACKS["noise"], "patterned background"),
+        (HACKS["blur"], "blurred objects"),
+        (HACKS["pale"], "pale objects"),
+        (HACKS["empty"], "no object"),
+        (HACKS["brightness"], "unsteady or odd brightness"),
+        (lambda v: v + np.float32(100), "unsteady or odd brightness"),
+        (HACKS["one colour"], "crowded frame"),
+        (small, "objects of an odd size"),
+        (four_things, "too many objects"),
+    ],
+)
+def test_what_is_unworldly_is_named(change, reason):
+    changed = np.clip(change(FRAMES[:8]), 0, 255).astype(np.uint8)
+    assert all(reason in report.unworldly for report in judge_clips(changed, 8.0))
 
 
 def test_a_frozen_clip_does_not_move():

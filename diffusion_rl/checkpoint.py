@@ -3,7 +3,7 @@
 A checkpoint is a folder that appears under its name only when it is complete:
 
     step-000010/lora/pytorch_lora_weights.safetensors  loads in diffusers on its own
-    step-000010/training_state.pt                      optimiser, old policy, random state, counts
+    step-000010/training_state.pt                      optimiser, slow copies, random state, counts
     step-000010/checkpoint.json                        version, step, digests of the other two
 """
 
@@ -25,18 +25,21 @@ import torch
 from diffusion_rl.finetune import FinetuneState
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.lora import (
+    AVERAGE,
     LORA_FILE,
     OLD,
-    has_old_policy,
+    has_adapter,
     lora_bytes,
     lora_state,
     parse_lora,
     set_lora_state,
 )
 
-VERSION = 1
+VERSION = 2
 MANIFEST, STATE_FILE, LORA_PLACE = "checkpoint.json", "training_state.pt", f"lora/{LORA_FILE}"
 PARTIAL = ".partial"
+COPIES = {OLD: "old_policy", AVERAGE: "average"}
+"""Adapters that follow the trained one, to their entry in the state file."""
 COUNTS = ("step", "videos_generated", "reward_calls", "seconds")
 
 
@@ -56,7 +59,10 @@ def take_snapshot(generator: AbstractVideoGenerator, state: FinetuneState) -> Sn
     record = {name: getattr(state, name) for name in COUNTS}
     record["reference_levels"] = dict(state.reference_levels)
     record["optimizer"] = state.optimizer.state_dict()
-    record["old_policy"] = lora_state(transformer, OLD) if has_old_policy(transformer) else None
+    for adapter, name in COPIES.items():
+        record[name] = (
+            lora_state(transformer, adapter) if has_adapter(transformer, adapter) else None
+        )
     record["random"] = _random_state()
     buffer = io.BytesIO()
     torch.save(record, buffer)
@@ -75,16 +81,19 @@ def restore(generator: AbstractVideoGenerator, state: FinetuneState, snapshot: S
     """
     transformer = generator.transformer
     record = torch.load(io.BytesIO(snapshot.files[STATE_FILE]), weights_only=True)
-    if has_old_policy(transformer) != (record["old_policy"] is not None):
-        raise ValueError(
-            "checkpoint must be of the same algorithm, got one "
-            + ("without" if record["old_policy"] is None else "with")
-            + " an old policy; start anew in another output folder"
-        )
+    causes = ("the same algorithm", "the same use of optimizer.average_decay")
+    for (adapter, name), cause in zip(COPIES.items(), causes, strict=True):
+        if has_adapter(transformer, adapter) != (record[name] is not None):
+            raise ValueError(
+                f"checkpoint must be of {cause}, got one "
+                + ("without" if record[name] is None else "with")
+                + f" an {name.replace('_', ' ')}; start anew in another output folder"
+            )
     lora, _ = parse_lora(snapshot.files[LORA_PLACE], LORA_PLACE)
     set_lora_state(transformer, lora, source="checkpoint")
-    if record["old_policy"] is not None:
-        set_lora_state(transformer, record["old_policy"], OLD, source="checkpoint")
+    for adapter, name in COPIES.items():
+        if record[name] is not None:
+            set_lora_state(transformer, record[name], adapter, source="checkpoint")
     options = [
         {key: value for key, value in group.items() if key != "params"}
         for group in state.optimizer.param_groups

@@ -17,7 +17,12 @@ from diffusion_rl.algorithms import algorithm
 from diffusion_rl.collect import Batch, collect, update_source
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.guards import GuardReport, apply_guards, measure_reference
-from diffusion_rl.lora import reference_policy, trained_parameters, update_old_policy
+from diffusion_rl.lora import (
+    reference_policy,
+    trained_parameters,
+    update_average,
+    update_old_policy,
+)
 from diffusion_rl.progress import FinetuneSettings, FinetuneState, StepReport
 from diffusion_rl.rewards import JudgedBatch, Reward, judge_videos
 from diffusion_rl.rollout import Trajectory
@@ -163,6 +168,7 @@ def update(
     if isinstance(settings.algorithm, NftSettings):
         decay = settings.algorithm.old_decay(state.step + 1)
         update_old_policy(generator.transformer, decay)
+    update_average(generator.transformer, settings.optimizer.average_decay, state.step + 1)
     return statistics
 
 

@@ -119,9 +119,12 @@ def prepare(
     prompts = read_prompts(settings.prompts)
     rewards = [build_reward(reward) for reward in settings.rewards]
     generator = build_generator(settings.generator)
-    uses_old_policy = algorithm(settings.algorithm.name).uses_old_policy
     attach_lora(
-        generator.transformer, settings.lora, old_policy=uses_old_policy, seed=settings.seed
+        generator.transformer,
+        settings.lora,
+        old_policy=algorithm(settings.algorithm.name).uses_old_policy,
+        average=settings.optimizer.average_decay > 0,
+        seed=settings.seed,
     )
     embeddings = generator.encode_prompts(prompts)
     if not keep_text_encoder:

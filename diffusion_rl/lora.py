@@ -1,7 +1,8 @@
 """The part of the generator that learns: a LoRA on its transformer, and the policies it gives.
 
-One transformer holds three policies: with the adapter `default` (the one being trained), with
-the adapter `old` (a slow copy that draws the videos of forward-process algorithms), and with no
+One transformer holds up to four policies: with the adapter `default` (the one being trained),
+with the adapter `old` (a slow copy that draws the videos of forward-process algorithms), with the
+adapter `average` (a running average of the trained one, which is what is saved), and with no
 adapter at all (the reference the KL term holds on to).
 """
 
@@ -26,7 +27,7 @@ from diffusion_rl.generators.base import AbstractVideoGenerator
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-TRAINED, OLD = "default", "old"
+TRAINED, OLD, AVERAGE = "default", "old", "average"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # diffusers reads the adapter's configuration from this entry of the file's metadata.
 METADATA_KEY = "lora_adapter_metadata"
@@ -61,9 +62,14 @@ class LoraSettings:
 
 
 def attach_lora(
-    transformer: nn.Module, settings: LoraSettings, *, old_policy: bool = False, seed: int = 0
+    transformer: nn.Module,
+    settings: LoraSettings,
+    *,
+    old_policy: bool = False,
+    average: bool = False,
+    seed: int = 0,
 ) -> list[nn.Parameter]:
-    """Add the trained adapter, and the `old` one if asked; return the parameters that learn.
+    """Add the trained adapter, and its slow copies if asked; return the parameters that learn.
 
     A fresh adapter changes nothing (its second matrix is zero). Adapter weights are float32
     whatever the transformer's type is.
@@ -82,17 +88,18 @@ def attach_lora(
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets)
     )
+    copies = [name for name, wanted in ((OLD, old_policy), (AVERAGE, average)) if wanted]
     with torch.random.fork_rng(), warnings.catch_warnings():
         # PEFT warns of a second adapter, which is what is wanted here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed)
-        for name in (TRAINED, OLD) if old_policy else (TRAINED,):
+        for name in (TRAINED, *copies):
             inject_adapter_in_model(config, transformer, adapter_name=name)
     for name, parameter in transformer.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
-    if old_policy:
-        update_old_policy(transformer, decay=0.0)
+    for name in copies:
+        _follow(transformer, name, decay=0.0)
     _activate(transformer, TRAINED)
     return trained_parameters(transformer)
 
@@ -114,9 +121,19 @@ def trained_parameters(transformer: nn.Module) -> list[nn.Parameter]:
     ]
 
 
+def has_adapter(transformer: nn.Module, adapter: str) -> bool:
+    """Whether an adapter of this name is there."""
+    return any(f".{adapter}." in name for name, _ in transformer.named_parameters())
+
+
 def has_old_policy(transformer: nn.Module) -> bool:
-    """Whether the slow copy is there."""
-    return any(f".{OLD}." in name for name, _ in transformer.named_parameters())
+    """Whether the slow copy that draws videos is there."""
+    return has_adapter(transformer, OLD)
+
+
+def saved_adapter(transformer: nn.Module) -> str:
+    """What `save_lora` writes and evaluation measures: the average where there is one."""
+    return AVERAGE if has_adapter(transformer, AVERAGE) else TRAINED
 
 
 def _activate(transformer: nn.Module, adapter: str) -> None:
@@ -125,7 +142,7 @@ def _activate(transformer: nn.Module, adapter: str) -> None:
         layer.set_adapter(adapter)
         if adapter != TRAINED:
             for name, parameter in layer.named_parameters():
-                if f".{OLD}." in f".{name}":
+                if f".{adapter}." in f".{name}":
                     parameter.requires_grad_(False)
 
 
@@ -140,6 +157,16 @@ def reference_policy(transformer: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        _activate(transformer, TRAINED)
+
+
+@contextmanager
+def saved_policy(transformer: nn.Module) -> Iterator[None]:
+    """The policy that `save_lora` writes, for use without gradient."""
+    _activate(transformer, saved_adapter(transformer))
+    try:
+        yield
+    finally:
         _activate(transformer, TRAINED)
 
 
@@ -172,15 +199,34 @@ def old_policy(transformer: nn.Module) -> Iterator[None]:
             layer.base_layer.weight.data = weight
 
 
-@torch.no_grad()
 def update_old_policy(transformer: nn.Module, decay: float) -> None:
     """old = decay * old + (1 - decay) * trained, in place; decay in [0, 1]."""
+    _follow(transformer, OLD, decay)
+
+
+def update_average(transformer: nn.Module, decay: float, update: int) -> None:
+    """average = d * average + (1 - d) * trained, in place, where it is attached.
+
+    d = min(decay, (update - 1) / (update + 8)), so that the first updates are not held back by a
+    beginning that changes nothing.
+
+    Args:
+        transformer: carries the adapters.
+        decay: in [0, 1).
+        update: number of the update just made, from 1.
+    """
+    if has_adapter(transformer, AVERAGE):
+        _follow(transformer, AVERAGE, min(decay, (update - 1) / (update + 8)))
+
+
+@torch.no_grad()
+def _follow(transformer: nn.Module, adapter: str, decay: float) -> None:
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be in [0, 1], got {decay}")
     parameters = dict(transformer.named_parameters())
     for name, parameter in parameters.items():
         if f".{TRAINED}." in name and "lora_" in name:
-            parameters[name.replace(f".{TRAINED}.", f".{OLD}.")].lerp_(parameter, 1 - decay)
+            parameters[name.replace(f".{TRAINED}.", f".{adapter}.")].lerp_(parameter, 1 - decay)
 
 
 def _places(transformer: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
@@ -227,8 +273,8 @@ def _check_same_model(shapes: dict[str, torch.Size], state: dict[str, Tensor], s
             )
 
 
-def lora_bytes(transformer: nn.Module) -> bytes:
-    """The trained adapter as a safetensors file that `WanPipeline.load_lora_weights` reads.
+def lora_bytes(transformer: nn.Module, adapter: str = TRAINED) -> bytes:
+    """An adapter as a safetensors file that `WanPipeline.load_lora_weights` reads.
 
     Names are diffusers' own (`transformer.blocks.0...lora_A.weight`), never PEFT's
     `base_model.model.`, which the Wan loader does not know; alpha travels in the metadata.
@@ -236,23 +282,24 @@ def lora_bytes(transformer: nn.Module) -> bytes:
     if not tuner_layers(transformer):
         raise ValueError("generator must carry a LoRA to save, got none; call attach_lora first")
     configs: Any = transformer.peft_config
-    config = configs[TRAINED]
+    config = configs[adapter]
     metadata = {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "target_modules": sorted(config.target_modules),
     }
     packed = json.dumps({PREFIX + key: value for key, value in metadata.items()}, sort_keys=True)
-    state = {PREFIX + name: value for name, value in lora_state(transformer).items()}
+    state = {PREFIX + name: value for name, value in lora_state(transformer, adapter).items()}
     return save(state, metadata={"format": "pt", METADATA_KEY: packed})
 
 
 def save_lora(generator: AbstractVideoGenerator, folder: str | Path) -> Path:
-    """Write the trained adapter to a folder for diffusers, `load_lora` and `evaluate`."""
+    """Write the adapter (its average, where kept) for diffusers, `load_lora` and `evaluate`."""
     path = Path(folder) / LORA_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_bytes(lora_bytes(generator.transformer))
+    transformer = generator.transformer
+    partial.write_bytes(lora_bytes(transformer, saved_adapter(transformer)))
     os.replace(partial, path)
     return path
 

@@ -31,6 +31,9 @@ class OptimizerSettings:
     """At least 0."""
     max_grad_norm: float = 1.0
     """Longer gradients are scaled down to it; above 0."""
+    average_decay: float = 0.0
+    """What is saved is a running average of the adapter, which after each update keeps this share
+    of itself, in [0, 1); it evens out the noise of single updates. 0 saves the last weights."""
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < math.inf:
@@ -39,6 +42,8 @@ class OptimizerSettings:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"average_decay must be in [0, 1), got {self.average_decay}")
 
 
 @dataclass(frozen=True, kw_only=True)

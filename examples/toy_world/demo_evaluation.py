@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +36,7 @@ from diffusion_rl.evaluation import (
 )
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.launch import Run
-from diffusion_rl.lora import reference_policy
+from diffusion_rl.lora import reference_policy, saved_policy
 from diffusion_rl.rewards import RewardFunction, build_reward
 from diffusion_rl.rollout import RolloutSettings, sample_videos
 from examples.toy_world import oracle
@@ -146,7 +145,8 @@ def evaluate_run(run: Run, prompts: Sequence[str], settings: EvaluationSettings)
     judges = build_judges(run.settings)
     measured = {}
     for side in SIDES:
-        with reference_policy(run.generator.transformer) if side == "base" else nullcontext():
+        policy = reference_policy if side == "base" else saved_policy
+        with policy(run.generator.transformer):
             measured[side] = measure_side(
                 run.generator, judges, prompts, settings, run.settings.rollout, side
             )

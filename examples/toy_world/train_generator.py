@@ -36,13 +36,14 @@ from examples.toy_world.world import COLOURS, MOTIONS, SHAPES
 STAGE = 2
 BANK = 32_768
 BATCH = 64
-STEPS = 9600
+STEPS = 22_000
 MUON_RATE = 3e-3
 ADAM_RATE = 1e-3
 TEXT_LENGTH = 32
 TEXT_WIDTH = 64
 PROMPT_DROPOUT = 0.1
-FLOW_SHIFT = 2.0
+FLOW_SHIFT = 3.0
+LAST_SIGMA = 0.1
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -246,5 +247,6 @@ def save_generator(autoencoder: Path, state_file: Path, folder: Path) -> None:
         text_encoder=trained.text_encoder,
         vae=vae,
         transformer=trained.transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+        # Without a terminal the schedule's last step has next to no length and is wasted.
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT, shift_terminal=LAST_SIGMA),
     ).save_pretrained(folder)

@@ -25,6 +25,9 @@ MOTIONS = ("sideways", "up and down", "diagonally")
 FAULTS = ("vanish", "teleport", "recolour", "deform", "duplicate", "freeze", "flicker")
 SPLITS = ("train", "evaluation")
 
+SHARES = (0.45, 0.5, 0.05)
+"""How often a clip shows one, two and three objects."""
+
 # Longest reach of each shape from its centre, in units of its radius.
 _REACH = {"circle": 1.0, "square": 1.25, "triangle": 1.2, "cross": 1.1}
 
@@ -132,7 +135,9 @@ def write_prompt(objects: list[tuple[str, str, str]]) -> str:
 
 
 def sample_prompts(count: int, seed: int, split: str) -> list[str]:
-    """Draw `count` distinct prompts of one split.
+    """Draw `count` distinct prompts of one split, as many with three objects as the world has.
+
+    There are few prompts with one object; where they run out, two objects take their place.
 
     Raises:
         ValueError: If `split` is unknown.
@@ -140,10 +145,15 @@ def sample_prompts(count: int, seed: int, split: str) -> list[str]:
     _check_split(split)
     random = np.random.default_rng([seed, 77])
     prompts: dict[str, None] = {}
-    while len(prompts) < count:
-        prompt = write_prompt(_sample_objects(random))
-        if split_of(prompt) == split:
-            prompts[prompt] = None
+    places = (random.permutation(count) + random.random()) / count
+    for objects in np.searchsorted(np.cumsum(SHARES[:2]), places) + 1:
+        tries = 0
+        while True:
+            tries += 1
+            prompt = write_prompt(_sample_objects(random, 2 if tries > 1000 else int(objects)))
+            if split_of(prompt) == split and prompt not in prompts:
+                break
+        prompts[prompt] = None
     return list(prompts)
 
 
@@ -191,8 +201,11 @@ def _check_split(split: str) -> None:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
 
 
-def _sample_objects(random: np.random.Generator) -> list[tuple[str, str, str]]:
-    count = int(random.choice(3, p=[0.4, 0.45, 0.15])) + 1
+def _sample_objects(
+    random: np.random.Generator, count: int | None = None
+) -> list[tuple[str, str, str]]:
+    if count is None:
+        count = int(random.choice(3, p=SHARES)) + 1
     colours = random.permutation(list(COLOURS))[:count]
     return [(str(c), str(random.choice(SHAPES)), str(random.choice(MOTIONS))) for c in colours]
 

@@ -22,7 +22,15 @@ from diffusion_rl.checkpoint import (
 )
 from diffusion_rl.finetune import FinetuneSettings, FinetuneState, begin, finetune
 from diffusion_rl.guards import GuardSettings
-from diffusion_rl.lora import OLD, LoraSettings, attach_lora, load_lora, lora_state
+from diffusion_rl.lora import (
+    AVERAGE,
+    OLD,
+    TRAINED,
+    LoraSettings,
+    attach_lora,
+    load_lora,
+    lora_state,
+)
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.updates import AlgorithmSettings, GrpoSettings, NftSettings, OptimizerSettings
@@ -38,13 +46,15 @@ def jittery(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
 REWARD = Reward("jittery", jittery)
 
 
-def settings_for(algorithm: AlgorithmSettings, updates: int) -> FinetuneSettings:
+def settings_for(
+    algorithm: AlgorithmSettings, updates: int, average_decay: float = 0.0
+) -> FinetuneSettings:
     return FinetuneSettings(
         algorithm=algorithm,
         rollout=RolloutSettings(
             num_inference_steps=4, stochastic_steps=2, prompts_per_update=2, videos_per_prompt=4
         ),
-        optimizer=OptimizerSettings(learning_rate=1e-2),
+        optimizer=OptimizerSettings(learning_rate=1e-2, average_decay=average_decay),
         guards=(GuardSettings(statistic="contrast"),),
         updates=updates,
     )
@@ -53,22 +63,28 @@ def settings_for(algorithm: AlgorithmSettings, updates: int) -> FinetuneSettings
 def start(settings: FinetuneSettings, seed: int = 0) -> tuple[ToyGenerator, FinetuneState]:
     generator = ToyGenerator()
     nft = isinstance(settings.algorithm, NftSettings)
-    attach_lora(generator.transformer, LORA, old_policy=nft, seed=seed)
+    average = settings.optimizer.average_decay > 0
+    attach_lora(generator.transformer, LORA, old_policy=nft, average=average, seed=seed)
     return generator, begin(generator, settings)
 
 
 def weights(generator: ToyGenerator, settings: FinetuneSettings) -> dict[str, Tensor]:
-    state = lora_state(generator.transformer)
-    if isinstance(settings.algorithm, NftSettings):
-        state |= {f"old {k}": v for k, v in lora_state(generator.transformer, OLD).items()}
-    return state
+    adapters = [TRAINED]
+    adapters += [OLD] if isinstance(settings.algorithm, NftSettings) else []
+    adapters += [AVERAGE] if settings.optimizer.average_decay else []
+    return {
+        f"{adapter} {name}": value
+        for adapter in adapters
+        for name, value in lora_state(generator.transformer, adapter).items()
+    }
 
 
+@pytest.mark.parametrize("average_decay", [0.0, 0.9])
 @pytest.mark.parametrize("algorithm", [GrpoSettings(inner_steps=2), NftSettings()])
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
-    algorithm: AlgorithmSettings, tmp_path: Path
+    algorithm: AlgorithmSettings, average_decay: float, tmp_path: Path
 ) -> None:
-    whole = settings_for(algorithm, updates=5)
+    whole = settings_for(algorithm, updates=5, average_decay=average_decay)
     generator, state = start(whole)
     torch.manual_seed(7)
     random.seed(7)
@@ -236,7 +252,7 @@ def test_a_checkpoint_of_another_version_is_refused(trained: tuple) -> None:
     path = folder / "step-000001" / MANIFEST
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"version": 99}))
-    with pytest.raises(ValueError, match="must be of version 1, got 99"):
+    with pytest.raises(ValueError, match="must be of version 2, got 99"):
         read_checkpoint(path.parent)
 
 
@@ -246,6 +262,9 @@ def test_a_checkpoint_of_another_run_is_refused(trained: tuple) -> None:
     nft = start(settings_for(NftSettings(), updates=2))
     with pytest.raises(ValueError, match="of the same algorithm, got one without an old policy"):
         restore(*nft, snapshot)
+    averaged = start(settings_for(GrpoSettings(), updates=2, average_decay=0.5))
+    with pytest.raises(ValueError, match="use of optimizer.average_decay, got one without"):
+        restore(*averaged, snapshot)
     other = ToyGenerator()
     attach_lora(other.transformer, LoraSettings(rank=3, targets=("shift",)))
     state = begin(other, settings_for(GrpoSettings(), updates=2))

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from diffusion_rl.finetune import (
     finetune,
 )
 from diffusion_rl.guards import GuardSettings
-from diffusion_rl.lora import OLD, attach_lora, lora_state
+from diffusion_rl.lora import OLD, attach_lora, load_lora, lora_state, save_lora, saved_policy
 from diffusion_rl.rewards import Reward
-from diffusion_rl.rollout import RolloutSettings, Trajectory
+from diffusion_rl.rollout import RolloutSettings, Trajectory, sample_videos
 from diffusion_rl.updates import (
     AlgorithmSettings,
     GrpoSettings,
@@ -133,6 +134,30 @@ def _with_old(state: dict[str, Tensor]) -> ToyGenerator:
     set_lora_state(generator.transformer, state)
     set_lora_state(generator.transformer, state, OLD)
     return generator
+
+
+def test_the_average_is_the_average_of_the_updates_and_is_what_is_saved(tmp_path: Path) -> None:
+    decay, average = 0.6, {}
+    optimizer = OptimizerSettings(learning_rate=1e-2, average_decay=decay)
+    settings = settings_for(GrpoSettings(), updates=20, optimizer=optimizer)
+    generator = ToyGenerator()
+    attach_lora(generator.transformer, LORA, average=True)
+    for report in finetune(generator, [RED], PROMPTS, settings):
+        now = lora_state(generator.transformer)
+        # The newest weights' share: all at first, ever less, at last 1 - decay.
+        share = max(1 - decay, 9 / (report.step + 8))
+        average = {k: (1 - share) * average.get(k, 0 * v) + share * v for k, v in now.items()}
+    save_lora(generator, tmp_path)
+    fresh = ToyGenerator()
+    load_lora(fresh, tmp_path)
+    saved = lora_state(fresh.transformer)
+    with saved_policy(generator.transformer):
+        drawn = sample_videos(generator, PROMPTS, range(len(PROMPTS)))
+    for name, value in average.items():
+        torch.testing.assert_close(saved[name], value)
+        assert name.endswith("lora_A.weight") or not torch.equal(saved[name], now[name])
+    assert torch.equal(drawn, sample_videos(fresh, PROMPTS, range(len(PROMPTS))))
+    assert not torch.equal(drawn, sample_videos(generator, PROMPTS, range(len(PROMPTS))))
 
 
 def test_unjudged_videos_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LAYERS = {
     "cac_reward": [
         *("report", "taxonomy", "overlap", "video", "frames", "questions", "answers"),
+        *("cache", "calibration"),
         *("judges/base", "judges/loading", "judges/reading", "judges/", "scorer", "alignment"),
         *("adapters/", "server", "drawing", "data/", "training/", "evaluation/", "__main__"),
     ],

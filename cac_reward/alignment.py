@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from cac_reward.frames import frame_times
+from cac_reward.inputs import check_prompts, check_videos, show_scan_frames
 from cac_reward.judges.base import AbstractJudge
 from cac_reward.questions import ALIGNMENT_CHOICES, alignment_message
-from cac_reward.scorer import check_prompts, check_videos, show_scan_frames
 
 
 class PromptAlignment:

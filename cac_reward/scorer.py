@@ -9,25 +9,35 @@ Axes: B videos, F frames, C channels (3), H height, W width.
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cac_reward.answers import AnswerError, parse_findings, parse_tool_call
-from cac_reward.frames import (
-    blame_map,
-    frame_times,
-    inspect_indices,
-    resize_to_budget,
-    scan_indices,
+from cac_reward.cache import ReportCache, report_key
+from cac_reward.calibration import Calibration
+from cac_reward.frames import blame_map, frame_times, inspect_indices
+from cac_reward.inputs import (
+    LAYOUT,
+    Clip,
+    check_prompts,
+    check_videos,
+    open_clip,
+    show_frames,
+    show_scan_frames,
+    to_batch,
 )
 from cac_reward.judges.base import AbstractJudge
 from cac_reward.questions import (
@@ -42,7 +52,6 @@ from cac_reward.questions import (
     scan_message,
 )
 from cac_reward.report import UNSPECIFIED, AnomalyReport, Finding, TimeWindow
-from cac_reward.video import Video
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +104,8 @@ class CaCScorer:
         clips_at_once: clips taken through both turns together; bounds the memory.
         max_call_tokens: most tokens of turn 1's tool call.
         max_findings_tokens: most tokens of turn 2's findings.
+        cache: where reports are kept and found again; None judges anew each time.
+        calibration: how verdicts are read; None takes the one stored beside the judge.
     """
 
     def __init__(
@@ -105,6 +116,8 @@ class CaCScorer:
         clips_at_once: int = 16,
         max_call_tokens: int = 128,
         max_findings_tokens: int = 1024,
+        cache: ReportCache | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
@@ -115,8 +128,11 @@ class CaCScorer:
         self.clips_at_once = clips_at_once
         self.max_call_tokens = max_call_tokens
         self.max_findings_tokens = max_findings_tokens
+        self.cache = cache
+        self.calibration = judge.calibration if calibration is None else calibration
         self.num_judged = 0
         self.num_failed = 0
+        self._counting = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -128,17 +144,19 @@ class CaCScorer:
         attention: str = "sdpa",
         revision: str | None = None,
         mode: str = "full",
+        cache: str | os.PathLike[str] | None = None,
     ) -> CaCScorer:
         """Load a judge from a folder or the hub; arguments as for `LocalJudge.from_pretrained`.
 
-        Judges loaded twice from the same files share their weights.
+        Judges loaded twice from the same files share their weights. A calibration stored beside
+        the checkpoint is used; `cache` is the file of a `ReportCache`.
         """
         from cac_reward.judges.local import LocalJudge
 
         judge = LocalJudge.from_pretrained(
             path_or_hub_id, device=device, dtype=dtype, attention=attention, revision=revision
         )
-        return cls(judge, mode=mode)
+        return cls(judge, mode=mode, cache=None if cache is None else ReportCache(cache))
 
     @property
     def failed_share(self) -> float:
@@ -168,37 +186,80 @@ class CaCScorer:
         score = torch.tensor([report.reward for report in reports])
         return {"score": score, "blame": blame, "reports": reports}
 
+    async def ascore(self, videos: Tensor, prompts: Sequence[str], *, fps: float) -> Judgement:
+        """Score a batch of videos in another thread, while the caller's event loop goes on."""
+        return await asyncio.to_thread(self, videos, prompts, fps=fps)
+
     def inspect(
         self,
-        videos: Tensor | Sequence[Video | str | os.PathLike[str]],
+        videos: Tensor | np.ndarray | Sequence[Clip],
         prompts: Sequence[str] | None = None,
         *,
         fps: float | None = None,
+        layout: str = LAYOUT,
+        value_range: str = "0..1",
     ) -> list[AnomalyReport]:
         """Judge videos and return everything the judge said.
 
         Args:
-            videos: [B F 3 H W] float in [0, 1], or clips and video files of any sizes.
+            videos: a batch of one size, or a sequence of clips of any sizes and lengths: arrays,
+                decoded videos, video files, or lists of PIL pictures.
             prompts: What each was generated from; None where it is not known.
-            fps: Frames per second; needed for a tensor, and believed over a file's own rate.
+            fps: Frames per second; needed for arrays and pictures. A file's own rate holds
+                without it.
+            layout: order of an array's axes, the letters of BFCHW; single clips have no B.
+            value_range: of arrays: '0..1', '-1..1' or '0..255'.
 
         Raises:
             ValueError: If layout, range, rate or the number of prompts is wrong.
             FileNotFoundError: If a file is missing.
         """
-        if isinstance(videos, Tensor):
+        if isinstance(videos, Tensor | np.ndarray):
+            videos = to_batch(videos, layout, value_range)
+            layout, value_range = LAYOUT, "0..1"
             check_videos(videos, fps)
         prompts = [""] * len(videos) if prompts is None else prompts
         check_prompts(prompts, len(videos))
         reports: list[AnomalyReport] = []
         for start in range(0, len(videos), self.clips_at_once):
             rows = range(start, min(len(videos), start + self.clips_at_once))
-            cases = [_Case(*_open(videos[row], fps), prompts[row]) for row in rows]
+            cases = [
+                _Case(*open_clip(videos[row], fps, layout, value_range), prompts[row])
+                for row in rows
+            ]
+            reports += self._recall_or_judge(cases)
+        return reports
+
+    def _recall_or_judge(self, cases: Sequence[_Case]) -> list[AnomalyReport]:
+        """Reports of cases; those in the cache are not judged again."""
+        if self.cache is None:
+            return self._judge(cases)
+        asked = self._asked()
+        keys = [report_key(case.frames, case.fps, case.prompt, asked) for case in cases]
+        known = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
+        new = {key: case for key, case in zip(keys, cases, strict=True) if known[key] is None}
+        judged = dict(zip(new, self._judge(list(new.values())), strict=True))
+        self.cache.put(judged)
+        return [known[key] or judged[key] for key in keys]
+
+    def _asked(self) -> dict[str, object]:
+        """Everything but the clip that a report depends on."""
+        return {
+            "judge": self.judge.name,
+            "files": self.judge.fingerprint,
+            "settings": dataclasses.asdict(self.judge.settings),
+            "mode": self.mode,
+            "tokens": [self.max_call_tokens, self.max_findings_tokens],
+            "temperature": self.calibration.temperature,
+        }
+
+    def _judge(self, cases: Sequence[_Case]) -> list[AnomalyReport]:
+        """Take cases through both turns together."""
+        if cases:
             with self.judge.remembering():
                 self._scan(cases)
                 self._concentrate([case for case in cases if case.windows])
-            reports += [self._report(case) for case in cases]
-        return reports
+        return [self._report(case) for case in cases]
 
     def _scan(self, cases: Sequence[_Case]) -> None:
         """Turn 1: a clean verdict at once, or windows to look into."""
@@ -229,7 +290,9 @@ class CaCScorer:
             case.inspect_frames = inspect_indices(
                 case.windows, len(case.frames), case.fps, settings.inspect
             )
-            shown = _show(self.judge, case.frames, case.inspect_frames, settings.inspect.pixels)
+            shown = show_frames(
+                self.judge, case.frames, case.inspect_frames, settings.inspect.pixels
+            )
             times = frame_times(case.inspect_frames, case.fps)
             case.conversation += (
                 Message("assistant", (case.scan_text,)),
@@ -285,12 +348,13 @@ class CaCScorer:
 
     def _report(self, case: _Case) -> AnomalyReport:
         """Count the case and freeze it."""
-        self.num_judged += 1
+        with self._counting:
+            self.num_judged += 1
+            self.num_failed += case.error is not None
         if case.error is not None:
-            self.num_failed += 1
             logger.warning("a clip could not be judged: %s", case.error)
         return AnomalyReport(
-            score=None if case.error is not None else case.p_clean,
+            score=None if case.error is not None else self.calibration.apply(case.p_clean),
             judge_id=self.judge.name,
             fps=case.fps,
             num_frames=len(case.frames),
@@ -306,82 +370,6 @@ class CaCScorer:
             note=self.judge.domain_note,
             error=case.error,
         )
-
-
-def check_videos(videos: Tensor, fps: float | None) -> None:
-    """Refuse what breaks the reward contract: [B F 3 H W] float in [0, 1], with its rate.
-
-    Raises:
-        ValueError: Naming what is wrong and how to put it right.
-    """
-    if not isinstance(videos, Tensor) or videos.ndim != 5 or videos.shape[2] != 3:
-        shape = tuple(videos.shape) if isinstance(videos, Tensor) else type(videos).__name__
-        raise ValueError(
-            f"videos must be a tensor [videos, frames, 3, height, width], got {shape}; "
-            "bring channels behind frames with permute"
-        )
-    if videos.shape[1] < 2:
-        raise ValueError(
-            f"videos must have at least 2 frames, got {videos.shape[1]}; "
-            "one picture has no time in it"
-        )
-    if 0 in videos.shape[3:]:
-        raise ValueError(f"videos must have pixels, got shape {tuple(videos.shape)}")
-    if not videos.is_floating_point():
-        raise ValueError(f"videos must be float in [0, 1], got {videos.dtype}; divide by 255")
-    low, high = (videos.min().item(), videos.max().item()) if len(videos) else (0.0, 1.0)
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"videos must be in [0, 1], got min={low:.2f}, max={high:.2f}; "
-            "rescale with (x + 1) / 2 if they are in [-1, 1]"
-        )
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf:
-        raise ValueError(
-            f"fps must be above 0, got {fps!r}; a judge that answers in seconds needs the true rate"
-        )
-
-
-def check_prompts(prompts: Sequence[str], count: int) -> None:
-    """Refuse prompts that are not one text for each video.
-
-    Raises:
-        ValueError: If there are too few or too many, or one is no text.
-    """
-    if isinstance(prompts, str) or len(prompts) != count:
-        got = repr(prompts[:200]) if isinstance(prompts, str) else str(len(prompts))
-        raise ValueError(f"prompts must hold one text for each of {count} videos, got {got}")
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompts must be texts, got {type(prompt).__name__}")
-
-
-def show_scan_frames(judge: AbstractJudge, frames: Tensor, fps: float) -> tuple[list[int], Tensor]:
-    """Which frames of a clip [F 3 H W] turn 1 shows, and what they look like [K 3 H' W']."""
-    settings = judge.settings.scan
-    chosen = scan_indices(len(frames), fps, settings)
-    return chosen, _show(judge, frames, chosen, settings.pixels)
-
-
-def _open(
-    video: Tensor | Video | str | os.PathLike[str], fps: float | None
-) -> tuple[Tensor, float]:
-    """Frames and rate of a clip in memory or a file."""
-    if isinstance(video, Tensor):
-        assert fps is not None
-        return video.detach(), float(fps)
-    if not isinstance(video, Video):
-        video = Video.decode(video, fps=fps)
-    elif fps is not None and fps != video.fps:
-        raise ValueError(f"fps must be None or the video's own {video.fps}, got {fps}")
-    return video.frames, video.fps
-
-
-def _show(judge: AbstractJudge, frames: Tensor, indices: Sequence[int], pixels: int) -> Tensor:
-    """[K 3 H' W'] the chosen frames as the judge sees them."""
-    chosen = frames[list(indices)]
-    if chosen.dtype == torch.uint8:
-        chosen = chosen.float() / 255
-    return resize_to_budget(chosen, pixels, judge.patch_factor)
 
 
 def _note_seconds(cases: Sequence[_Case], stage: str, began: float) -> None:

@@ -17,7 +17,15 @@ LAYERS = {
     "cac_reward": [
         *("report", "taxonomy", "overlap", "video", "frames", "questions", "answers"),
         *("cache", "calibration"),
-        *("judges/base", "judges/loading", "judges/reading", "judges/", "scorer", "alignment"),
+        *(
+            "judges/base",
+            "judges/loading",
+            "judges/reading",
+            "judges/",
+            "inputs",
+            "scorer",
+            "alignment",
+        ),
         *("adapters/", "server", "drawing", "data/", "training/", "evaluation/", "__main__"),
     ],
     "diffusion_rl": [

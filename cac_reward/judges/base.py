@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cac_reward.answers import BoxReader
+from cac_reward.calibration import Calibration
 from cac_reward.frames import JudgeSettings
 from cac_reward.questions import INSPECT_TOOL, Message
 
@@ -32,6 +33,10 @@ class AbstractJudge(ABC):
     """How the judge wants to be asked."""
     box_reader: BoxReader
     """How the judge's family writes boxes."""
+    fingerprint: str = ""
+    """Changes with the judge's files and with how they are run; for finding reports again."""
+    calibration: Calibration = Calibration()
+    """How its verdicts are read."""
 
     @property
     def name(self) -> str:

@@ -5,6 +5,8 @@ One table, `FAMILIES`, holds what differs between model families.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from cac_reward.answers import BoxReader, read_thousandths
 
+WHOLE_FILE_BYTES = 2**26
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -72,6 +75,22 @@ def locate(path_or_hub_id: str | Path, revision: str | None) -> tuple[Path, str 
             f"place of the id (--judge FOLDER). Reason: {error}"
         ) from error
     return snapshot, snapshot.name
+
+
+def fingerprint(folder: Path, dtype: str, attention: str) -> str:
+    """SHA-256 of a judge's files by name and content, and of what else moves its numbers.
+
+    Of files above WHOLE_FILE_BYTES, size and time of change stand for the content.
+    """
+    digest = hashlib.sha256(json.dumps([dtype, attention]).encode())
+    for path in sorted(one for one in folder.iterdir() if one.is_file()):
+        facts = path.stat()
+        digest.update(json.dumps([path.name, facts.st_size]).encode())
+        if facts.st_size <= WHOLE_FILE_BYTES:
+            digest.update(path.read_bytes())
+        else:
+            digest.update(str(facts.st_mtime_ns).encode())
+    return digest.hexdigest()
 
 
 def load(folder: Path, device: str, dtype: str, attention: str) -> tuple[Any, Any]:

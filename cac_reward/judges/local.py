@@ -15,9 +15,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from cac_reward.calibration import Calibration
 from cac_reward.frames import JudgeSettings
 from cac_reward.judges.base import AbstractJudge, Conversation, one_prefix_each
-from cac_reward.judges.loading import find_family, load, locate
+from cac_reward.judges.loading import find_family, fingerprint, load, locate
 from cac_reward.judges.reading import BatchReader, ReadBatch
 
 _LOADED: WeakValueDictionary[tuple, LocalJudge] = WeakValueDictionary()
@@ -105,6 +106,8 @@ class LocalJudge(AbstractJudge):
                 revision=commit,
                 settings=JudgeSettings.load(folder),
             )
+            judge.fingerprint = fingerprint(folder, dtype, attention)
+            judge.calibration = Calibration.load(folder)
             _LOADED[key] = judge
         return judge
 

@@ -28,7 +28,7 @@ def labelled(count: int, temperature: float, seed: int = 0) -> tuple[torch.Tenso
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 6.0])
 def test_the_temperature_that_made_the_labels_is_found(temperature: float) -> None:
     fitted = fit_calibration(*labelled(20_000, temperature))
-    assert fitted.temperature == pytest.approx(temperature, rel=0.06)
+    assert 0.94 < fitted.temperature / temperature < 1.06
     assert fitted.num_clips == 20_000
     assert fitted.error_after < 0.02
 

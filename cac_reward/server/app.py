@@ -1,0 +1,261 @@
+"""The routes: who may ask, how much a request may bring, and which answer belongs to it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from cac_reward.server.metrics import Metrics
+from cac_reward.server.pipeline import BrokenError, OverloadedError, Pipeline
+from cac_reward.server.settings import ServerSettings, is_loopback
+from cac_reward.server.wire import (
+    METRIC,
+    REWARD,
+    Answer,
+    ClipRequest,
+    WireError,
+    flow_factory_clips,
+    flow_factory_reply,
+    own_clips,
+    own_reply,
+    parse_json,
+    unirl_clips,
+    unirl_reply,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class _RefusalError(Exception):
+    """An answer other than 200, with its reason."""
+
+    def __init__(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(text)
+        self.status = status
+        self.headers = dict(headers or {})
+
+
+def make_app(settings: ServerSettings, pipeline: Pipeline, metrics: Metrics) -> FastAPI:
+    """The server's routes over a pipeline that was started."""
+    app = FastAPI(title="cac_reward", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_exception_handler(_RefusalError, _answer_refusal)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    door = _Door(settings, metrics)
+    guarded = [Depends(door.check_caller)]
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        if pipeline.broken.is_set():
+            raise _RefusalError(503, "a process of this server cannot be started any more")
+        return {"status": "ok", "rewards": {REWARD: [METRIC]}}
+
+    @app.get("/rewards", dependencies=guarded)
+    async def rewards() -> dict[str, Any]:
+        return {"rewards": [REWARD], "judge": pipeline.judge}
+
+    @app.get("/metrics", dependencies=guarded)
+    async def show_metrics() -> Response:
+        return PlainTextResponse(metrics.render(), media_type="text/plain; version=0.0.4")
+
+    async def score(
+        request: Request, read: Callable[[dict[str, Any]], _Asked]
+    ) -> tuple[dict[str, Any], _Asked, list[Answer]]:
+        began = time.monotonic()
+        status = 500
+        try:
+            async with door.body(request) as body:
+                parsed, asked = await asyncio.to_thread(_parse, body, read)
+                del body
+                answers = await _answer(request, pipeline, asked, settings)
+            status = 200
+            return parsed, asked, answers
+        except _RefusalError as refusal:
+            status = refusal.status
+            raise
+        finally:
+            metrics.add("requests_total", route=request.url.path, status=str(status))
+            metrics.observe_request(time.monotonic() - began)
+
+    @app.post("/v1/score", dependencies=guarded)
+    async def own(request: Request) -> dict[str, Any]:
+        _, asked, answers = await score(request, lambda body: _Asked(*own_clips(body, settings)))
+        return {**own_reply(answers, asked.reports), "judge": pipeline.judge}
+
+    @app.post("/score", dependencies=guarded)
+    async def unirl(request: Request) -> dict[str, Any]:
+        body, _, answers = await score(request, lambda body: _Asked(unirl_clips(body, settings)))
+        return unirl_reply(body, answers, pipeline.judge)
+
+    @app.post("/compute", dependencies=guarded)
+    async def flow_factory(request: Request) -> dict[str, Any]:
+        _, _, answers = await score(
+            request, lambda body: _Asked(flow_factory_clips(body, settings))
+        )
+        return flow_factory_reply(answers)
+
+    return app
+
+
+class _Asked:
+    """What a request wants, whatever its schema."""
+
+    def __init__(
+        self,
+        clips: Sequence[ClipRequest],
+        deadline_seconds: float | None = None,
+        reports: bool = True,
+    ) -> None:
+        self.clips = clips
+        self.deadline_seconds = deadline_seconds
+        self.reports = reports
+
+
+class _Door:
+    """Who comes in, and with how much."""
+
+    def __init__(self, settings: ServerSettings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._limits = settings.limits
+        self._metrics = metrics
+
+    async def check_caller(self, request: Request) -> None:
+        """Refuse who does not know the token, or where there is none, who is not of this machine.
+
+        Without a token a page in a browser here could ask under a name that it made to point at
+        this machine; such a name is not a loopback name.
+        """
+        token = self._settings.token
+        if token is None:
+            host = request.url.hostname or ""
+            if not is_loopback(host):
+                raise _RefusalError(403, f"Host must be a loopback name, got {host[:100]!r}")
+            return
+        if not hmac.compare_digest(_given_token(request).encode(), token.encode()):
+            raise _RefusalError(
+                401,
+                "token must be sent as 'Authorization: Bearer TOKEN' (or as a Basic password)",
+                {"WWW-Authenticate": "Bearer"},
+            )
+
+    @asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[bytes]:
+        """Read a request's body; its bytes count as pending until the request is answered."""
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":
+            raise _RefusalError(415, f"Content-Type must be application/json, got {media_type!r}")
+        length = request.headers.get("content-length", "")
+        if not (length.isascii() and length.isdigit()):
+            raise _RefusalError(411, "Content-Length must be given")
+        size = int(length)
+        if size > self._limits.max_body_bytes:
+            raise _RefusalError(
+                413, f"body must have at most {self._limits.max_body_bytes} bytes, got {size}"
+            )
+        if self._metrics.pending_bytes + size > self._limits.max_pending_bytes:
+            await self._read(request, keep=False)
+            raise _RefusalError(
+                429,
+                f"pending requests must stay within {self._limits.max_pending_bytes} bytes; "
+                "try again later",
+                {"Retry-After": "1"},
+            )
+        self._metrics.pending_bytes += size
+        try:
+            yield await self._read(request, keep=True)
+        finally:
+            self._metrics.pending_bytes -= size
+
+    async def _read(self, request: Request, *, keep: bool) -> bytes:
+        """The body; where it is not kept it is read all the same, so that the answer arrives."""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                async for chunk in request.stream():
+                    if keep:
+                        body += chunk
+        except TimeoutError as error:
+            raise _RefusalError(
+                408, f"body must arrive within {self._limits.body_seconds:g} s"
+            ) from error
+        except ClientDisconnect as error:
+            raise _RefusalError(499, "the client left") from error
+        return bytes(body)
+
+
+def _given_token(request: Request) -> str:
+    """The caller's token: Bearer, or the password of Basic, which an address can carry."""
+    kind, _, value = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer":
+        return value.strip()
+    if kind.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, ValueError):
+            return ""
+    return ""
+
+
+def _parse(body: bytes, read: Callable[[dict[str, Any]], _Asked]) -> tuple[dict[str, Any], _Asked]:
+    try:
+        parsed = parse_json(body)
+    except WireError as error:
+        raise _RefusalError(400, str(error)) from error
+    try:
+        return parsed, read(parsed)
+    except WireError as error:
+        raise _RefusalError(422, str(error)) from error
+
+
+async def _answer(
+    request: Request, pipeline: Pipeline, asked: _Asked, settings: ServerSettings
+) -> list[Answer]:
+    """Answers to all clips, unless the queue is full, time runs out, or the client leaves."""
+    longest = settings.limits.deadline_seconds
+    deadline = min(asked.deadline_seconds or longest, longest)
+    work = asyncio.create_task(pipeline.answer(asked.clips))
+    gone = asyncio.create_task(_leaves(request))
+    try:
+        await asyncio.wait((work, gone), timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+    except WireError as error:
+        raise _RefusalError(422, str(error)) from error
+    except OverloadedError as error:
+        raise _RefusalError(429, str(error), {"Retry-After": str(error.retry_seconds)}) from error
+    except BrokenError as error:
+        raise _RefusalError(503, str(error)) from error
+    finally:
+        work.cancel()
+        left = gone.done()
+        gone.cancel()
+    if left:
+        raise _RefusalError(499, "the client left")
+    raise _RefusalError(504, f"answer must be ready within {deadline:g} s, and was not")
+
+
+async def _leaves(request: Request) -> None:
+    """Return when the client closes the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _answer_refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, _RefusalError)
+    return JSONResponse({"error": str(error)}, error.status, error.headers)
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)

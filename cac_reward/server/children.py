@@ -1,0 +1,111 @@
+"""The parent's side: start a child process, ask it, notice that it died or hangs, kill it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from cac_reward.server.lines import Message
+
+TOKEN_VARIABLE = "CAC_REWARD_TOKEN"
+MAX_LINE_BYTES = 256 * 1024**2
+
+
+class ChildDiedError(Exception):
+    """The process ended instead of answering."""
+
+
+class ChildTimeoutError(Exception):
+    """The process took too long and was killed."""
+
+
+class Child:
+    """One process that answers one message at a time.
+
+    Args:
+        name: for messages to people.
+        module: what it runs, started with `python -m`.
+        arguments: after the module's name; others on this machine can read them.
+    """
+
+    def __init__(self, name: str, module: str, arguments: Sequence[str]) -> None:
+        self.name = name
+        self._command = [sys.executable, "-P", "-m", module, *arguments]
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def process_id(self) -> int | None:
+        """Of the running process; None where there is none."""
+        alive = self._process is not None and self._process.returncode is None
+        return self._process.pid if alive and self._process is not None else None
+
+    async def start(self, timeout_seconds: float) -> Message:
+        """Start the process and wait for its first message, which says that it is ready.
+
+        Raises:
+            ChildDiedError: It ended before it was ready.
+            ChildTimeoutError: It was not ready in time.
+        """
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=child_environment(os.environ),
+            # Ctrl-C goes to the whole group; children must outlive it to finish accepted work.
+            start_new_session=True,
+            limit=MAX_LINE_BYTES,
+        )
+        return await self._receive(timeout_seconds)
+
+    async def ask(self, message: Message, timeout_seconds: float) -> Message:
+        """Send a message and wait for its answer.
+
+        Raises:
+            ChildDiedError: The process ended.
+            ChildTimeoutError: There was no answer in time; the process was killed.
+        """
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            await self._process.stdin.drain()
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise await self._died() from error
+        return await self._receive(timeout_seconds)
+
+    async def kill(self) -> None:
+        """End the process now and wait until it is gone."""
+        if self._process is None:
+            return
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.wait()
+
+    async def _receive(self, timeout_seconds: float) -> Message:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        try:
+            line = await asyncio.wait_for(self._process.stdout.readline(), timeout_seconds)
+        except TimeoutError as error:
+            await self.kill()
+            raise ChildTimeoutError(
+                f"{self.name} took longer than {timeout_seconds:g} s and was ended"
+            ) from error
+        if not line.endswith(b"\n"):
+            raise await self._died()
+        return json.loads(line)
+
+    async def _died(self) -> ChildDiedError:
+        await self.kill()
+        assert self._process is not None
+        return ChildDiedError(f"{self.name} ended with status {self._process.returncode}")
+
+
+def child_environment(parent: Mapping[str, str]) -> dict[str, str]:
+    """What a child sees: the parent's variables without its secret, and the same modules."""
+    environment = {name: value for name, value in parent.items() if name != TOKEN_VARIABLE}
+    environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+    return environment

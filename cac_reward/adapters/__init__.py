@@ -1,0 +1,1 @@
+"""CaC as a reward inside other frameworks, one small file for each; none is imported here."""

@@ -1,0 +1,149 @@
+"""A scorer from plain values: for frameworks whose configuration can carry nothing else."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from cac_reward.adapters.base import Scorer, VideoReward, check_on_failure
+from cac_reward.inputs import check_rate
+from cac_reward.scorer import CaCScorer
+
+ENVIRONMENT = "CAC_REWARD_"
+"""Beginning of the variables that `ScorerSettings.from_environment` reads."""
+
+_LOADING = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerSettings:
+    """A scorer in plain values, for frameworks whose configuration can carry nothing else."""
+
+    judge: str
+    """Folder of the judge, or its id on the hub."""
+    fps: float | None = None
+    """Frames per second of the videos; needed where they come without files."""
+    device: str = "cuda"
+    """Where the judge runs."""
+    dtype: str = "bfloat16"
+    """'float32', 'bfloat16' or 'float16'."""
+    attention: str = "sdpa"
+    """transformers' name of the attention kernel."""
+    mode: str = "full"
+    """'full' writes findings before the verdict, 'fast' asks for the verdict only."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub id."""
+    on_failure: str | float = "raise"
+    """As for `VideoReward`; a number may be given as text."""
+
+    def __post_init__(self) -> None:
+        if not self.judge:
+            raise ValueError("judge must name a folder or a hub id, got ''")
+        for name in ("fps", "on_failure"):
+            object.__setattr__(self, name, _number_in(getattr(self, name)))
+        if self.fps is not None:
+            check_rate(self.fps)
+        check_on_failure(self.on_failure)
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any], **framework: Any) -> ScorerSettings:
+        """Read a framework's free options; `framework` holds what it decides itself.
+
+        Raises:
+            ValueError: If `judge` is missing, or an option is unknown.
+        """
+        names = [one.name for one in fields(cls)]
+        for name in options:
+            if name not in names:
+                raise ValueError(f"options must be among {names}, got {name!r}")
+        if "judge" not in options:
+            raise ValueError(f"judge must be given among the options, got {sorted(options)}")
+        return cls(**{**framework, **options})
+
+    @classmethod
+    def from_environment(cls, **framework: Any) -> ScorerSettings:
+        """Read CAC_REWARD_JUDGE, CAC_REWARD_FPS and so on, one variable for each field.
+
+        Raises:
+            ValueError: If CAC_REWARD_JUDGE is not set, or a value breaks its rule.
+        """
+        variables = {one.name: ENVIRONMENT + one.name.upper() for one in fields(cls)}
+        given = {name: os.environ[key] for name, key in variables.items() if key in os.environ}
+        if "judge" not in given:
+            raise ValueError(
+                f"{variables['judge']} must be set to the judge's folder or hub id (and "
+                f"{variables['fps']} to the videos' rate), got an environment without it"
+            )
+        return cls.from_mapping(given, **framework)
+
+    def load(self) -> CaCScorer:
+        """The scorer of these settings; the same one each time."""
+        with _LOADING:
+            return _load(
+                self.judge, self.device, self.dtype, self.attention, self.revision, self.mode
+            )
+
+    def reward(self, *, layout: str = "FCHW", value_range: str = "0..1") -> VideoReward:
+        """The scorer of these settings, for videos in this form."""
+        return VideoReward(
+            scorer=self.load(),
+            fps=self.fps,
+            layout=layout,
+            value_range=value_range,
+            on_failure=self.on_failure,
+        )
+
+
+@functools.cache
+def _load(
+    judge: str, device: str, dtype: str, attention: str, revision: str | None, mode: str
+) -> CaCScorer:
+    return CaCScorer.from_pretrained(
+        judge, device=device, dtype=dtype, attention=attention, revision=revision, mode=mode
+    )
+
+
+def scorer_of(
+    judge: str | Path | Scorer,
+    *,
+    device: object,
+    dtype: object,
+    mode: str = "full",
+    revision: str | None = None,
+) -> Scorer:
+    """Take a scorer as it is, or load one from a folder or hub id.
+
+    Args:
+        judge: a scorer, or where its judge is.
+        device: 'cpu', 'cuda:0' or a torch.device.
+        dtype: 'bfloat16' or a torch.dtype.
+        mode: as for `ScorerSettings`.
+        revision: as for `ScorerSettings`.
+    """
+    if not isinstance(judge, str | Path):
+        return judge
+    return ScorerSettings(
+        judge=str(judge),
+        device=str(device),
+        dtype=dtype_name(dtype),
+        mode=mode,
+        revision=revision,
+    ).load()
+
+
+def dtype_name(dtype: object) -> str:
+    """'bfloat16' for torch.bfloat16 or for itself."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _number_in(value: object) -> object:
+    """A number given as text, or the value itself."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -40,6 +40,7 @@ MANIFEST, STATE_FILE, LORA_PLACE = "checkpoint.json", "training_state.pt", f"lor
 PARTIAL = ".partial"
 COPIES = {OLD: "old_policy", AVERAGE: "average"}
 """Adapters that follow the trained one, to their entry in the state file."""
+LEVELS = ("reference_levels", "running_levels")
 COUNTS = ("step", "videos_generated", "reward_calls", "seconds")
 
 
@@ -57,7 +58,8 @@ def take_snapshot(generator: AbstractVideoGenerator, state: FinetuneState) -> Sn
     """Copy what the next update would change: the adapter, its optimiser, the counts."""
     transformer = generator.transformer
     record = {name: getattr(state, name) for name in COUNTS}
-    record["reference_levels"] = dict(state.reference_levels)
+    for name in LEVELS:
+        record[name] = dict(getattr(state, name))
     record["optimizer"] = state.optimizer.state_dict()
     for adapter, name in COPIES.items():
         record[name] = (
@@ -101,9 +103,8 @@ def restore(generator: AbstractVideoGenerator, state: FinetuneState, snapshot: S
     state.optimizer.load_state_dict(record["optimizer"])
     for group, own in zip(state.optimizer.param_groups, options, strict=True):
         group.update(own)
-    for name in COUNTS:
+    for name in (*COUNTS, *LEVELS):
         setattr(state, name, record[name])
-    state.reference_levels = record["reference_levels"]
     _set_random_state(record["random"])
 
 

@@ -5,10 +5,10 @@ Axes: B videos.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 
 from torch import Tensor
 
@@ -77,8 +77,11 @@ def finetune(
         logger.info("self-check: ratio 1 within %.1e on replay", check.ratio_deviation)
     state.videos_generated += check.videos if state.step == 0 else 0
     if settings.guards and not state.reference_levels:
+        # As many videos as an update has, of as many prompts as two seeds each allow.
+        count = settings.rollout.prompts_per_update * settings.rollout.videos_per_prompt // 2
+        spread = replace(settings.rollout, prompts_per_update=count, videos_per_prompt=2)
         with reference_policy(generator.transformer):
-            batch = collect(generator, embeddings, settings, step=0)
+            batch = collect(generator, embeddings, replace(settings, rollout=spread), step=0)
         state.reference_levels = measure_reference(
             settings.guards, batch.trajectory.videos, batch.group
         )
@@ -111,7 +114,7 @@ def finetune(
             advantage_size=advantages.abs().mean().item(),
             tied_share=tied_share(score, batch.group),
             missing_share=missing_share(score),
-            **dataclasses.asdict(statistics),
+            **asdict(statistics),
             collect_seconds=collected - started,
             judge_seconds=judged_at - collected,
             update_seconds=ended - judged_at,
@@ -134,7 +137,11 @@ def judge(
     judged = judge_videos(
         rewards, videos, prompts, fps=generator.fps, missing_limit=settings.missing_limit
     )
-    return judged, apply_guards(settings.guards, state.reference_levels, videos, batch.group)
+    guarded = apply_guards(
+        settings.guards, state.reference_levels, videos, batch.group, state.running_levels
+    )
+    state.running_levels = dict(guarded.running)
+    return judged, guarded
 
 
 def compare(score: Tensor, group: Tensor, settings: AlgorithmSettings) -> Tensor:

@@ -1,7 +1,9 @@
 """Guards against hacking: a clip that is still, blurred or grey has no faults either.
 
-Each guard compares a simple statistic of the videos with the level the base policy had, charges
-what is missing and raises an alarm.
+Each guard compares a simple statistic of the videos with the level the base policy had. Once the
+policy has fallen below its share of that level, the guard raises an alarm and charges every video
+for what it lacks. Before that nobody is charged: a clip of one small object moves less than the
+mean without any fault, and faults such as flicker move more.
 
 Axes: B videos, F frames, C channels, H height, W width.
 """
@@ -23,6 +25,9 @@ from diffusion_rl.shapes import check_shape
 
 logger = logging.getLogger(__name__)
 
+MEMORY = 0.8
+"""Share of itself that a running level keeps from one batch to the next; a batch alone depends too
+much on its prompts."""
 THUMBNAIL = 64
 """Longest side in pixels at which whole videos are compared with each other."""
 
@@ -132,7 +137,8 @@ class GuardSettings:
     weight: float = 1.0
     """Reward taken from a video that lacks all of it; at least 0 (0 only raises the alarm)."""
     floor: float = 0.9
-    """Share of the base policy's level in (0, 1] below which a video is charged."""
+    """Share of the base policy's level in (0, 1] below which alarm is raised and videos are
+    charged."""
 
     def __post_init__(self) -> None:
         if self.statistic not in STATISTICS:
@@ -155,8 +161,10 @@ class GuardReport:
     """[B] float32 on the CPU, at least 0; to be taken from the reward."""
     levels: Mapping[str, float]
     """Mean of each watched statistic over the batch."""
+    running: Mapping[str, float]
+    """Running mean of each level, to be handed in with the next batch."""
     alarms: tuple[str, ...]
-    """Statistics whose mean has fallen below floor x reference level."""
+    """Statistics whose running level is below floor x reference level."""
 
 
 def measure_reference(
@@ -193,23 +201,28 @@ def apply_guards(
     reference: Mapping[str, float],
     videos: Tensor,
     group: Tensor,
+    running: Mapping[str, float] | None = None,
 ) -> GuardReport:
-    """Charge every video for what it lacks, and raise an alarm when the whole batch lacks it.
+    """Raise an alarm for what the policy lacks, and charge every video for its part in that.
 
+    running = MEMORY * running + (1 - MEMORY) * mean over B of statistic
     lowest  = floor * reference level
-    penalty = sum over guards of  weight * max(0, lowest - statistic) / lowest
+    penalty = sum over guards with running < lowest of
+        weight * max(0, lowest - statistic) / lowest
 
     Args:
         guards: As given to `measure_reference`.
         reference: What `measure_reference` returned.
         videos: [B F C H W] in [0, 1].
         group: [B] integer, equal for the videos of one prompt.
+        running: Of the batch before; None begins at the reference level.
 
     Raises:
         ValueError: The reference lacks a watched statistic.
     """
     penalty = torch.zeros(videos.shape[0])
     levels: dict[str, float] = {}
+    now: dict[str, float] = {}
     alarms: list[str] = []
     for guard in guards:
         if guard.statistic not in reference:
@@ -217,18 +230,17 @@ def apply_guards(
                 f"reference must hold a level of {guard.statistic}, got {sorted(reference)}; "
                 "measure it again with measure_reference"
             )
-        lowest = guard.floor * reference[guard.statistic]
-        values = _values(guard.statistic, videos, group)
-        penalty += guard.weight * (lowest - values).clamp_min(0) / lowest
-        levels[guard.statistic] = values.mean().item()
-        if levels[guard.statistic] < lowest:
-            alarms.append(guard.statistic)
-            logger.warning(
-                "%s has fallen to %.0f%% of the base policy's level",
-                guard.statistic,
-                100 * levels[guard.statistic] / reference[guard.statistic],
-            )
-    return GuardReport(penalty, levels, tuple(alarms))
+        name, lowest = guard.statistic, guard.floor * reference[guard.statistic]
+        values = _values(name, videos, group)
+        levels[name] = values.mean().item()
+        before = (running or reference)[name]
+        now[name] = MEMORY * before + (1 - MEMORY) * levels[name]
+        if now[name] < lowest:
+            alarms.append(name)
+            penalty += guard.weight * (lowest - values).clamp_min(0) / lowest
+            share = 100 * now[name] / reference[name]
+            logger.warning("%s has fallen to %.0f%% of the base policy's level", name, share)
+    return GuardReport(penalty, levels, now, tuple(alarms))
 
 
 def _values(statistic: str, videos: Tensor, group: Tensor) -> Tensor:

@@ -63,6 +63,8 @@ class FinetuneState:
     """Updates done."""
     reference_levels: dict[str, float] = field(default_factory=dict)
     """The base policy's level of every guarded statistic."""
+    running_levels: dict[str, float] = field(default_factory=dict)
+    """The trained policy's, as a running mean over updates."""
     videos_generated: int = 0
     """Since the first start, those for the guards' reference levels included."""
     reward_calls: int = 0

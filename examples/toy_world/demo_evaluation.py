@@ -56,7 +56,7 @@ class EvaluationSettings:
 
     prompts: str = "examples/toy_world/prompts/evaluation.txt"
     """A text file; none of its prompts may be trained on."""
-    videos_per_prompt: int = 4
+    videos_per_prompt: int = 8
     """Seeds of each prompt, at least 2: diversity compares them."""
     batch_size: int = 32
     """Videos drawn and judged together, at least 1."""

@@ -24,7 +24,7 @@ from diffusion_rl.__main__ import INTERRUPTED, USER_ERRORS
 from examples.toy_world.world import sample_prompts
 
 HERE = Path(__file__).parent
-PROMPTS = {"train": (256, 0), "evaluation": (64, 1)}
+PROMPTS = {"train": (256, 0), "evaluation": (32, 1)}
 """File of prompts/ and split of the world to (how many, seed)."""
 FIGURES = "figures.json"
 CONFIG = "configs/rl/toy_nft.yaml"

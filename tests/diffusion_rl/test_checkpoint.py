@@ -105,6 +105,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
     assert second_state.step == 3
     assert second_state.videos_generated == first_state.videos_generated
     assert second_state.reference_levels == first_state.reference_levels
+    assert second_state.running_levels == first_state.running_levels != {}
     rewards += [
         report.reward
         for report in finetune(second, [REWARD], ["plain", "bright"], whole, second_state)

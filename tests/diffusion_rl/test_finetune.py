@@ -215,10 +215,15 @@ def test_penalties_are_taken_off_what_is_compared(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(diffusion_rl.finetune, "compare", spy)
     nothing = Reward("nothing", lambda videos, prompts, *, fps: torch.zeros(len(videos)))
     guards = (GuardSettings(statistic="contrast", weight=2.0, floor=1.0),)
-    _, reports = run(settings_for(GrpoSettings(), guards=guards, updates=1), nothing)
-    assert reports[0].penalty > 0
+    settings = settings_for(GrpoSettings(), guards=guards, updates=1)
+    generator = ToyGenerator()
+    attach_lora(generator.transformer, LORA)
+    state = begin(generator, settings)
+    state.reference_levels = {"contrast": 10.0}
+    (report,) = finetune(generator, [nothing], PROMPTS, settings, state)
+    assert report.penalty > 0
     assert compared[0].max() <= 0
-    assert compared[0].mean().item() == pytest.approx(-reports[0].penalty)
+    assert compared[0].mean().item() == pytest.approx(-report.penalty)
 
 
 def test_the_reference_level_is_that_of_the_base() -> None:

@@ -90,8 +90,8 @@ def test_the_base_policy_itself_raises_no_alarm():
     videos = sample_videos()
     report = apply_guards(guards, measure_reference(guards, videos, GROUP), videos, GROUP)
     assert report.alarms == ()
-    assert report.penalty.max() < 0.05
-    assert set(report.levels) == set(STATISTICS)
+    assert report.penalty.max() == 0
+    assert set(report.levels) == set(report.running) == set(STATISTICS)
 
 
 def test_a_frozen_batch_pays_the_whole_weight_and_raises_the_alarm(caplog):
@@ -102,7 +102,32 @@ def test_a_frozen_batch_pays_the_whole_weight_and_raises_the_alarm(caplog):
     report = apply_guards(guards, reference, frozen, GROUP)
     torch.testing.assert_close(report.penalty, torch.full((4,), 0.7))
     assert report.alarms == ("motion",)
-    assert "motion has fallen to 0% of the base policy's level" in caplog.text
+    assert "motion has fallen to 80% of the base policy's level" in caplog.text
+
+
+def test_a_video_below_the_mean_is_not_charged_while_the_policy_holds_its_level():
+    guards = [GuardSettings(statistic="motion", floor=0.9)]
+    videos = torch.zeros(2, 2, 3, 4, 4)
+    videos[0, 1], videos[1, 1] = 0.1, 0.9  # motions 0.1 and 0.9
+    holds = apply_guards(guards, {"motion": 0.55}, videos, torch.zeros(2).long())
+    assert holds.alarms == ()
+    assert holds.penalty.tolist() == [0, 0]
+    falls = apply_guards(guards, {"motion": 0.55}, videos, torch.zeros(2).long(), {"motion": 0.45})
+    assert falls.alarms == ("motion",)
+    torch.testing.assert_close(falls.penalty, torch.tensor([(0.495 - 0.1) / 0.495, 0.0]))
+
+
+def test_the_alarm_comes_when_the_running_mean_falls_below_the_floor():
+    guards = [GuardSettings(statistic="motion", floor=0.6)]
+    still = torch.zeros(2, 2, 3, 4, 4)
+    running, alarms = None, []
+    for _ in range(4):
+        report = apply_guards(guards, {"motion": 0.5}, still, torch.zeros(2).long(), running)
+        running = report.running
+        alarms.append(report.alarms)
+    # 0.8, 0.64, 0.51, 0.41 of the reference level.
+    assert alarms == [(), (), ("motion",), ("motion",)]
+    assert running["motion"] == pytest.approx(0.5 * 0.8**4)
 
 
 def test_the_shortfall_is_relative_to_the_floor():
@@ -113,9 +138,11 @@ def test_the_shortfall_is_relative_to_the_floor():
     videos = torch.zeros(2, 2, 3, 4, 4)
     videos[0, 1], videos[1, 1] = 0.3, 0.9
     reference = {"motion": 1.0, "contrast": 0.1}
-    report = apply_guards(guards, reference, videos, torch.zeros(2).long())
+    running = {"motion": 0.3, "contrast": 0.1}
+    report = apply_guards(guards, reference, videos, torch.zeros(2).long(), running)
     torch.testing.assert_close(report.penalty, torch.tensor([2 * 0.2 / 0.5, 0.0]))
-    assert report.alarms == ("contrast",)  # motion's mean 0.6 is above 0.5
+    assert report.alarms == ("motion", "contrast")
+    assert report.running == {"motion": pytest.approx(0.36), "contrast": pytest.approx(0.08)}
     assert report.levels["motion"] == pytest.approx(0.6)
 
 

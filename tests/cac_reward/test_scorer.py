@@ -1,5 +1,6 @@
 """The two turns with a judge that follows a script, then with a tiny real one."""
 
+import asyncio
 import json
 import logging
 import math
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from cac_reward import CaCScorer
 from cac_reward.answers import read_thousandths
+from cac_reward.cache import ReportCache
+from cac_reward.calibration import Calibration
 from cac_reward.frames import InspectSettings, JudgeSettings, ScanSettings, inspect_indices
 from cac_reward.judges.base import AbstractJudge, Conversation
 from cac_reward.judges.local import LocalJudge
@@ -24,6 +27,7 @@ from cac_reward.questions import (
     VERDICT_PREFIX,
 )
 from cac_reward.report import AnomalyReport, Box, Finding, TimeWindow
+from cac_reward.scorer import Judgement
 from cac_reward.video import Video
 from tests.tiny_judge import build_tiny_judge
 
@@ -275,6 +279,61 @@ def test_blame_of_large_videos_is_small() -> None:
     result = CaCScorer(judge, mode="fast")(clips(2, 13, (96, 200)), ["", ""], fps=FPS)
     assert result["blame"].shape == (2, 13, 62, 128)
     assert 0 < result["blame"].max() <= 1
+
+
+def test_arrays_of_any_named_layout_and_range_are_judged_alike() -> None:
+    plain = CaCScorer(ScriptedJudge([Part(), Part()])).inspect(clips(2), fps=FPS)
+    last = (clips(2).permute(0, 1, 3, 4, 2) * 255).numpy()
+    named = CaCScorer(ScriptedJudge([Part(), Part()]))
+    again = named.inspect(last, fps=FPS, layout="BFHWC", value_range="0..255")
+    ragged = named.inspect([last[0], last[1][:9]], fps=FPS, layout="FHWC", value_range="0..255")
+    assert [one.score for one in again] == [one.score for one in plain]
+    assert [one.num_frames for one in ragged] == [13, 9]
+
+
+def test_a_report_in_the_cache_is_not_judged_again(tmp_path: Path) -> None:
+    parts = [Part(), Part(verdict=(0.7, 0.3)), Part(call="rubbish")]
+    first = CaCScorer(ScriptedJudge(parts), cache=ReportCache(tmp_path / "cache"))
+    reports = score(first, 3)[2]
+    judge = ScriptedJudge(parts)
+    second = CaCScorer(judge, cache=ReportCache(tmp_path / "cache"))
+    scores, blame, found = score(second, 3)
+    assert found[:2] == reports[:2]
+    assert {number for _, number, _, _ in judge.asked} == {2}  # an error is tried again
+    assert scores.isnan().tolist() == [False, False, True]
+    assert blame[0].max() > 0
+    assert second.num_judged == 1
+    other = ScriptedJudge(parts)
+    score(CaCScorer(other, mode="fast", cache=ReportCache(tmp_path / "cache")), 2)
+    assert {number for _, number, _, _ in other.asked} == {0, 1}
+
+
+def test_equal_clips_of_a_batch_are_judged_once(tmp_path: Path) -> None:
+    judge = ScriptedJudge([Part()])
+    scorer = CaCScorer(judge, cache=ReportCache(tmp_path / "cache"))
+    reports = scorer.inspect(clips(1).expand(3, -1, -1, -1, -1), ["same"] * 3, fps=FPS)
+    assert reports[0] == reports[1] == reports[2]
+    assert scorer.num_judged == 1
+
+
+def test_a_calibration_softens_the_score_and_keeps_the_verdict() -> None:
+    scorer = CaCScorer(ScriptedJudge([Part()]), calibration=Calibration(temperature=2.0))
+    plain = CaCScorer(ScriptedJudge([Part()]))
+    soft, hard = score(scorer, 1)[0].item(), score(plain, 1)[0].item()
+    logit = math.log(hard / (1 - hard)) / 2
+    assert soft == pytest.approx(1 / (1 + math.exp(-logit)))
+
+
+def test_scoring_in_the_background_gives_the_same() -> None:
+    scorer = CaCScorer(ScriptedJudge([Part(), Part(verdict=(0.7, 0.3))]))
+
+    async def both() -> list[Judgement]:
+        calls = [scorer.ascore(clips(2), ["a", "b"], fps=FPS) for _ in range(2)]
+        return await asyncio.gather(*calls)
+
+    expected = scorer(clips(2), ["a", "b"], fps=FPS)["score"]
+    assert all(torch.equal(one["score"], expected) for one in asyncio.run(both()))
+    assert scorer.num_judged == 6
 
 
 def test_no_videos_no_scores() -> None:

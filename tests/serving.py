@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cac_reward.server.lines import answer_lines, claim_stdout, say
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -70,12 +72,30 @@ def plain_reward() -> Any:
     return reward
 
 
+def echo() -> None:
+    """A child that answers what it is told: {"sleep": s}, {"end": status} or anything else."""
+    answers = claim_stdout()
+    print("this must not be taken for an answer")
+    say(answers, {"ready": True, "token": os.environ.get("CAC_REWARD_TOKEN")})
+
+    def answer(message: dict[str, Any]) -> dict[str, Any]:
+        if "end" in message:
+            os._exit(message["end"])
+        time.sleep(message.get("sleep", 0))
+        return message
+
+    answer_lines(answers, answer)
+
+
 class Server:
     """A running server: its address, its process, and plain requests to it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], log: Path, token: str | None = None
+    ) -> None:
         self.process = process
         self.log = log
+        self.token = token
         self.port = self._find_port()
 
     @property
@@ -102,6 +122,8 @@ class Server:
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         if data is not None:
             sent.setdefault("Content-Type", "application/json")
+        if self.token is not None:
+            sent.setdefault("Authorization", f"Bearer {self.token}")
         try:
             connection.request(method, path, data, sent)
             answer = connection.getresponse()
@@ -156,14 +178,17 @@ def running_server(*arguments: str, **variables: str) -> Iterator[Server]:
         log = Path(folder) / "log"
         command = [sys.executable, "-m", "cac_reward.server", "--port", "0", *arguments]
         environment = {**os.environ, "TMPDIR": folder, **variables}
-        environment.pop("CAC_REWARD_TOKEN", None) if not variables else None
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output
             )
         try:
-            yield Server(process, log)
+            yield Server(process, log, variables.get("CAC_REWARD_TOKEN"))
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait(60)
+
+
+if __name__ == "__main__":
+    echo()

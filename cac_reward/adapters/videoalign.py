@@ -129,7 +129,8 @@ def sample_indices(
     Args:
         num_frames: frames of the clip.
         fps: rate of the clip.
-        wanted_fps: frames per second to keep; all where the clip has no more.
+        wanted_fps: frames per second to keep; all where the clip has no more, first and last
+            where less than two would be left.
         wanted_frames: frames to keep, first and last among them.
 
     Raises:
@@ -139,15 +140,17 @@ def sample_indices(
         >>> sample_indices(9, 8.0, 4.0, None), sample_indices(9, 8.0, None, 3)
         (([0, 2, 4, 6, 8], 4.0), ([0, 4, 8], 2.0))
     """
-    if wanted_frames is not None:
-        if not 2 <= wanted_frames <= num_frames:
-            raise ValueError(
-                f"num_frames must be in [2, {num_frames}], the video's frames, got {wanted_frames}"
-            )
-        step = (num_frames - 1) / (wanted_frames - 1)
-        return [round(index * step) for index in range(wanted_frames)], fps / step
-    if wanted_fps is None or check_rate(wanted_fps) >= fps:
-        return list(range(num_frames)), fps
-    step = fps / wanted_fps
-    count = math.floor((num_frames - 1) / step + 1e-9) + 1
-    return [round(index * step) for index in range(count)], wanted_fps
+    if wanted_frames is not None and not 2 <= wanted_frames <= num_frames:
+        raise ValueError(
+            f"num_frames must be in [2, {num_frames}], the video's frames, got {wanted_frames}"
+        )
+    if wanted_frames is None:
+        if wanted_fps is None or check_rate(wanted_fps) >= fps:
+            return list(range(num_frames)), fps
+        step = fps / wanted_fps
+        count = math.floor((num_frames - 1) / step + 1e-9) + 1
+        if count >= 2:
+            return [round(index * step) for index in range(count)], wanted_fps
+    count = wanted_frames or 2
+    step = (num_frames - 1) / (count - 1)
+    return [round(index * step) for index in range(count)], fps / step

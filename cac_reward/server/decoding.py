@@ -73,13 +73,11 @@ def open_confined(root: str | None, path: str) -> io.FileIO:
         descriptor = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise ValueError(refusal) from error
-    file = io.FileIO(descriptor)
     opened = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-    regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
-    if not (opened.is_relative_to(real_root) and regular):
-        file.close()
+    if not (opened.is_relative_to(real_root) and stat.S_ISREG(os.fstat(descriptor).st_mode)):
+        os.close(descriptor)
         raise ValueError(refusal)
-    return file
+    return io.FileIO(descriptor)
 
 
 def _read_mp4(message: Message, settings: Message) -> Any:

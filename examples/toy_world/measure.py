@@ -6,6 +6,7 @@ The oracle measures; none of its labels reaches any training. Legend: N videos.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,16 @@ TRAINING_JUDGE = "cac_training"
 """The judge as the YAML asks for it (fast), beside JUDGE, which is the same one in full mode."""
 ORACLE_CLIPS = 2000
 RENDERED_CLIPS = 512
+SAMPLINGS = {"guided": 3.0, "unguided": 1.0}
+"""Name to classifier-free guidance: as the card recommends, and as the demo trains."""
 
 
 def measure_checkpoints(config: str | Path) -> dict[str, Any]:
-    """Everything below, with the sampling settings of a run's YAML.
+    """Everything below, on videos drawn with guidance and on videos drawn without.
 
     Args:
-        config: A YAML such as configs/rl/toy_nft.yaml, whose generator and judge are measured.
+        config: A YAML such as configs/rl/toy_nft.yaml, whose generator and judge are measured,
+            with its number of steps.
     """
     settings = load_config(config)
     generator = build_generator(settings.generator)
@@ -54,21 +58,25 @@ def measure_checkpoints(config: str | Path) -> dict[str, Any]:
     judges[TRAINING_JUDGE] = build_reward(reward).function
     options = EvaluationSettings()
     prompts = evaluation_prompts(options, [])
-    measured = measure_side(generator, judges, prompts, options, settings.rollout, "generator")
+    figures: dict[str, Any] = {}
+    for name, scale in SAMPLINGS.items():
+        rollout = replace(settings.rollout, guidance_scale=scale)
+        measured = measure_side(generator, judges, prompts, options, rollout, name)
+        figures[name] = {
+            "num_inference_steps": rollout.num_inference_steps,
+            "guidance_scale": scale,
+            "generator": generator_figures(measured),
+            "judge": {
+                "full": judge_figures(measured, JUDGE),
+                "fast": judge_figures(measured, TRAINING_JUDGE),
+                "alignment_auc": alignment_auc(measured),
+            },
+        }
     autoencoder = generator.pipeline.vae  # type: ignore[attr-defined]
     return {
-        "sampling": {
-            "num_inference_steps": settings.rollout.num_inference_steps,
-            "guidance_scale": settings.rollout.guidance_scale,
-        },
+        **figures,
         "oracle": oracle.error_rates(autoencoder, ORACLE_CLIPS, EVALUATION_SEED),
-        "generator": generator_figures(measured),
-        "judge": {
-            "full": judge_figures(measured, JUDGE),
-            "fast": judge_figures(measured, TRAINING_JUDGE),
-            "alignment_auc": alignment_auc(measured),
-            "rendered": rendered_figures(judges[JUDGE], autoencoder, RENDERED_CLIPS),
-        },
+        "rendered": rendered_figures(judges[JUDGE], autoencoder, RENDERED_CLIPS),
     }
 
 
@@ -194,7 +202,7 @@ def size_mb(folder: Path) -> float:
 
 def bars(figures: Mapping[str, Any]) -> list[tuple[str, float, str, bool]]:
     """What the checkpoints must reach: name, figure, rule, reached."""
-    made, judge = figures["generator"], figures["judge"]
+    made, judge = figures["guided"]["generator"], figures["guided"]["judge"]
     rows = [
         ("oracle's accuracy after the VAE", figures["oracle"]["accuracy"], 0.97, 1.0),
         ("generator's broken share", made["anomaly_rate_oracle"], 0.4, 0.7),

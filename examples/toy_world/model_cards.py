@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.toy_world.measure import parameter_count, size_mb
+from examples.toy_world.measure import SAMPLINGS, parameter_count, size_mb
 from examples.toy_world.train_generator import TEXT_LENGTH
 
 _HEAD = """---
@@ -29,8 +29,7 @@ def generator_card(
     folder: Path, figures: Mapping[str, Any], seconds: Mapping[str, float], machine: str
 ) -> str:
     """The card of checkpoints/generator."""
-    made, faults = figures["generator"], figures["generator"]["faults"]
-    sampling = figures["sampling"]
+    sampling = figures["guided"]
     about = (
         f"A text-to-video generator of {_millions(folder)} parameters ({size_mb(folder):.1f} MB): "
         "a stock diffusers `WanPipeline` (small `AutoencoderKLWan`, `WanTransformer3DModel`, UMT5 "
@@ -65,32 +64,55 @@ def generator_card(
             ("text encoder and transformer", _minutes(seconds["generator"])),
         ],
     )
-    rows = [
-        ("videos with a fault", _percent(made["anomaly_rate_oracle"])),
-        ("prompt followed", _percent(made["prompt_match"])),
-        ("motion (way of an object per frame, in frames)", f"{made['motion']:.4f}"),
-        ("diversity between seeds of a prompt", f"{made['diversity']:.4f}"),
-        *((f"with {kind}", _percent(rate)) for kind, rate in faults.items()),
-    ]
+    columns = [generator_column(figures[name]["generator"]) for name in SAMPLINGS]
+    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    head = ("figure", *(_sampling(figures[name]) for name in SAMPLINGS))
+    count = sampling["generator"]["videos"]
     text = _HEAD.format(
         library="diffusers", task="text-to-video", title="Toy world generator", about=about
     )
     return (
         f"{text}{use}\n## Data\n\n{data}\n\n## Training\n\nOn {machine}.\n\n{cost}\n"
-        f"## Measured\n\n{made['videos']} videos of held-out prompts with the demo's sampling "
-        f"settings, judged by the oracle (`oracle.py`), which tracks pixels.\n\n"
-        f"{_table(('figure', 'value'), rows)}\n{_oracle(figures)}"
+        f"## Measured\n\n{count} videos of held-out prompts for each column, judged by the oracle "
+        "(`oracle.py`), which tracks pixels. The demo trains and measures without guidance.\n\n"
+        f"{_table(head, rows)}\n{_oracle(figures)}"
         "\n## Limits\n\nIt knows nothing but this world, and words of its prompts alone. It was "
         f"trained on texts padded to {TEXT_LENGTH} tokens: leave out `max_sequence_length` and the "
         "pipeline pads to 512, which it has never seen.\n"
     )
 
 
+def generator_column(made: Mapping[str, Any]) -> dict[str, str]:
+    """Figures of one way of sampling, by name."""
+    return {
+        "videos with a fault": _percent(made["anomaly_rate_oracle"]),
+        "prompt followed": _percent(made["prompt_match"]),
+        "motion (way of an object per frame, in frames)": f"{made['motion']:.4f}",
+        "diversity between seeds of a prompt": f"{made['diversity']:.4f}",
+        **{f"with {kind}": _percent(rate) for kind, rate in made["faults"].items()},
+    }
+
+
+def judge_column(judge: Mapping[str, Any]) -> dict[str, str]:
+    """Figures on videos of one way of sampling, by name."""
+    column = {}
+    for mode in ("full", "fast"):
+        part = judge[mode]
+        column |= {
+            f"verdict ROC-AUC, mode {mode}": f"{part['verdict_auc']:.3f}",
+            f"verdict accuracy, mode {mode}": _percent(part["verdict_accuracy"]),
+            f"temporal IoU of windows where both see a fault, mode {mode}": (
+                f"{part['window_iou']:.3f}"
+            ),
+            f"clips it could not judge, mode {mode}": _percent(part["unjudged"]),
+        }
+    return {**column, "prompt alignment ROC-AUC": f"{judge['alignment_auc']:.3f}"}
+
+
 def judge_card(
     folder: Path, figures: Mapping[str, Any], seconds: Mapping[str, float], machine: str
 ) -> str:
     """The card of checkpoints/judge."""
-    judge = figures["judge"]
     about = (
         f"A vision-language judge of {_millions(folder)} parameters ({size_mb(folder):.1f} MB): a "
         "stock transformers Qwen3-VL with processor and tokenizer, trained from random weights to "
@@ -110,20 +132,10 @@ def judge_card(
         "generator, kept only where every object stayed where the truth has it. The oracle's word "
         "never reached the training; prompts and seeds of the evaluation are held out."
     )
-    rows = []
-    for mode in ("full", "fast"):
-        part = judge[mode]
-        rows += [
-            (f"verdict ROC-AUC, mode {mode}", f"{part['verdict_auc']:.3f}"),
-            (f"verdict accuracy, mode {mode}", _percent(part["verdict_accuracy"])),
-            (
-                f"temporal IoU of windows where both see a fault, mode {mode}",
-                f"{part['window_iou']:.3f}",
-            ),
-            (f"clips it could not judge, mode {mode}", _percent(part["unjudged"])),
-        ]
-    rows.append(("prompt alignment ROC-AUC", f"{judge['alignment_auc']:.3f}"))
-    rendered = judge["rendered"]
+    columns = [judge_column(figures[name]["judge"]) for name in SAMPLINGS]
+    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    head = ("figure", *(_sampling(figures[name]) for name in SAMPLINGS))
+    rendered = figures["rendered"]
     known = [
         ("verdict ROC-AUC", f"{rendered['verdict_auc']:.3f}"),
         ("verdict accuracy", _percent(rendered["verdict_accuracy"])),
@@ -134,8 +146,9 @@ def judge_card(
     return (
         f"{text}{use}\n## Data\n\n{data}\n\n## Training\n\n{_minutes(seconds['judge'])} on "
         f"{machine}.\n\n## Measured\n\nAgainst the oracle (`oracle.py`, which tracks pixels and "
-        f"shares no code with it) on {figures['generator']['videos']} videos that the toy "
-        f"generator drew for held-out prompts:\n\n{_table(('figure', 'value'), rows)}\n"
+        f"shares no code with it) on {figures['guided']['generator']['videos']} videos for each "
+        "column that the toy generator drew for held-out prompts:\n\n"
+        f"{_table(head, rows)}\n"
         f"Against the truth on {rendered['clips']} rendered clips of held-out prompts after the "
         f"autoencoder, mode full:\n\n{_table(('figure', 'value'), known)}\n{_oracle(figures)}"
         "\n## Limits\n\nIts verdict means something on clips of the toy world alone.\n"
@@ -163,9 +176,16 @@ def _percent(value: float) -> str:
     return "not measurable" if math.isnan(value) else f"{100 * value:.1f}%"
 
 
-def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
-    lines = [f"| {head[0]} | {head[1]} |", "|---|---:|"]
-    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)]) + "\n"
+def _sampling(figures: Mapping[str, Any]) -> str:
+    scale, steps = figures["guidance_scale"], figures["num_inference_steps"]
+    guided = "without guidance" if scale == 1 else f"guidance {scale:g}"
+    return f"{guided}, {steps} steps"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = "|---" + "|---:" * (len(head) - 1) + "|"
+    lines = [" | ".join(cells).join(("| ", " |")) for cells in (head, *rows)]
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
 def _code(*lines: str) -> str:

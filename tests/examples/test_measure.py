@@ -20,23 +20,27 @@ from examples.toy_world.tracks import Finding as OracleFinding
 from tests.tiny_wan import build_tiny_wan
 
 FIGURES = {
-    "sampling": {"num_inference_steps": 10, "guidance_scale": 2.5},
-    "oracle": {"clips": 2000, "accuracy": 0.98, "false_alarm_rate": 0.01, "miss_rate": 0.03},
-    "generator": {
-        **{"videos": 256, "anomaly_rate_oracle": 0.512, "prompt_match": 0.874},
-        **{"motion": 0.0321, "diversity": 0.0911, "faults": {"vanish": 0.123}},
-    },
-    "judge": {
-        **{
-            mode: {
-                **{"verdict_auc": auc, "verdict_accuracy": 0.88, "window_iou": 0.61},
-                "unjudged": math.nan,
-            }
-            for mode, auc in (("full", 0.934), ("fast", 0.921))
+    name: {
+        **{"num_inference_steps": 10, "guidance_scale": scale},
+        "generator": {
+            **{"videos": 256, "anomaly_rate_oracle": 0.512 + shift, "prompt_match": 0.874},
+            **{"motion": 0.0321, "diversity": 0.0911, "faults": {"vanish": 0.123}},
         },
-        "alignment_auc": 0.777,
-        "rendered": {"clips": 512, "verdict_auc": 0.95, "verdict_accuracy": 0.9},
-    },
+        "judge": {
+            **{
+                mode: {
+                    **{"verdict_auc": auc - shift, "verdict_accuracy": 0.88, "window_iou": 0.61},
+                    "unjudged": math.nan,
+                }
+                for mode, auc in (("full", 0.934), ("fast", 0.921))
+            },
+            "alignment_auc": 0.777,
+        },
+    }
+    for name, scale, shift in (("guided", 2.5, 0.0), ("unguided", 1.0, 0.2))
+} | {
+    "oracle": {"clips": 2000, "accuracy": 0.98, "false_alarm_rate": 0.01, "miss_rate": 0.03},
+    "rendered": {"clips": 512, "verdict_auc": 0.95, "verdict_accuracy": 0.9},
 }
 
 
@@ -134,7 +138,9 @@ def test_bars_say_what_is_not_reached() -> None:
     reached = {name: good for name, _, _, good in measure.bars(FIGURES)}
     assert all(reached.values())
     assert len(reached) == 5
-    low = {**FIGURES, "generator": {**FIGURES["generator"], "anomaly_rate_oracle": 0.8}}
+    guided = FIGURES["guided"]
+    generator = {**guided["generator"], "anomaly_rate_oracle": 0.8}
+    low = {**FIGURES, "guided": {**guided, "generator": generator}}
     failed = [name for name, _, _, good in measure.bars(low) if not good]
     assert failed == ["generator's broken share"]
 
@@ -146,7 +152,10 @@ def test_cards_state_what_was_measured(tmp_path: Path) -> None:
     for text in ("1.25M parameters", "5.0 MB", "51.2%", "87.4%", "30 minutes", "2 cores of a CPU"):
         assert text in card
     assert "guidance_scale=2.5" in card
+    assert "| figure | guidance 2.5, 10 steps | without guidance, 10 steps |" in card
+    assert "| videos with a fault | 51.2% | 71.2% |" in card
     card = judge_card(tmp_path, FIGURES, seconds, "2 cores of a CPU")
     for text in ("0.934", "0.921", "0.610", "0.777", "40 minutes", "not measurable", "98.0%"):
         assert text in card
+    assert "| verdict ROC-AUC, mode full | 0.934 | 0.734 |" in card
     assert card.isascii()

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cac_reward.server.lines import Message, answer_lines, claim_stdout, say
+from cac_reward.server.lines import SPENT, Message, answer_lines, claim_stdout, say
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 DTYPES = ("U8", "F16", "BF16", "F32")
@@ -30,7 +30,7 @@ def decode_clip(message: Message, settings: Message) -> Message:
         settings: the limits by name, and media_root.
 
     Returns:
-        shape [F, 3, H, W] and fps, or error.
+        shape [F, 3, H, W] and fps, or error; and whether the memory is spent.
     """
     readers = {
         "mp4": _read_mp4,
@@ -45,7 +45,8 @@ def decode_clip(message: Message, settings: Message) -> Message:
         return {"error": str(error)}
     except (MemoryError, RuntimeError) as error:
         limit = settings["decode_memory_bytes"]
-        return {"error": f"{message['name']} could not be decoded in {limit} bytes: {error}"}
+        text = f"{message['name']} could not be decoded in {limit} bytes of memory: {error}"
+        return {"error": text, SPENT: True}
     video.frames.contiguous().numpy().tofile(message["output"])
     return {"shape": list(video.frames.shape), "fps": video.fps}
 

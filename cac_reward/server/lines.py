@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import IO, Any
 
 Message = dict[str, Any]
+SPENT = "spent"
+"""Key of an answer after which the process must be replaced, such as when its memory was full."""
 
 
 def claim_stdout() -> IO[str]:
@@ -28,6 +30,9 @@ def say(answers: IO[str], message: Message) -> None:
 
 
 def answer_lines(answers: IO[str], answer: Callable[[Message], Message]) -> None:
-    """Answer every message until the other side closes, which is how a child is told to end."""
+    """Answer messages until the other side closes or the process is spent."""
     for line in sys.stdin:
-        say(answers, answer(json.loads(line)))
+        reply = answer(json.loads(line))
+        say(answers, reply)
+        if reply.get(SPENT):
+            return

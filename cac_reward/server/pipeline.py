@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cac_reward.server.children import Child, ChildDiedError, ChildTimeoutError
+from cac_reward.server.lines import SPENT
 from cac_reward.server.metrics import Metrics
 from cac_reward.server.settings import ServerSettings
 from cac_reward.server.wire import Answer, ClipRequest
@@ -206,6 +207,9 @@ class Pipeline:
                     return Answer("refused", error=fault)
                 continue
             self._metrics.add("decode_seconds_total", time.monotonic() - began)
+            if reply.get(SPENT):
+                self._metrics.add("decoder_restarts_total")
+                await self._revive(child)
             return Answer("refused", error=reply["error"]) if "error" in reply else reply
         return Answer("refused", error=fault)
 

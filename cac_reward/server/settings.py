@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 MEBIBYTE = 1024**2
+DECODER_BYTES = 256 * MEBIBYTE
+"""What codecs and their threads may take besides the frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,13 @@ class ServerLimits:
             value = getattr(self, one.name)
             if not value > 0:
                 raise ValueError(f"{one.name} must be above 0, got {value}")
+        # Decoding holds a clip twice for a moment: as single frames, and as one tensor.
+        needed = 2 * self.max_decoded_bytes + DECODER_BYTES
+        if self.decode_memory_bytes < needed:
+            raise ValueError(
+                f"decode_memory_bytes must be at least {needed} for max_decoded_bytes="
+                f"{self.max_decoded_bytes}, got {self.decode_memory_bytes}"
+            )
         if self.max_batch > self.max_queue:
             raise ValueError(
                 f"max_batch must be at most max_queue={self.max_queue}, got {self.max_batch}"

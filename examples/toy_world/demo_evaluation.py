@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ from examples.toy_world.world import FAULTS
 JUDGE, ALIGNMENT, ORACLE = "cac", "alignment", "oracle"
 """Names of the measures that give reports; the first two are names of rewards, too."""
 SIDES = ("base", "tuned")
+GUIDANCE = 3.0
+"""Classifier-free guidance that the generator's card recommends."""
 UNWORLDLY = "not of this world"
 """What the oracle calls a video that is no clip of the world at all."""
 
@@ -88,6 +91,9 @@ class Evaluation:
     """What the training reward says of spoilt copies of base videos."""
     oracle_errors: Mapping[str, Any]
     """See `oracle.error_rates`."""
+    guided: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Side to what the oracle says of the same prompts and noise with classifier-free guidance:
+    guidance by itself mends much of what the training mends without it."""
 
     @property
     def values(self) -> dict[str, dict[str, Tensor]]:
@@ -145,8 +151,7 @@ def evaluate_run(run: Run, prompts: Sequence[str], settings: EvaluationSettings)
     judges = build_judges(run.settings)
     measured = {}
     for side in SIDES:
-        policy = reference_policy if side == "base" else saved_policy
-        with policy(run.generator.transformer):
+        with policy_of(run, side):
             measured[side] = measure_side(
                 run.generator, judges, prompts, settings, run.settings.rollout, side
             )
@@ -160,7 +165,33 @@ def evaluate_run(run: Run, prompts: Sequence[str], settings: EvaluationSettings)
     )
     autoencoder = run.generator.pipeline.vae  # type: ignore[attr-defined]
     errors = oracle.error_rates(autoencoder, settings.oracle_clips, EVALUATION_SEED)
-    return Evaluation(measured["base"], measured["tuned"], run.generator.fps, audit, errors)
+    guided = {}
+    for side in SIDES:
+        with policy_of(run, side):
+            guided[side] = measure_guided(run, prompts, settings, side)
+    return Evaluation(*measured.values(), run.generator.fps, audit, errors, guided)
+
+
+def policy_of(run: Run, side: str) -> AbstractContextManager[None]:
+    """The base generator, or the one that the run saves."""
+    policy = reference_policy if side == "base" else saved_policy
+    return policy(run.generator.transformer)
+
+
+def measure_guided(
+    run: Run, prompts: Sequence[str], settings: EvaluationSettings, side: str
+) -> dict[str, float]:
+    """What the oracle says of the active policy under GUIDANCE."""
+    rollout = dataclasses.replace(run.settings.rollout, guidance_scale=GUIDANCE)
+    description = f"{side} with guidance"
+    measured = measure_side(run.generator, {}, prompts, settings, rollout, description)
+    reports = measured.reports[ORACLE]
+    return {
+        "anomaly_rate_oracle": oracle.anomaly_rate(reports),
+        "prompt_match": oracle.prompt_match(reports),
+        "motion": oracle.mean_motion(reports),
+        "diversity": measured.values["diversity"].mean().item(),
+    }
 
 
 def build_judges(settings: RunSettings) -> dict[str, RewardFunction]:
@@ -224,7 +255,7 @@ def measure_side(
         with tqdm(total=len(texts), desc=f"evaluate {description}", unit="video") as bar:
             unjudged = 0
             for part in batches:
-                unjudged += int(part.values[JUDGE].isnan().sum())
+                unjudged += int(part.values[JUDGE].isnan().sum()) if judges else 0
                 bar.set_postfix(unjudged=unjudged)
                 bar.update(len(part.prompts))
                 yield part

@@ -22,6 +22,7 @@ from diffusion_rl.rewards import Reward, build_reward, judge_videos
 from examples.toy_world import oracle
 from examples.toy_world.demo_evaluation import (
     ALIGNMENT,
+    GUIDANCE,
     JUDGE,
     ORACLE,
     EvaluationSettings,
@@ -40,7 +41,7 @@ TRAINING_JUDGE = "cac_training"
 """The judge as the YAML asks for it (fast), beside JUDGE, which is the same one in full mode."""
 ORACLE_CLIPS = 2000
 RENDERED_CLIPS = 512
-SAMPLINGS = {"guided": 3.0, "unguided": 1.0}
+SAMPLINGS = {"guided": GUIDANCE, "unguided": 1.0}
 """Name to classifier-free guidance: as the card recommends, and as the demo trains."""
 
 

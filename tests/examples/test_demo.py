@@ -42,6 +42,7 @@ SIDE_KEYS = {
 }
 SUMMARY_KEYS = {
     *("base", "tuned", "relative_reduction_oracle", "relative_reduction_oracle_ci95"),
+    "with_guidance",
     *("videos_generated_in_training", "reward_calls", "training_seconds", "peak_memory_mb"),
     *("seed", "versions"),
 }
@@ -168,23 +169,32 @@ def test_a_finished_run_is_kept_and_the_next_starts_anew(
     ]
 
 
-def test_base_is_measured_without_the_lora_and_tuned_with_it(
-    tmp_path: Path, generator_folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("average_decay", "adapter"), [(0.0, "default"), (0.9, "average")])
+def test_base_is_measured_without_the_lora_and_tuned_with_what_is_saved(
+    tmp_path: Path,
+    generator_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    average_decay: float,
+    adapter: str,
 ) -> None:
     config = write_config(tmp_path, generator_folder)
-    run = prepare(load_config(config, [f"output={tmp_path / 'run'}"]), keep_text_encoder=True)
+    changes = [f"output={tmp_path / 'run'}", f"optimizer.average_decay={average_decay}"]
+    run = prepare(load_config(config, changes), keep_text_encoder=True)
     seen = {}
 
     def look(generator, *rest):
-        seen[rest[-1]] = [layer.disable_adapters for layer in tuner_layers(generator.transformer)]
+        layers = tuner_layers(generator.transformer)
+        seen[rest[-1]] = [None if one.disable_adapters else one.active_adapters for one in layers]
+        assert rest[-2].guidance_scale == (3.0 if "guidance" in rest[-1] else 2.0)
         return measure_side(generator, *rest)
 
     monkeypatch.setattr(demo_evaluation, "measure_side", look)
     sizes = EvaluationSettings(videos_per_prompt=2, oracle_clips=2)
     demo_evaluation.evaluate_run(run, ["a green circle"], sizes)
-    assert list(seen) == ["base", "tuned"]
-    assert all(seen["base"])
-    assert not any(seen["tuned"])
+    assert list(seen) == ["base", "tuned", "base with guidance", "tuned with guidance"]
+    for side, adapters in seen.items():
+        wanted = [adapter] if side.startswith("tuned") else None
+        assert all(active == wanted for active in adapters)
 
 
 def test_control_c_saves_and_the_same_command_goes_on(

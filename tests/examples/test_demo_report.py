@@ -95,6 +95,13 @@ def evaluation() -> Evaluation:
     )
 
 
+def test_the_page_says_what_guidance_alone_does(evaluation: Evaluation) -> None:
+    rates = {"base": {"anomaly_rate_oracle": 0.5, "motion": 0.05}}
+    rates["tuned"] = {"anomaly_rate_oracle": 0.25, "motion": 0.0625}
+    (table,) = demo_report._guided(replace(evaluation, guided=rates)).tables
+    assert table.rows == [["anomaly rate oracle", "50.0%", "25.0%"], ["motion", "0.0500", "0.0625"]]
+
+
 def test_outcomes_and_rates(evaluation: Evaluation) -> None:
     found = side_summary(evaluation.base)
     assert found["anomaly_rate_oracle"] == 0.75

@@ -126,7 +126,7 @@ def parse_compute(payload: object, *, limits: VideoLimits = VideoLimits()) -> Co
     if not isinstance(prompts, list):
         raise ValueError(f"prompt must be a list of texts, got {type(prompts).__name__}")
     check_prompts(prompts, len(videos))
-    options = payload.get("kwargs") or {}
+    options = {} if payload.get("kwargs") is None else payload["kwargs"]
     if not isinstance(options, Mapping):
         raise ValueError(f"kwargs must be an object or null, got {type(options).__name__}")
     fps = options.get("fps")

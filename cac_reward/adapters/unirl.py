@@ -186,12 +186,13 @@ def _request(name: str, value: object, rewards: Sequence[str]) -> ScoreRequest:
             f"{name}.scorer_version must be null, got {request['scorer_version']!r:.200}; "
             "drop expected_scorer_version from the client"
         )
+    metadata = request.get("metadata")
     return ScoreRequest(
         prompt=last["text"],
         video=_video_bytes(f"{name}.history[{len(turns) - 1}]", last.get("video_b64")),
         video_path=last.get("video_path"),
         required_rewards=tuple(wanted),
-        metadata=_mapping(f"{name}.metadata", request.get("metadata") or {}),
+        metadata={} if metadata is None else _mapping(f"{name}.metadata", metadata),
         identity={**{key: request.get(key) for key in IDENTITY}, "scorer_version": None},
     )
 

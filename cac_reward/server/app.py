@@ -6,11 +6,11 @@ import asyncio
 import base64
 import binascii
 import hmac
-import logging
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -35,7 +35,15 @@ from cac_reward.server.wire import (
     unirl_reply,
 )
 
-logger = logging.getLogger(__name__)
+MAX_BODIES_DISCARDED = 4
+"""How many times the longest body is read to the end only to say that it is refused."""
+
+
+class _AsciiResponse(JSONResponse):
+    """JSON that can carry whatever came in as JSON, lone surrogates included."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 class _RefusalError(Exception):
@@ -89,21 +97,21 @@ def make_app(settings: ServerSettings, pipeline: Pipeline, metrics: Metrics) -> 
             metrics.observe_request(time.monotonic() - began)
 
     @app.post("/v1/score", dependencies=guarded)
-    async def own(request: Request) -> dict[str, Any]:
+    async def own(request: Request) -> Response:
         _, asked, answers = await score(request, lambda body: _Asked(*own_clips(body, settings)))
-        return {**own_reply(answers, asked.reports), "judge": pipeline.judge}
+        return _AsciiResponse({**own_reply(answers, asked.reports), "judge": pipeline.judge})
 
     @app.post("/score", dependencies=guarded)
-    async def unirl(request: Request) -> dict[str, Any]:
+    async def unirl(request: Request) -> Response:
         body, _, answers = await score(request, lambda body: _Asked(unirl_clips(body, settings)))
-        return unirl_reply(body, answers, pipeline.judge)
+        return _AsciiResponse(unirl_reply(body, answers, pipeline.judge))
 
     @app.post("/compute", dependencies=guarded)
-    async def flow_factory(request: Request) -> dict[str, Any]:
+    async def flow_factory(request: Request) -> Response:
         _, _, answers = await score(
             request, lambda body: _Asked(flow_factory_clips(body, settings))
         )
-        return flow_factory_reply(answers)
+        return _AsciiResponse(flow_factory_reply(answers))
 
     return app
 
@@ -140,55 +148,64 @@ class _Door:
         if token is None:
             host = request.url.hostname or ""
             if not is_loopback(host):
-                raise _RefusalError(403, f"Host must be a loopback name, got {host[:100]!r}")
-            return
-        if not hmac.compare_digest(_given_token(request).encode(), token.encode()):
-            raise _RefusalError(
-                401,
-                "token must be sent as 'Authorization: Bearer TOKEN' (or as a Basic password)",
-                {"WWW-Authenticate": "Bearer"},
-            )
+                text = f"Host must be a loopback name, got {host[:100]!r}"
+                await self._refuse(request, _RefusalError(403, text))
+        elif not hmac.compare_digest(_given_token(request).encode(), token.encode()):
+            text = "token must be sent as 'Authorization: Bearer TOKEN' (or as a Basic password)"
+            challenge = {"WWW-Authenticate": "Bearer"}
+            await self._refuse(request, _RefusalError(401, text, challenge))
 
     @asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[bytes]:
         """Read a request's body; its bytes count as pending until the request is answered."""
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
-            raise _RefusalError(415, f"Content-Type must be application/json, got {media_type!r}")
+            text = f"Content-Type must be application/json, got {media_type!r}"
+            await self._refuse(request, _RefusalError(415, text))
         length = request.headers.get("content-length", "")
         if not (length.isascii() and length.isdigit()):
-            raise _RefusalError(411, "Content-Length must be given")
+            await self._refuse(request, _RefusalError(411, "Content-Length must be given"))
         size = int(length)
-        if size > self._limits.max_body_bytes:
-            raise _RefusalError(
-                413, f"body must have at most {self._limits.max_body_bytes} bytes, got {size}"
+        limits = self._limits
+        if size > limits.max_body_bytes:
+            text = f"body must have at most {limits.max_body_bytes} bytes, got {size}"
+            await self._refuse(request, _RefusalError(413, text))
+        if self._metrics.pending_bytes + size > limits.max_pending_bytes:
+            text = (
+                f"pending requests must stay within {limits.max_pending_bytes} bytes; "
+                "try again later"
             )
-        if self._metrics.pending_bytes + size > self._limits.max_pending_bytes:
-            await self._read(request, keep=False)
-            raise _RefusalError(
-                429,
-                f"pending requests must stay within {self._limits.max_pending_bytes} bytes; "
-                "try again later",
-                {"Retry-After": "1"},
-            )
+            await self._refuse(request, _RefusalError(429, text, {"Retry-After": "1"}))
         self._metrics.pending_bytes += size
         try:
             yield await self._read(request, keep=True)
         finally:
             self._metrics.pending_bytes -= size
 
+    async def _refuse(self, request: Request, refusal: _RefusalError) -> NoReturn:
+        """Refuse a request whose body is not read yet.
+
+        The body is thrown away first: a client that is still sending when the connection closes
+        never sees the answer.
+        """
+        await self._read(request, keep=False)
+        raise refusal
+
     async def _read(self, request: Request, *, keep: bool) -> bytes:
-        """The body; where it is not kept it is read all the same, so that the answer arrives."""
+        """The body, or nothing where it is thrown away."""
         body = bytearray()
+        num_bytes = 0
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 async for chunk in request.stream():
+                    num_bytes += len(chunk)
                     if keep:
                         body += chunk
+                    elif num_bytes > MAX_BODIES_DISCARDED * self._limits.max_body_bytes:
+                        break
         except TimeoutError as error:
-            raise _RefusalError(
-                408, f"body must arrive within {self._limits.body_seconds:g} s"
-            ) from error
+            text = f"body must arrive within {self._limits.body_seconds:g} s"
+            raise _RefusalError(408, text) from error
         except ClientDisconnect as error:
             raise _RefusalError(499, "the client left") from error
         return bytes(body)
@@ -253,9 +270,9 @@ async def _leaves(request: Request) -> None:
 
 async def _answer_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, _RefusalError)
-    return JSONResponse({"error": str(error)}, error.status, error.headers)
+    return _AsciiResponse({"error": str(error)}, error.status, error.headers)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    return _AsciiResponse({"error": error.detail}, error.status_code, error.headers)

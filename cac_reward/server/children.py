@@ -11,7 +11,11 @@ from collections.abc import Mapping, Sequence
 from cac_reward.server.lines import Message
 
 TOKEN_VARIABLE = "CAC_REWARD_TOKEN"
+BARE_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR", "OMP_NUM_THREADS")
 MAX_LINE_BYTES = 256 * 1024**2
+
+END_SECONDS = 10.0
+"""How long a process may take to end once it closed its output."""
 
 
 class ChildDiedError(Exception):
@@ -29,10 +33,14 @@ class Child:
         name: for messages to people.
         module: what it runs, started with `python -m`.
         arguments: after the module's name; others on this machine can read them.
+        bare: whether it sees only the variables that a process needs to run.
     """
 
-    def __init__(self, name: str, module: str, arguments: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, module: str, arguments: Sequence[str], *, bare: bool = False
+    ) -> None:
         self.name = name
+        self._bare = bare
         self._command = [sys.executable, "-P", "-m", module, *arguments]
         self._process: asyncio.subprocess.Process | None = None
 
@@ -53,7 +61,7 @@ class Child:
             *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=child_environment(os.environ),
+            env=child_environment(os.environ, bare=self._bare),
             # Ctrl-C goes to the whole group; children must outlive it to finish accepted work.
             start_new_session=True,
             limit=MAX_LINE_BYTES,
@@ -99,13 +107,21 @@ class Child:
         return json.loads(line)
 
     async def _died(self) -> ChildDiedError:
-        await self.kill()
+        """How a process that closed its output ended; asking for it to be killed would hide it."""
         assert self._process is not None
+        try:
+            await asyncio.wait_for(self._process.wait(), END_SECONDS)
+        except TimeoutError:
+            await self.kill()
         return ChildDiedError(f"{self.name} ended with status {self._process.returncode}")
 
 
-def child_environment(parent: Mapping[str, str]) -> dict[str, str]:
+def child_environment(parent: Mapping[str, str], *, bare: bool) -> dict[str, str]:
     """What a child sees: the parent's variables without its secret, and the same modules."""
-    environment = {name: value for name, value in parent.items() if name != TOKEN_VARIABLE}
+    environment = {
+        name: value
+        for name, value in parent.items()
+        if name != TOKEN_VARIABLE and (not bare or name in BARE_VARIABLES)
+    }
     environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path)
     return environment

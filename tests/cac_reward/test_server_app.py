@@ -5,7 +5,6 @@ import base64
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,12 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 
 from cac_reward.server.app import make_app
-from cac_reward.server.children import Child, ChildDiedError, ChildTimeoutError
+from cac_reward.server.children import (
+    Child,
+    ChildDiedError,
+    ChildTimeoutError,
+    child_environment,
+)
 from cac_reward.server.metrics import Metrics
 from cac_reward.server.pipeline import BrokenError, OverloadedError
 from cac_reward.server.settings import ServerLimits, ServerSettings
@@ -259,6 +263,14 @@ def test_work_is_given_up_when_the_client_leaves() -> None:
     assert time.monotonic() - began < 5
 
 
+def test_what_is_echoed_need_not_be_unicode() -> None:
+    request = {"history": [{"text": "", "video_path": "a"}], "required_rewards": ["cac"]}
+    body = json.dumps({"requests": [{**request, "request_id": "\ud800"}]}).encode()
+    status, answer, _ = Caller()(path="/score", body=body)
+    assert status == 200
+    assert answer["identities"][0]["request_id"] == "\ud800"
+
+
 def test_metrics_are_what_prometheus_reads() -> None:
     caller = Caller()
     caller()
@@ -325,10 +337,15 @@ def test_a_child_answers_and_what_it_prints_is_no_answer(monkeypatch: pytest.Mon
     asyncio.run(talk())
 
 
+def test_a_bare_child_sees_no_more_than_it_needs() -> None:
+    parent = {"PATH": "/bin", "HF_TOKEN": "secret", "CAC_REWARD_TOKEN": TOKEN}
+    assert set(child_environment(parent, bare=True)) == {"PATH", "PYTHONPATH"}
+    assert set(child_environment(parent, bare=False)) == {"PATH", "PYTHONPATH", "HF_TOKEN"}
+
+
 def test_a_child_that_does_not_start_is_told() -> None:
     async def talk() -> None:
         with pytest.raises(ChildDiedError, match="the stranger ended with status 1"):
             await Child("the stranger", "no_such_module_at_all", []).start(60)
 
     asyncio.run(talk())
-    assert sys.executable

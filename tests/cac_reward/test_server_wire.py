@@ -89,6 +89,8 @@ def test_frames_and_safetensors_need_a_rate() -> None:
         ({"videos": [{"frames": ["A" * 20] * 3, "fps": 1}]}, "max_clip_bytes=30, got 45"),
         ({"videos": [{"mp4": B64, "prompt": 3}]}, r"prompt of videos\[0\] must be text .*, got 3"),
         ({"videos": [{"mp4": B64, "prompt": "a" * 21}]}, "at most 20 characters, got 21 char"),
+        ({"videos": [{"mp4": B64, "prompt": "\ud800"}]}, r"text of videos\[0\] must be Unicode"),
+        ({"videos": [{"path": "\ud800"}]}, r"text of videos\[0\] must be Unicode"),
         ({"videos": [{"mp4": B64, "fps": 0}]}, r"videos\[0\].fps must be a number above 0, got 0"),
         ({"videos": [{"mp4": B64, "fps": True}]}, "must be a number above 0, got True"),
         ({"videos": [{"mp4": B64, "fps": "8"}]}, "must be a number above 0, got '8'"),

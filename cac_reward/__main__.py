@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cac_reward.batch import Clip, find_clips, in_shard, judge_clips, read_prompts
+from cac_reward.exporting import SOURCES, TARGETS, export_clips, export_records, read_clips
 from cac_reward.page import VIDEOS, write_page
 from cac_reward.records import ClipRecord, RecordWriter, read_records
 from cac_reward.report import AnomalyReport
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What follows the program's name; None for this process's own.
     """
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser(serving=list(arguments[:1]) == ["serve"]).parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return int(options.run(options))
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(serving: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cac_reward", description="Judge generated videos.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     score = commands.add_parser(
@@ -86,7 +88,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     look.add_argument("--json", type=Path, metavar="OUT.json", help="one clip: the whole report")
     score.set_defaults(run=_score)
+    _add_export(commands)
+    _add_serve(commands, serving)
     return parser
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser(
+        "export",
+        help="turn reports into pages, tables, mp4s and the files of annotation tools, and back",
+    )
+    export.add_argument("inputs", type=Path, nargs="+", metavar="FILE", help="what to read")
+    export.add_argument("--from", dest="source", choices=SOURCES, default=SOURCES[0])
+    export.add_argument("--to", choices=TARGETS, required=True)
+    export.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="file; a folder for overlays, cvat",
+    )
+    export.add_argument("--videos", choices=VIDEOS, default="embed", help="in the page")
+    export.add_argument("--fps", type=float, help="rate of the clip, for a file that CVAT wrote")
+    export.add_argument("--path", help="video of the clip, for a file that CVAT wrote")
+    export.set_defaults(run=_export)
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser], wanted: bool) -> None:
+    """The server declares its own arguments; it is imported only when it is wanted."""
+    serve = commands.add_parser("serve", help="answer over HTTP")
+    if wanted:
+        from cac_reward.server import add_serve_arguments, run_server
+
+        add_serve_arguments(serve)
+        serve.set_defaults(run=run_server)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -140,6 +175,8 @@ def _score_many(options: argparse.Namespace) -> int:
         for clip in clips
         if in_shard(clip.name, *options.shard)
     ]
+    # The reason of each clip without a score is printed with its path.
+    logging.getLogger("cac_reward.scorer").setLevel(logging.ERROR)
     with RecordWriter(options.output) as writer:
         records = read_records(options.output)
         scorer = _load(options)
@@ -202,6 +239,27 @@ def _check_same(
                 f"{name} must be as in {options.output}, where it is {was!r} for {clip.path}, "
                 f"got {now!r}; name another --output"
             )
+
+
+def _export(options: argparse.Namespace) -> int:
+    """Convert; needs no judge."""
+    if not options.output.resolve().parent.is_dir():
+        raise FileNotFoundError(f"folder of {options.output} must exist; make it first")
+    from_cvat = options.source == "cvat"
+    if not from_cvat and (options.fps, options.path) != (None, None):
+        raise ValueError(f"fps and path must be left out unless --from cvat, got {options.source}")
+    if options.source == "reports":
+        records = {key: one for path in options.inputs for key, one in read_records(path).items()}
+        if not records:
+            raise ValueError(
+                f"reports must hold at least one clip, got none in {options.inputs[0]}"
+            )
+        export_records(list(records.values()), options.to, options.output, options.videos)
+    else:
+        clips = read_clips(options.inputs, options.source, options.path, options.fps)
+        export_clips(clips, options.to, options.output)
+    print(f"{options.to}: {options.output}")
+    return 0
 
 
 def _load(options: argparse.Namespace) -> CaCScorer:

@@ -30,7 +30,8 @@ LAYERS = {
         *("client", "server/settings", "server/lines", "server/children", "server/metrics"),
         *("server/wire", "server/decoding", "server/judging", "server/pipeline", "server/app"),
         *("server/command", "server/"),
-        *("drawing", "tables", "page_assets", "page", "exports/base", "exports/", "batch"),
+        *("drawing", "tables", "page_assets", "page", "exports/base", "exports/", "exporting"),
+        "batch",
         *("data/", "training/", "evaluation/", "__main__"),
     ],
     "diffusion_rl": [

@@ -1,0 +1,200 @@
+"""CVAT's XML for video (1.1): one file for each clip, one track for each box of a finding.
+
+CVAT keeps neither rate nor file name of a video; both are in a part of the file that it skips, and
+are asked for again when it has written the file anew.
+
+Source: cvat/apps/dataset_manager/formats/cvat.py of cvat-ai/cvat (reads `track`, `box` with
+`keyframe`, `outside` and `attribute`s inside the box).
+"""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element, SubElement
+
+from cac_reward.exports.base import (
+    Corners,
+    LabelledClip,
+    Part,
+    Track,
+    findings_of,
+    parts_of,
+    printable,
+    reading,
+)
+from cac_reward.report import SEVERITIES
+
+ATTRIBUTES = ("severity", "why", "cac_note")
+
+
+def write_cvat(clip: LabelledClip) -> str:
+    """Write one clip as an XML text for CVAT's `CVAT for video 1.1` (or `CVAT 1.1`) upload.
+
+    The task in CVAT must have labels of the findings' types, with the attributes `ATTRIBUTES`;
+    the `labels` of this file show them.
+    """
+    root = Element("annotations")
+    SubElement(root, "version").text = "1.1"
+    root.append(_meta(clip))
+    for number, part in enumerate(parts_of(clip)):
+        track = SubElement(root, "track", id=str(number), label=part.type, source="manual")
+        last: Corners = part.track.keyframes[-1][1]
+        for frame, corners in part.track.keyframes:
+            _add_box(track, frame, corners, clip, part)
+        if part.track.stop < clip.num_frames:
+            _add_box(track, part.track.stop, last, clip, part, outside=True)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=False) + "\n"
+
+
+def read_cvat(text: str, *, path: str | None = None, fps: float | None = None) -> LabelledClip:
+    """Read what `write_cvat` or CVAT's export `CVAT for video 1.1` wrote.
+
+    Args:
+        text: The XML.
+        path: Of the video; needed where CVAT wrote the file, whose task name may be another.
+        fps: Frames per second; needed where CVAT wrote the file.
+
+    Raises:
+        ValueError: If it is no such file, or path or rate are not known.
+    """
+    with reading("CVAT file"):
+        return _read(text, path, fps)
+
+
+def _meta(clip: LabelledClip) -> Element:
+    meta = Element("meta")
+    task = SubElement(meta, "task")
+    for name, value in (
+        ("name", clip.path),
+        ("size", clip.num_frames),
+        ("mode", "interpolation"),
+        ("start_frame", 0),
+        ("stop_frame", clip.num_frames - 1),
+    ):
+        SubElement(task, name).text = str(value)
+    size = SubElement(task, "original_size")
+    SubElement(size, "width").text = str(clip.width)
+    SubElement(size, "height").text = str(clip.height)
+    labels = SubElement(task, "labels")
+    choices = "\n".join(map(str, SEVERITIES))
+    for kind in sorted({printable(finding.type) for finding in clip.findings}):
+        label = SubElement(labels, "label")
+        SubElement(label, "name").text = kind
+        attributes = SubElement(label, "attributes")
+        for name, sort, default, values in (
+            ("severity", "select", "2", choices),
+            ("why", "text", "", ""),
+            ("cac_note", "text", "", ""),
+        ):
+            attribute = SubElement(attributes, "attribute")
+            SubElement(attribute, "name").text = name
+            SubElement(attribute, "mutable").text = "False"
+            SubElement(attribute, "input_type").text = sort
+            SubElement(attribute, "default_value").text = default
+            SubElement(attribute, "values").text = values
+    SubElement(meta, "cac", path=clip.path, fps=repr(clip.fps))
+    return meta
+
+
+def _add_box(
+    track: Element,
+    frame: int,
+    corners: Corners,
+    clip: LabelledClip,
+    part: Part,
+    outside: bool = False,
+) -> None:
+    sides = (clip.width, clip.height) * 2
+    pixels = [repr(one * side) for one, side in zip(corners, sides, strict=True)]
+    places = dict(zip(("xtl", "ytl", "xbr", "ybr"), pixels, strict=True))
+    box = SubElement(
+        track,
+        "box",
+        {
+            "frame": str(frame),
+            "keyframe": "1",
+            "outside": str(int(outside)),
+            "occluded": "0",
+            **places,
+            "z_order": "0",
+        },
+    )
+    for name, value in zip(ATTRIBUTES, (str(part.severity), part.why, part.note), strict=True):
+        SubElement(box, "attribute", name=name).text = value
+
+
+def _part(track: Element, clip: LabelledClip) -> Part | None:
+    """A track as drawn at its keyframes; None where it is never on screen."""
+    keyframes: list[tuple[int, Corners]] = []
+    stop = clip.num_frames
+    for box in track.iter("box"):
+        if box.get("keyframe") != "1":
+            continue
+        frame = int(_attribute(box, "frame"))
+        if box.get("outside") == "1":
+            stop = min(frame, stop) if keyframes else stop
+            continue
+        sides = (clip.width, clip.height) * 2
+        x1, y1, x2, y2 = (
+            float(_attribute(box, name)) / side
+            for name, side in zip(("xtl", "ytl", "xbr", "ybr"), sides, strict=True)
+        )
+        keyframes.append((frame, (x1, y1, x2, y2)))
+        stop = clip.num_frames if frame >= stop else stop
+    if not keyframes:
+        return None
+    said = {one.get("name"): one.text or "" for one in track.iter("attribute")}
+    return Part(
+        Track(keyframes[0][0], stop, tuple(keyframes)),
+        _attribute(track, "label"),
+        int(said.get("severity") or 2),
+        said.get("why", ""),
+        said.get("cac_note", ""),
+    )
+
+
+def _known(name: str, given: object, ours: Element | None) -> str:
+    value = given if given is not None else None if ours is None else ours.get(name)
+    if value is None:
+        raise ValueError(
+            f"{name} must be given for a file that CVAT wrote, which does not keep it, got None"
+        )
+    return str(value)
+
+
+def _text(root: Element, name: str) -> str:
+    found = root.find(f"meta//{name}")
+    if found is None or not (found.text or "").isdecimal():
+        raise ValueError(
+            f"CVAT file must state the video's {name} as a number, got "
+            f"{None if found is None else found.text!r}; export it as 'CVAT for video 1.1'"
+        )
+    return str(found.text)
+
+
+def _attribute(element: Element, name: str) -> str:
+    value = element.get(name)
+    if value is None:
+        raise ValueError(f"{element.tag} must have the attribute {name!r}, got {element.attrib}")
+    return value
+
+
+def _read(text: str, path: str | None, fps: float | None) -> LabelledClip:
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise ValueError("CVAT file must have no document type, got one; CVAT writes none")
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"CVAT file must be XML, got {text[:80]!r}: {error}") from error
+    ours = root.find("meta/cac")
+    clip = LabelledClip(
+        path=_known("path", path, ours),
+        width=int(_text(root, "width")),
+        height=int(_text(root, "height")),
+        fps=float(_known("fps", fps, ours)),
+        num_frames=int(_text(root, "size")),
+    )
+    parts = [_part(track, clip) for track in root.iter("track")]
+    findings = findings_of([part for part in parts if part is not None], clip)
+    return LabelledClip(**{**vars(clip), "findings": findings})

@@ -117,7 +117,8 @@ def test_what_a_file_shows_can_be_chosen() -> None:
     scorer = StubScorer()
     half = VideoReward(scorer=scorer, sample=lambda video: Video(video.frames[::2], video.fps / 2))
     half([Video(clip(9, num_frames=8), 8.0), mp4(clip(9, num_frames=6))], None)
-    assert [(videos.shape[1], fps) for videos, _, fps in scorer.seen] == [(4, 4), (3, 4)]
+    half([mp4(clip(9, num_frames=6), 25.0)], None, fps=16.0)
+    assert [(videos.shape[1], fps) for videos, _, fps in scorer.seen] == [(4, 4), (3, 4), (3, 8)]
 
 
 def test_no_videos_ask_nobody() -> None:

@@ -100,7 +100,7 @@ class ComputeRequest:
     """What a client of /compute asks."""
 
     videos: tuple[Tensor, ...]
-    """B clips [F 3 H W] uint8 of any sizes."""
+    """B clips [F 3 H W] uint8 of any sizes, for `VideoReward(value_range='0..255')`."""
     prompts: tuple[str, ...]
     """What each was generated from."""
     fps: float | None

@@ -17,9 +17,8 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -28,7 +27,8 @@ from torch import Tensor
 from cac_reward.answers import AnswerError, parse_findings, parse_tool_call
 from cac_reward.cache import ReportCache, report_key
 from cac_reward.calibration import Calibration
-from cac_reward.frames import blame_map, frame_times, inspect_indices
+from cac_reward.cases import Case, note_seconds, said, settle
+from cac_reward.frames import JudgeSettings, blame_map, frame_times, inspect_indices
 from cac_reward.inputs import (
     LAYOUT,
     Clip,
@@ -51,7 +51,10 @@ from cac_reward.questions import (
     inspect_message,
     scan_message,
 )
-from cac_reward.report import UNSPECIFIED, AnomalyReport, Finding, TimeWindow
+from cac_reward.report import UNSPECIFIED, AnomalyReport, Finding
+
+if TYPE_CHECKING:
+    from cac_reward.judges.endpoint import EndpointOptions
 
 logger = logging.getLogger(__name__)
 
@@ -68,30 +71,6 @@ class Judgement(TypedDict):
     """[B F H' W'] in [0, 1], where and when the faults are; H' and W' at most 128."""
     reports: list[AnomalyReport]
     """One for each video."""
-
-
-@dataclass(eq=False)
-class _Case:
-    """One clip on its way through the turns."""
-
-    frames: Tensor
-    """[F 3 H W] uint8, or float in [0, 1]."""
-    fps: float
-    prompt: str
-    conversation: tuple[Message, ...] = ()
-    scan_frames: Sequence[int] = ()
-    inspect_frames: Sequence[int] = ()
-    windows: tuple[TimeWindow, ...] = ()
-    findings: tuple[Finding, ...] = ()
-    scan_text: str = ""
-    judge_text: str | None = None
-    p_clean: float = math.nan
-    error: str | None = None
-    timings: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def duration_seconds(self) -> float:
-        return len(self.frames) / self.fps
 
 
 class CaCScorer:
@@ -156,6 +135,23 @@ class CaCScorer:
         judge = LocalJudge.from_pretrained(
             path_or_hub_id, device=device, dtype=dtype, attention=attention, revision=revision
         )
+        return cls(judge, mode=mode, cache=None if cache is None else ReportCache(cache))
+
+    @classmethod
+    def from_endpoint(
+        cls,
+        base_url: str,
+        model: str,
+        *,
+        options: EndpointOptions | None = None,
+        settings: JudgeSettings | None = None,
+        mode: str = "full",
+        cache: str | os.PathLike[str] | None = None,
+    ) -> CaCScorer:
+        """Ask a judge behind an OpenAI-compatible server; arguments as for `EndpointJudge`."""
+        from cac_reward.judges.endpoint import EndpointJudge
+
+        judge = EndpointJudge(base_url, model, options=options, settings=settings)
         return cls(judge, mode=mode, cache=None if cache is None else ReportCache(cache))
 
     @property
@@ -224,13 +220,13 @@ class CaCScorer:
         for start in range(0, len(videos), self.clips_at_once):
             rows = range(start, min(len(videos), start + self.clips_at_once))
             cases = [
-                _Case(*open_clip(videos[row], fps, layout, value_range), prompts[row])
+                Case(*open_clip(videos[row], fps, layout, value_range), prompts[row])
                 for row in rows
             ]
             reports += self._recall_or_judge(cases)
         return reports
 
-    def _recall_or_judge(self, cases: Sequence[_Case]) -> list[AnomalyReport]:
+    def _recall_or_judge(self, cases: Sequence[Case]) -> list[AnomalyReport]:
         """Reports of cases; those in the cache are not judged again."""
         if self.cache is None:
             return self._judge(cases)
@@ -253,7 +249,7 @@ class CaCScorer:
             "temperature": self.calibration.temperature,
         }
 
-    def _judge(self, cases: Sequence[_Case]) -> list[AnomalyReport]:
+    def _judge(self, cases: Sequence[Case]) -> list[AnomalyReport]:
         """Take cases through both turns together."""
         if cases:
             with self.judge.remembering():
@@ -261,7 +257,7 @@ class CaCScorer:
                 self._concentrate([case for case in cases if case.windows])
         return [self._report(case) for case in cases]
 
-    def _scan(self, cases: Sequence[_Case]) -> None:
+    def _scan(self, cases: Sequence[Case]) -> None:
         """Turn 1: a clean verdict at once, or windows to look into."""
         began = time.perf_counter()
         for case in cases:
@@ -270,19 +266,19 @@ class CaCScorer:
             case.conversation = scan_message(shown, times, self.judge.settings.wording)
         chances = self._chances(cases, SCAN_CHOICES)
         for case, p_clean in zip(cases, chances, strict=True):
-            case.p_clean = p_clean
+            settle(case, p_clean)
             case.scan_text = CLEAN_ANSWER
         suspicious = [case for case in cases if case.p_clean < 0.5]
         calls = self._answers(suspicious, TOOL_CALL_PREFIX, self.max_call_tokens)
         for case, call in zip(suspicious, calls, strict=True):
             case.scan_text = call
             try:
-                case.windows = parse_tool_call(call, case.duration_seconds)
+                case.windows = parse_tool_call(said(call), case.duration_seconds)
             except AnswerError as error:
                 case.error = str(error)
-        _note_seconds(cases, "scan", began)
+        note_seconds(cases, "scan", began)
 
-    def _concentrate(self, cases: Sequence[_Case]) -> None:
+    def _concentrate(self, cases: Sequence[Case]) -> None:
         """Turn 2: the verdict after a second look at the windows."""
         began = time.perf_counter()
         settings = self.judge.settings
@@ -310,23 +306,23 @@ class CaCScorer:
             [cases[row] for row in judged], VERDICT_CHOICES, [prefixes[row] for row in judged]
         )
         for row, p_clean in zip(judged, chances, strict=True):
-            cases[row].p_clean = p_clean
-        _note_seconds(cases, "inspect", began)
+            settle(cases[row], p_clean)
+        note_seconds(cases, "inspect", began)
 
-    def _read_findings(self, case: _Case, text: str) -> str:
+    def _read_findings(self, case: Case, text: str) -> str:
         """Take over what the judge wrote; returns how its answer begins, up to the verdict."""
         case.judge_text = text
         line = text.strip().partition("\n")[0]
         try:
             case.findings = parse_findings(
-                line, case.duration_seconds, box_reader=self.judge.box_reader
+                said(text) and line, case.duration_seconds, box_reader=self.judge.box_reader
             )
         except AnswerError as error:
             case.error = str(error)
         return f"{line}\n{VERDICT_PREFIX}"
 
     def _chances(
-        self, cases: Sequence[_Case], choices: Sequence[str], prefix: str | Sequence[str] = ""
+        self, cases: Sequence[Case], choices: Sequence[str], prefix: str | Sequence[str] = ""
     ) -> list[float]:
         """P(first choice) for each case."""
         log_probs = self.judge.choice_log_probs(
@@ -337,7 +333,7 @@ class CaCScorer:
         )
         return self.judge.probabilities(log_probs)[:, 0].tolist()
 
-    def _answers(self, cases: Sequence[_Case], prefix: str, max_new_tokens: int) -> list[str]:
+    def _answers(self, cases: Sequence[Case], prefix: str, max_new_tokens: int) -> list[str]:
         """What the judge writes after `prefix` for each case."""
         return self.judge.generate(
             [case.conversation for case in cases],
@@ -346,7 +342,7 @@ class CaCScorer:
             tools=self.judge.tools,
         )
 
-    def _report(self, case: _Case) -> AnomalyReport:
+    def _report(self, case: Case) -> AnomalyReport:
         """Count the case and freeze it."""
         with self._counting:
             self.num_judged += 1
@@ -370,9 +366,3 @@ class CaCScorer:
             note=self.judge.domain_note,
             error=case.error,
         )
-
-
-def _note_seconds(cases: Sequence[_Case], stage: str, began: float) -> None:
-    """Share the time of a stage evenly among the clips that went through it."""
-    for case in cases:
-        case.timings[stage] = (time.perf_counter() - began) / len(cases)

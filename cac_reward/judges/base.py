@@ -20,6 +20,17 @@ from cac_reward.questions import INSPECT_TOOL, Message
 Conversation = Sequence[Message]
 
 
+class NoAnswer(str):
+    """Stands where a judge elsewhere gave no answer: an empty text with the reason."""
+
+    reason: str
+
+    def __new__(cls, reason: str) -> NoAnswer:
+        empty = super().__new__(cls, "")
+        empty.reason = reason
+        return empty
+
+
 class AbstractJudge(ABC):
     """A vision-language model that answers conversations made of text and frames."""
 
@@ -76,7 +87,7 @@ class AbstractJudge(ABC):
             tools: JSON schemas of the tools that the judge may call.
 
         Returns:
-            B answers, the prefix included.
+            B answers, the prefix included; a judge elsewhere may give a `NoAnswer`.
         """
 
     @abstractmethod
@@ -98,6 +109,7 @@ class AbstractJudge(ABC):
 
         Returns:
             [B N] float32, the sum of the token log-probabilities of each choice; no gradient.
+            A judge elsewhere may give NaN for a whole conversation.
         """
 
     def probabilities(self, log_probs: Tensor) -> Tensor:

@@ -1,0 +1,62 @@
+"""One clip on its way through the judge's turns.
+
+Axes: F frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from cac_reward.answers import AnswerError
+from cac_reward.judges.base import NoAnswer
+from cac_reward.questions import Message
+from cac_reward.report import Finding, TimeWindow
+
+
+@dataclass(eq=False)
+class Case:
+    """What is known of a clip so far."""
+
+    frames: Tensor
+    """[F 3 H W] uint8, or float in [0, 1]."""
+    fps: float
+    prompt: str
+    conversation: tuple[Message, ...] = ()
+    scan_frames: Sequence[int] = ()
+    inspect_frames: Sequence[int] = ()
+    windows: tuple[TimeWindow, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    scan_text: str = ""
+    judge_text: str | None = None
+    p_clean: float = math.nan
+    error: str | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def duration_seconds(self) -> float:
+        return len(self.frames) / self.fps
+
+
+def said(text: str) -> str:
+    """The text, unless the judge gave none."""
+    if isinstance(text, NoAnswer):
+        raise AnswerError(f"the judge gave no answer: {text.reason}")
+    return text
+
+
+def settle(case: Case, p_clean: float) -> None:
+    """Take over a probability; the judge may have given none."""
+    case.p_clean = p_clean
+    if math.isnan(p_clean):
+        case.error = "the judge gave no probabilities; its log says why"
+
+
+def note_seconds(cases: Sequence[Case], stage: str, began: float) -> None:
+    """Share the time of a stage evenly among the clips that went through it."""
+    for case in cases:
+        case.timings[stage] = (time.perf_counter() - began) / len(cases)

@@ -177,6 +177,7 @@ def _score_many(options: argparse.Namespace) -> int:
     ]
     # The reason of each clip without a score is printed with its path.
     logging.getLogger("cac_reward.scorer").setLevel(logging.ERROR)
+    logging.getLogger("libav").setLevel(logging.CRITICAL)
     with RecordWriter(options.output) as writer:
         records = read_records(options.output)
         scorer = _load(options)

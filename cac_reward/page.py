@@ -215,7 +215,8 @@ def _findings(report: AnomalyReport) -> str:
 
 def _finding(row: int, finding: Finding, report: AnomalyReport) -> str:
     window = finding.window
-    boxes = f"{len(finding.boxes)} boxes" if finding.boxes else "whole frame"
+    count = len(finding.boxes)
+    boxes = f"{count} box{'es' * (count > 1)}" if count else "whole frame"
     why = f'<p class="why">{escape(finding.why)}</p>' if finding.why else ""
     return (
         f'<li style="border-color:{_colour(row)}"><b>{escape(finding.type)}</b> '

@@ -141,7 +141,7 @@ def test_a_linked_clip_is_found_from_the_page(tmp_path: Path, clip: Path) -> Non
 
 def test_the_page_shows_verdict_windows_and_findings(tmp_path: Path, clip: Path) -> None:
     page = written(tmp_path / "p.html", [record(clip, prompt="a cat")])
-    for text in ("anomalous", "P(clean) 0.250", "0.25 to 0.50 s", "severity 3, 1 boxes"):
+    for text in ("anomalous", "P(clean) 0.250", "0.25 to 0.50 s", "severity 3, 1 box"):
         assert text in page.texts
     assert "severity 2, whole frame" in page.texts
     assert [bar["style"] for bar in page.all("i")] == [

@@ -163,6 +163,9 @@ def update(
     judged = ~score.isnan()
     if not bool(judged.all()):
         trajectory, advantages = trajectory.keep(judged), advantages[judged]
+    rate = settings.optimizer.learning_rate_at(state.step + 1, settings.updates)
+    for options in state.optimizer.param_groups:
+        options["lr"] = rate
     statistics = update_policy(
         generator,
         trajectory,

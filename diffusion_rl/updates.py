@@ -26,7 +26,10 @@ class OptimizerSettings:
     """AdamW on the adapter."""
 
     learning_rate: float = 3e-4
-    """Above 0."""
+    """Of the first update; above 0."""
+    final_share: float = 1.0
+    """The learning rate falls in a straight line to this share of itself at the last update, in
+    (0, 1]; 1 keeps it. Late in a run noise does more harm than the signal left does good."""
     weight_decay: float = 0.0
     """At least 0."""
     max_grad_norm: float = 1.0
@@ -38,12 +41,19 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 < self.final_share <= 1:
+            raise ValueError(f"final_share must be in (0, 1], got {self.final_share}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay must be in [0, 1), got {self.average_decay}")
+
+    def learning_rate_at(self, update: int, updates: int) -> float:
+        """Learning rate of update `update`, counted from 1, of `updates` in all."""
+        passed = (update - 1) / max(1, updates - 1)
+        return self.learning_rate * (1 - (1 - self.final_share) * passed)
 
 
 @dataclass(frozen=True, kw_only=True)

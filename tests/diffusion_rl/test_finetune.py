@@ -160,6 +160,21 @@ def test_the_average_is_the_average_of_the_updates_and_is_what_is_saved(tmp_path
     assert not torch.equal(drawn, sample_videos(generator, PROMPTS, range(len(PROMPTS))))
 
 
+def test_the_learning_rate_falls_in_a_straight_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = []
+
+    def spy(*arguments: object) -> UpdateStatistics:
+        optimizer = arguments[-2]
+        rates.append(optimizer.param_groups[0]["lr"])
+        return update_policy(*arguments)
+
+    monkeypatch.setattr(diffusion_rl.finetune, "update_policy", spy)
+    optimizer = OptimizerSettings(learning_rate=1e-2, final_share=0.2)
+    run(settings_for(GrpoSettings(), optimizer=optimizer, updates=5))
+    run(settings_for(GrpoSettings(), updates=2))
+    assert rates == pytest.approx([0.01, 0.008, 0.006, 0.004, 0.002, 0.01, 0.01])
+
+
 def test_unjudged_videos_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Videos scored NaN are not among those an update learns from."""
     captured: list[Tensor] = []

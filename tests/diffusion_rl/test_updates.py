@@ -259,6 +259,7 @@ def test_the_old_policys_decay_grows_to_its_limit() -> None:
         (OptimizerSettings, {"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
         (OptimizerSettings, {"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
         (OptimizerSettings, {"max_grad_norm": 0.0}, "max_grad_norm must be above 0, got 0.0"),
+        (OptimizerSettings, {"final_share": 0.0}, r"final_share must be in \(0, 1\], got 0.0"),
         (OptimizerSettings, {"average_decay": 1.0}, r"average_decay must be in \[0, 1\), got 1.0"),
     ],
 )

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -93,7 +94,7 @@ def make_app(settings: ServerSettings, pipeline: Pipeline, metrics: Metrics) -> 
             status = refusal.status
             raise
         finally:
-            metrics.add("requests_total", route=request.url.path, status=str(status))
+            metrics.add("requests_total", route=request.scope["path"], status=str(status))
             metrics.observe_request(time.monotonic() - began)
 
     @app.post("/v1/score", dependencies=guarded)
@@ -146,7 +147,7 @@ class _Door:
         """
         token = self._settings.token
         if token is None:
-            host = request.url.hostname or ""
+            host = _host_name(request)
             if not is_loopback(host):
                 text = f"Host must be a loopback name, got {host[:100]!r}"
                 await self._refuse(request, _RefusalError(403, text))
@@ -163,7 +164,7 @@ class _Door:
             text = f"Content-Type must be application/json, got {media_type!r}"
             await self._refuse(request, _RefusalError(415, text))
         length = request.headers.get("content-length", "")
-        if not (length.isascii() and length.isdigit()):
+        if not (length.isascii() and length.isdigit() and len(length) < 20):
             await self._refuse(request, _RefusalError(411, "Content-Length must be given"))
         size = int(length)
         limits = self._limits
@@ -209,6 +210,14 @@ class _Door:
         except ClientDisconnect as error:
             raise _RefusalError(499, "the client left") from error
         return bytes(body)
+
+
+def _host_name(request: Request) -> str:
+    """The name under which the caller found this server; empty where there is none to be read."""
+    try:
+        return urlsplit("//" + request.headers.get("host", "")).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _given_token(request: Request) -> str:

@@ -33,7 +33,9 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="a function without arguments that returns a scorer or a reward, in place of a judge",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the hub id")
-    parser.add_argument("--mode", default="full", help="full writes findings; fast does not")
+    parser.add_argument(
+        "--mode", choices=("full", "fast"), default="full", help="full writes findings"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--attention", default="sdpa", help="how the judge attends")

@@ -6,6 +6,7 @@ are written to the spool as plain bytes and the answer says their shape, or why 
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -40,15 +41,25 @@ def decode_clip(message: Message, settings: Message) -> Message:
     }
     try:
         video = readers[message["kind"]](message, settings)
+        # Showing uneven frames at an even rate may have made it longer than its header said.
+        _limits(settings).check(message["name"], video.num_frames, video.height, video.width)
         _check_seconds(message["name"], video.num_frames / video.fps, settings)
     except (ValueError, OSError) as error:
+        # FFmpeg says EAGAIN where there was no memory for the stack of a thread.
+        if getattr(error.__cause__, "errno", None) in (errno.EAGAIN, errno.ENOMEM):
+            return _spent(message, settings, error)
         return {"error": str(error)}
     except (MemoryError, RuntimeError) as error:
-        limit = settings["decode_memory_bytes"]
-        text = f"{message['name']} could not be decoded in {limit} bytes of memory: {error}"
-        return {"error": text, SPENT: True}
+        return _spent(message, settings, error)
     video.frames.contiguous().numpy().tofile(message["output"])
     return {"shape": list(video.frames.shape), "fps": video.fps}
+
+
+def _spent(message: Message, settings: Message, error: Exception) -> Message:
+    """What to say when the memory did not suffice; what is left of it may be in pieces."""
+    limit = settings["decode_memory_bytes"]
+    text = f"{message['name']} could not be decoded in {limit} bytes of memory: {error}"
+    return {"error": text, SPENT: True}
 
 
 def open_confined(root: str | None, path: str) -> io.FileIO:

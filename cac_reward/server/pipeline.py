@@ -215,7 +215,7 @@ class Pipeline:
                 self._metrics.add("decoder_restarts_total")
                 await self._revive(child)
             return Answer("refused", error=reply["error"]) if "error" in reply else reply
-        return Answer("refused", error=fault)
+        return Answer("failed", error=fault)
 
     async def _judge_all(self) -> None:
         """The model's work, forever."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +168,8 @@ def unirl_clips(body: Mapping[str, Any], settings: ServerSettings) -> list[ClipR
         given = [key for key in ("video_b64", "video_path") if turn.get(key) is not None]
         if len(given) != 1:
             raise WireError(f"{name} must have video_b64 or video_path, got {given or 'none'}")
-        fps = _rate(f"{name}.metadata.fps", (request.get("metadata") or {}).get("fps"))
+        metadata = _object(f"{name}.metadata", request.get("metadata") or {})
+        fps = _rate(f"{name}.metadata.fps", metadata.get("fps"))
         kind = "mp4" if given == ["video_b64"] else "path"
         clips.append(_clip(name, kind, turn[given[0]], turn.get("text"), fps, settings))
     return clips
@@ -283,9 +284,10 @@ def _list(name: str, value: object, limit: int) -> list[Any]:
 def _rate(name: str, value: object) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    number = 0 if isinstance(value, bool) or not isinstance(value, int | float) else value
+    if not 0 < number <= sys.float_info.max:
         raise WireError(f"{name} must be a number above 0, got {short(value)}")
-    return float(value)
+    return float(number)
 
 
 def _check_keys(name: str, value: object, needed: Sequence[str], optional: Sequence[str]) -> None:

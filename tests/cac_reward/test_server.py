@@ -228,15 +228,13 @@ def test_the_spool_is_empty_when_nothing_is_asked(server: Server) -> None:
 
 
 def test_the_end_answers_what_was_accepted_and_leaves_nothing() -> None:
-    options = ["--scorer", "tests.serving:plain_reward", "--frames-fps", "8"]
-    with running_server(*options, "--num-decoders", "1") as server:
-        assert server.score({"frames": as_frames(51)})[0]["score"] == pytest.approx(0.2)
-        dark = server.score({"frames": as_frames(0)})[0]
-        assert (dark["status"], dark["score"]) == ("unjudged", None)
+    options = ["--scorer", "tests.serving:stub", "--frames-fps", "8", "--num-decoders", "1"]
+    with running_server(*options) as server:
         children = [*server.children("judging"), *server.children("decoding")]
         assert len(children) == 2
         answers: list[Any] = []
-        many = [{"frames": as_frames(value)} for value in range(100, 140)]
+        shades = range(100, 120)
+        many = [{"frames": as_frames(value), "prompt": "sleep 0.1"} for value in shades]
         asking = threading.Thread(target=lambda: answers.append(server.score(*many)))
         asking.start()
         while server.metric("queued_clips") == 0:
@@ -244,7 +242,7 @@ def test_the_end_answers_what_was_accepted_and_leaves_nothing() -> None:
         assert server.stop(signal.SIGTERM) == 0
         asking.join()
         scores = [one["score"] for one in answers[0]]
-        assert scores == pytest.approx([value / 255 for value in range(100, 140)])
+        assert scores == pytest.approx([value / 255 for value in shades])
         assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
         assert list(server.log.parent.glob("cac_reward_*")) == []
         assert "Traceback" not in server.log.read_text(encoding="utf-8")

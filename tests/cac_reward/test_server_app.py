@@ -101,6 +101,8 @@ class Caller:
             sent.append(message)
 
         await self.app(scope, receive, send)
+        await asyncio.sleep(0.01)
+        self.cancelled = self.pipeline.cancelled  # The end of the loop would cancel it anyhow.
         headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
         text = b"".join(one.get("body", b"") for one in sent[1:]).decode()
         is_json = headers["content-type"] == "application/json"
@@ -166,7 +168,7 @@ def test_rewards_as_unirl_lists_them() -> None:
     assert Caller()("GET", "/rewards")[1] == {"rewards": ["cac"], "judge": "fake"}
 
 
-@pytest.mark.parametrize("host", ["evil.org", "127.0.0.1.evil.org:8000", "10.0.0.1"])
+@pytest.mark.parametrize("host", ["evil.org", "127.0.0.1.evil.org:8000", "10.0.0.1", "[::1", ""])
 def test_without_a_token_another_host_name_is_refused(host: str) -> None:
     status, body, _ = Caller()(headers={**JSON, "Host": host})
     assert status == 403
@@ -189,7 +191,7 @@ def test_a_body_must_state_a_length_and_keep_it_small() -> None:
         413,
         f"body must have at most {len(BODY)} bytes, got {len(BODY) + 1}",
     )
-    for length in ("", "-1", "1e3", "\u0661"):
+    for length in ("", "-1", "1e3", "9" * 5000):
         status, body, _ = Caller(limits=limits)(headers={**JSON, "Content-Length": length})
         assert (status, body["error"]) == (411, "Content-Length must be given")
 
@@ -245,7 +247,7 @@ def test_what_the_pipeline_says_becomes_a_status(
     got, answer, headers = caller(body=body)
     assert (got, headers.get("retry-after")) == (status, retry)
     assert text in answer["error"]
-    assert caller.pipeline.cancelled == (status == 504)
+    assert caller.cancelled == (status == 504)
     assert caller.metrics.value("requests_total", route="/v1/score", status=str(status)) == 1
 
 
@@ -259,7 +261,7 @@ def test_work_is_given_up_when_the_client_leaves() -> None:
     caller = Caller(FakePipeline(9.0))
     began = time.monotonic()
     assert caller(stays=False)[0] == 499
-    assert caller.pipeline.cancelled
+    assert caller.cancelled
     assert time.monotonic() - began < 5
 
 

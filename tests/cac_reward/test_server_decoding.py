@@ -1,5 +1,6 @@
 """What a decoder makes of clips, of what is no clip, and of paths that lead elsewhere."""
 
+import errno
 import io
 import json
 import os
@@ -123,6 +124,15 @@ def test_limits_hold_for_every_kind(
     for reply in replies:
         assert text in reply["error"]
     assert not (tmp_path / "clip.raw").exists()
+
+
+def test_a_clip_that_grows_while_it_is_decoded_is_refused(
+    tmp_path: Path, frames: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = Video(torch.cat([frames, frames]), 8.0)
+    monkeypatch.setattr(Video, "decode", lambda *_, **__: longer)
+    reply = decode(tmp_path, "mp4", Video(frames, 8.0).encode(), max_frames=6)
+    assert "within max_frames=6, got 12" in reply["error"]
 
 
 def test_seconds_are_read_from_the_header(
@@ -253,6 +263,16 @@ def test_everything_else_is_refused_in_the_same_words(root: Path, path: str) -> 
         open_confined(str(root), path)
 
 
+def test_nothing_outside_is_even_opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, *_: object) -> int:
+        raise AssertionError(f"opened {path}")
+
+    monkeypatch.setattr(os, "open", refuse)
+    for path in ("../secret", "outside.mp4", "folder_outside/secret", "/dev/zero"):
+        with pytest.raises(ValueError, match="path must name a regular file under"):
+            open_confined(str(root), path)
+
+
 def test_a_link_swapped_after_the_check_gains_nothing(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,13 +306,26 @@ def test_a_file_under_the_root_is_decoded_within_the_limits(
     assert "videos[0] must stay within max_clip_bytes=99, got" in reply["error"]
 
 
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.ENOMEM])
+def test_a_codec_without_memory_is_told_from_a_bad_file(
+    code: int, tmp_path: Path, frames: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("video must be a readable video file") from OSError(code, "full")
+
+    monkeypatch.setattr(Video, "decode", fail)
+    reply = decode(tmp_path, "mp4", Video(frames, 8.0).encode())
+    assert reply["spent"]
+    assert "videos[0] could not be decoded in 2147483648 bytes of memory" in reply["error"]
+
+
 def test_a_decoder_is_bounded_in_memory_and_gives_up_when_it_is_full(tmp_path: Path) -> None:
     clip = torch.zeros(200, 3, 256, 512, dtype=torch.uint8)  # 79 MB, and a small file.
     source = tmp_path / "clip.in"
     source.write_bytes(Video(clip, 25.0).encode())
     small = tmp_path / "small.in"
     small.write_bytes(Video(clip[:8], 25.0).encode())
-    settings = {**LIMITS, "decode_memory_bytes": 64 * 1024**2}
+    settings = {**LIMITS, "decode_memory_bytes": 112 * 1024**2}
     messages = [
         {"name": "v", "kind": "mp4", "input": str(path), "lengths": [], "fps": None}
         | {"output": str(tmp_path / "out")}
@@ -309,7 +342,7 @@ def test_a_decoder_is_bounded_in_memory_and_gives_up_when_it_is_full(tmp_path: P
     ready, decoded, refused = (json.loads(line) for line in run.stdout.splitlines())
     assert ready == {"ready": True}
     assert decoded["shape"] == [8, 3, 256, 512]
-    assert "v could not be decoded in 67108864 bytes of memory" in refused["error"]
+    assert "v could not be decoded in 117440512 bytes of memory" in refused["error"]
     assert refused["spent"]  # The third clip is left to the process that takes this one's place.
 
 

@@ -92,6 +92,8 @@ def test_frames_and_safetensors_need_a_rate() -> None:
         ({"videos": [{"mp4": B64, "prompt": "\ud800"}]}, r"text of videos\[0\] must be Unicode"),
         ({"videos": [{"path": "\ud800"}]}, r"text of videos\[0\] must be Unicode"),
         ({"videos": [{"mp4": B64, "fps": 0}]}, r"videos\[0\].fps must be a number above 0, got 0"),
+        ({"videos": [{"mp4": B64, "fps": 10**400}]}, "must be a number above 0, got 1000"),
+        ({"videos": [{"mp4": B64, "fps": math.inf}]}, "must be a number above 0, got inf"),
         ({"videos": [{"mp4": B64, "fps": True}]}, "must be a number above 0, got True"),
         ({"videos": [{"mp4": B64, "fps": "8"}]}, "must be a number above 0, got '8'"),
         ({"videos": [], "deadline_seconds": -1}, "deadline_seconds must be a number above 0"),
@@ -177,6 +179,7 @@ def test_unirl() -> None:
         (unirl(history=[{"text": "a", "image_b64": B64}]), "video_b64 or video_path, got none"),
         (unirl(history=[{"text": "a", "video_b64": B64, "video_path": "b"}]), "video_path, got"),
         (unirl(history=[{"video_b64": B64}]), r"prompt of requests\[0\].history\[0\] must be text"),
+        (unirl(metadata=[1]), r"metadata must be an object, got \[1\]"),
         (unirl(metadata={"fps": -1}), "metadata.fps must be a number above 0"),
     ],
 )

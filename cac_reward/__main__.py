@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from cac_reward.batch import Clip, find_clips, in_shard, judge_clips, read_prompts
+from cac_reward.calibration import FILE as CALIBRATION_FILE
+from cac_reward.calibration import fit_calibration, read_labels
 from cac_reward.exporting import SOURCES, TARGETS, export_clips, export_records, read_clips
 from cac_reward.page import VIDEOS, write_page
 from cac_reward.records import ClipRecord, RecordWriter, read_records
@@ -89,6 +92,7 @@ def _parser(serving: bool) -> argparse.ArgumentParser:
     look.add_argument("--json", type=Path, metavar="OUT.json", help="one clip: the whole report")
     score.set_defaults(run=_score)
     _add_export(commands)
+    _add_calibrate(commands)
     _add_serve(commands, serving)
     return parser
 
@@ -114,6 +118,20 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     export.set_defaults(run=_export)
 
 
+def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    calibrate = commands.add_parser(
+        "calibrate", help="fit the temperature of a judge's verdicts on labelled clips"
+    )
+    calibrate.add_argument("reports", type=Path, metavar="REPORTS.jsonl", help="written by score")
+    calibrate.add_argument(
+        "--labels", type=Path, required=True, metavar="FILE.csv", help="columns path, clean (0, 1)"
+    )
+    calibrate.add_argument(
+        "--judge", type=Path, required=True, metavar="FOLDER", help="where it is stored"
+    )
+    calibrate.set_defaults(run=_calibrate)
+
+
 def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser], wanted: bool) -> None:
     """The server declares its own arguments; it is imported only when it is wanted."""
     serve = commands.add_parser("serve", help="answer over HTTP")
@@ -122,6 +140,34 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser], wa
 
         add_serve_arguments(serve)
         serve.set_defaults(run=run_server)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    """Fit, store beside the checkpoint, and say what it changes."""
+    if not (options.judge / "config.json").is_file():
+        raise ValueError(f"judge must be a checkpoint folder, got {options.judge}")
+    if (options.judge / CALIBRATION_FILE).is_file():
+        raise ValueError(
+            f"judge must have no calibration yet, got {options.judge / CALIBRATION_FILE}; delete "
+            "it and score the clips again: these reports may have been read through it"
+        )
+    labels = read_labels(options.labels)
+    records = read_records(options.reports)
+    known = {path: one.report.reward for path, one in records.items() if one.report}
+    missing = [path for path in labels if path not in known]
+    if missing:
+        raise ValueError(
+            f"reports must hold every labelled clip, got none of {missing[0]!r} "
+            f"({len(missing)} in all) in {options.reports}"
+        )
+    p_clean = torch.tensor([known[path] for path in labels])
+    fitted = fit_calibration(p_clean, torch.tensor(list(labels.values())))
+    print(
+        f"temperature {fitted.temperature:.3f} from {fitted.num_clips} clips; expected calibration "
+        f"error {fitted.error_before:.3f} before, {fitted.error_after:.3f} after; "
+        f"written to {fitted.save(options.judge)}"
+    )
+    return 0
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -5,6 +5,7 @@ Axes: N clips.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -73,6 +74,31 @@ class Calibration:
                 f"calibration must be a file of version {VERSION} written by cac-reward "
                 f"calibrate, got {path} ({error}); delete it or calibrate again"
             ) from error
+
+
+def read_labels(path: str | Path) -> dict[str, bool]:
+    """Whether each clip is clean, by its path, from a CSV with the columns path and clean (0 or 1).
+
+    Raises:
+        ValueError: The columns are others, a label is no 0 or 1, or a path comes twice.
+    """
+    labels: dict[str, bool] = {}
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        if not {"path", "clean"} <= set(rows.fieldnames or ()):
+            raise ValueError(
+                f"labels must be a CSV with the columns path and clean, got {rows.fieldnames} "
+                f"in {path}"
+            )
+        for row in rows:
+            if row["clean"] not in ("0", "1") or row["path"] in labels:
+                rule = "come once" if row["path"] in labels else "be labelled 0 or 1"
+                raise ValueError(
+                    f"each clip must {rule}, got {row['path']!r} with {row['clean']!r} in line "
+                    f"{rows.line_num} of {path}"
+                )
+            labels[row["path"]] = row["clean"] == "1"
+    return labels
 
 
 def fit_calibration(p_clean: Tensor, clean: Tensor) -> Calibration:

@@ -77,15 +77,7 @@ def finetune(
         logger.info("self-check: ratio 1 within %.1e on replay", check.ratio_deviation)
     state.videos_generated += check.videos if state.step == 0 else 0
     if settings.guards and not state.reference_levels:
-        # As many videos as an update has, of as many prompts as two seeds each allow.
-        count = settings.rollout.prompts_per_update * settings.rollout.videos_per_prompt // 2
-        spread = replace(settings.rollout, prompts_per_update=count, videos_per_prompt=2)
-        with reference_policy(generator.transformer):
-            batch = collect(generator, embeddings, replace(settings, rollout=spread), step=0)
-        state.reference_levels = measure_reference(
-            settings.guards, batch.trajectory.videos, batch.group
-        )
-        state.videos_generated += len(batch.group)
+        measure_base(generator, embeddings, settings, state)
     while state.step < settings.updates:
         started = time.monotonic()
         batch = collect(generator, embeddings, settings, step=state.step + 1)
@@ -122,6 +114,25 @@ def finetune(
             reward_calls=state.reward_calls,
             seconds=state.seconds,
         )
+
+
+def measure_base(
+    generator: AbstractVideoGenerator,
+    embeddings: PromptEmbeddings,
+    settings: FinetuneSettings,
+    state: FinetuneState,
+) -> None:
+    """Measure the guards' reference levels on as many videos of the base as an update has.
+
+    They are spread over as many prompts as two seeds each allow.
+    """
+    count = settings.rollout.prompts_per_update * settings.rollout.videos_per_prompt // 2
+    spread = replace(settings.rollout, prompts_per_update=count, videos_per_prompt=2)
+    with reference_policy(generator.transformer):
+        batch = collect(generator, embeddings, replace(settings, rollout=spread), step=0)
+    videos = batch.trajectory.videos
+    state.reference_levels = measure_reference(settings.guards, videos, batch.group)
+    state.videos_generated += len(batch.group)
 
 
 def judge(

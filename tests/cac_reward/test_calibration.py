@@ -9,12 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cac_reward.__main__ import main
 from cac_reward.calibration import (
     FILE,
     Calibration,
     expected_calibration_error,
     fit_calibration,
 )
+from cac_reward.records import ClipRecord
+from cac_reward.report import AnomalyReport
 
 
 def labelled(count: int, temperature: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,3 +143,58 @@ def test_labels_that_teach_nothing_are_refused(
 def test_a_bin_count_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="bins must be at least 1, got 0"):
         expected_calibration_error(torch.rand(3), torch.ones(3), bins=0)
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Path:
+    """A folder with a judge, the reports of 40 clips by it, and their labels."""
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    p_clean, clean = labelled(40, 3.0)
+    lines, labels = [], ["path,clean"]
+    for i, (p, label) in enumerate(zip(p_clean.tolist(), clean.tolist(), strict=True)):
+        report = AnomalyReport(score=p, judge_id="j", fps=8.0, num_frames=9)
+        record = ClipRecord(path=f"{i}.mp4", width=8, height=8, report=report)
+        lines.append(record.to_json())
+        labels.append(f"{i}.mp4,{int(label)}")
+    (tmp_path / "reports.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "labels.csv").write_text("\n".join(labels) + "\n")
+    return tmp_path
+
+
+def calibrate(folder: Path) -> int:
+    words = ["calibrate", str(folder / "reports.jsonl"), "--labels", str(folder / "labels.csv")]
+    return main([*words, "--judge", str(folder / "judge")])
+
+
+def test_the_command_stores_what_it_fits_and_says_what_it_changes(
+    scored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert calibrate(scored) == 0
+    expected = fit_calibration(*labelled(40, 3.0))
+    stored = Calibration.load(scored / "judge")
+    assert stored.temperature == pytest.approx(expected.temperature)
+    said = capsys.readouterr().out
+    assert f"temperature {expected.temperature:.3f} from 40 clips" in said
+    assert f"{expected.error_before:.3f} before, {expected.error_after:.3f} after" in said
+    assert calibrate(scored) == 2
+    assert "judge must have no calibration yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("file,clean\n", "must be a CSV with the columns path and clean, got ['file', 'clean']"),
+        ("path,clean\n0.mp4,yes\n", "must be labelled 0 or 1, got '0.mp4' with 'yes' in line 2"),
+        ("path,clean\n0.mp4,1\n0.mp4,1\n", "must come once, got '0.mp4' with '1' in line 3"),
+        ("path,clean\nno.mp4,1\n", "must hold every labelled clip, got none of 'no.mp4' (1 in"),
+        ("path,clean\n0.mp4,1\n", "at least 10 judged clips, got 1"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(
+    scored: Path, labels: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (scored / "labels.csv").write_text(labels)
+    assert calibrate(scored) == 2
+    assert message in capsys.readouterr().err
+    assert not (scored / "judge" / FILE).exists()

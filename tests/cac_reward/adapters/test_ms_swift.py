@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cac_reward.adapters import ms_swift
 from cac_reward.adapters.ms_swift import cac_orm
 from tests.cac_reward.adapters.stub_scorer import (
     FPS,
@@ -54,6 +55,15 @@ def test_its_own_column_of_videos(tmp_path) -> None:
     assert scorer.seen[0][1] == ["is it broken?"] * 2
     call(reward, ["yes"], {"videos": [[str(file)]]})
     assert scorer.seen[1][1] == [""]
+
+
+def test_the_judge_is_loaded_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        ms_swift, "scorer_of", lambda *judge, **how: asked.append((judge, how)) or StubScorer()
+    )
+    cac_orm("some/judge", column="videos", device="cuda:1", dtype="float16")
+    assert asked == [(("some/judge",), {"device": "cuda:1", "dtype": "float16"})]
 
 
 def test_failures() -> None:

@@ -82,6 +82,16 @@ def test_bytes_and_paths_of_any_length(scorer_class, tmp_path: Path) -> None:
     assert [fps for _, _, fps in stub.seen[2:]] == [24, 24]
 
 
+def test_the_judge_is_loaded_as_configured(scorer_class, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        unirl, "scorer_of", lambda *judge, **how: asked.append((judge, how)) or StubScorer()
+    )
+    how = {"device": "cuda:1", "dtype": "float16", "mode": "fast", "revision": "main"}
+    scorer_class("some/judge", fps=16.0, **how)
+    assert asked == [(("some/judge",), how)]
+
+
 def test_no_items_no_answers(scorer_class) -> None:
     assert scorer_class(StubScorer()).score([]) == []
 

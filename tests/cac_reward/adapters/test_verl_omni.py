@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cac_reward.adapters import verl_omni
 from cac_reward.adapters.verl_omni import compute_score
 from tests.cac_reward.adapters.stub_scorer import FPS, UNJUDGED, StubScorer, clip
 
@@ -92,6 +93,16 @@ def test_the_event_loop_goes_on_meanwhile() -> None:
         return await task
 
     assert asyncio.run(both())["score"] == 0
+
+
+def test_the_judge_is_loaded_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        verl_omni, "scorer_of", lambda *judge, **how: asked.append((judge, how)) or StubScorer()
+    )
+    how = {"device": "cuda:1", "dtype": "float16", "mode": "fast", "revision": "main"}
+    run_single(clip(1), {"judge": "some/judge", "fps": FPS, **how})
+    assert asked == [(("some/judge",), how)]
 
 
 def test_the_toy_judge_by_its_folder(toy_judge_folder: Path, toy_videos: torch.Tensor) -> None:

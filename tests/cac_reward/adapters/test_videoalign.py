@@ -80,8 +80,11 @@ def test_alignment_is_ta_and_half_of_overall(paths: list[str]) -> None:
 )
 def test_what_the_caller_limits_is_what_the_judge_sees(paths, asked, shape, fps) -> None:
     scorer = StubScorer()
-    VideoVLMRewardInference(scorer, alignment=alignment).reward(paths[:1], ["a"], **asked)
+    second = StubScorer()
+    VideoVLMRewardInference(scorer, alignment=second).reward(paths[:1], ["a"], **asked)
     ((videos, _, got_fps),) = scorer.seen
+    torch.testing.assert_close(second.seen[0][0], videos)
+    assert second.seen[0][2] == got_fps
     assert (*videos.shape[1:2], *videos.shape[3:]) == shape
     assert got_fps == fps
     if shape[1:] == (8, 8):  # The frames themselves, in order and at their places in time.

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from cac_reward.adapters import videox_fun
 from cac_reward.adapters.videox_fun import CaCReward
 from tests.cac_reward.adapters.stub_scorer import (
     FPS,
@@ -62,6 +63,15 @@ def test_failures() -> None:
     assert math.isnan(masked(batch(UNJUDGED), ["a"])[1])
     replaced = CaCReward(StubScorer(), fps=FPS, on_failure=0)
     assert replaced.get_reward(frames)[0] == 0
+
+
+def test_the_judge_is_loaded_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        videox_fun, "scorer_of", lambda *judge, **how: asked.append((judge, how)) or StubScorer()
+    )
+    CaCReward("some/judge", fps=FPS, device="cuda:1", dtype=torch.float16)
+    assert asked == [(("some/judge",), {"device": "cuda:1", "dtype": torch.float16})]
 
 
 def test_a_missing_rate_is_refused() -> None:

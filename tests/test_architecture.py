@@ -23,6 +23,7 @@ LAYERS = {
             "judges/reading",
             "judges/",
             "inputs",
+            "cases",
             "scorer",
             "alignment",
         ),

@@ -173,7 +173,8 @@ def test_the_command_stores_what_it_fits_and_says_what_it_changes(
     assert calibrate(scored) == 0
     expected = fit_calibration(*labelled(40, 3.0))
     stored = Calibration.load(scored / "judge")
-    assert stored.temperature == pytest.approx(expected.temperature)
+    # The reports hold double precision, the command computes with single.
+    assert stored.temperature == pytest.approx(expected.temperature, rel=1e-4)
     said = capsys.readouterr().out
     assert f"temperature {expected.temperature:.3f} from 40 clips" in said
     assert f"{expected.error_before:.3f} before, {expected.error_after:.3f} after" in said

@@ -88,7 +88,10 @@ def test_saving_and_loading_gives_the_same_settings(
     [
         ("updats=3", "^updats must be a known key, .*did you mean updates?"),
         ("rollout.guidance_scal=2", "^rollout.guidance_scal must be a known.*guidance_scale?"),
-        ("optimizer.zzz=2", "^optimizer.zzz must be a known key.*known: learning_rate, weight"),
+        (
+            "optimizer.zzz=2",
+            "^optimizer.zzz must be a known key.*known: learning_rate, final_share",
+        ),
         ("rewards[0].wieght=2", r"^rewards\[0\].wieght must be a known key.*mean weight?"),
         ("algorithm.beta=1", "^algorithm.beta must be a known key, got none of that name"),
         ("updates=many", "^updates must be a whole number, got 'many' "),

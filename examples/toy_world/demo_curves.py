@@ -71,6 +71,10 @@ def training_section(name: str, curves: Curves, other: StoredRun | None) -> Sect
     return Section(title="Training", charts=charts)
 
 
+PROMPT_POINTS, KEPT_SHARE = 3.0, 0.9
+"""What a run may lose of prompts followed, in points, and keep of motion and diversity."""
+
+
 def hack_section(stored: StoredRun, curves: Curves, summary: Mapping[str, Any]) -> Section:
     """The stored run without guards."""
     rows: list[list[str | float | int]] = []
@@ -84,7 +88,7 @@ def hack_section(stored: StoredRun, curves: Curves, summary: Mapping[str, Any]) 
         paragraphs=[
             "The same judge as the only reward, with no prompt alignment, no guards and no KL "
             f"term ({stored.config}, {stored.updates} updates, run beforehand on "
-            f"{stored.machine}). The judge grows content; look at what the videos have become."
+            f"{stored.machine}). {hack_verdict(stored)}"
         ],
         tables=[
             Table(
@@ -102,6 +106,25 @@ def hack_section(stored: StoredRun, curves: Curves, summary: Mapping[str, Any]) 
             )
             for pair in stored.pairs
         ],
+    )
+
+
+def hack_verdict(stored: StoredRun) -> str:
+    """Whether a run without guards paid for its reward with something else, by the oracle."""
+    lost = []
+    fallen = 100 * (stored.base["prompt_match"] - stored.tuned["prompt_match"])
+    if fallen > PROMPT_POINTS:
+        lost.append(f"prompts followed fell by {fallen:.1f} points")
+    for name in ("motion", "diversity"):
+        share = stored.tuned[name] / stored.base[name]
+        if share < KEPT_SHARE:
+            lost.append(f"{name} fell to {share:.0%} of the base")
+    if lost:
+        return f"The judge was pleased, and something else paid for it: {' and '.join(lost)}."
+    return (
+        "In so few updates nothing was hacked: prompts followed, motion and diversity between "
+        "seeds held by the oracle, so that here the guards cost little and had little to prevent. "
+        "A longer or faster run without them has no such promise."
     )
 
 

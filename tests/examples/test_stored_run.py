@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.toy_world.demo_curves import hack_verdict
 from examples.toy_world.stored_run import (
     FOLDER,
     StoredPair,
@@ -106,3 +107,17 @@ def test_shipped_runs_load_and_are_small(path: Path) -> None:
     assert run is not None
     assert len(run.curves["step"]) == run.updates
     assert run.pairs
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "nothing was hacked"),
+        ({"prompt_match": 0.58}, "nothing was hacked"),
+        ({"prompt_match": 0.5}, "paid for it: prompts followed fell by 10.0 points."),
+        ({"motion": 0.02, "diversity": 0.05}, "motion fell to 40% of the base and diversity fell"),
+    ],
+)
+def test_a_hack_is_called_one_and_nothing_else_is(changes: dict, said: str) -> None:
+    base = {"prompt_match": 0.6, "motion": 0.05, "diversity": 0.1}
+    assert said in hack_verdict(some_run(base=base, tuned={**base, **changes}))

@@ -48,6 +48,9 @@ def _metric_class() -> type:
         is_differentiable = False
         higher_is_better = True
         full_state_update = False
+        total: Tensor
+        count: Tensor
+        failed: Tensor
 
         def __init__(
             self,

@@ -126,11 +126,6 @@ def has_adapter(transformer: nn.Module, adapter: str) -> bool:
     return any(f".{adapter}." in name for name, _ in transformer.named_parameters())
 
 
-def has_old_policy(transformer: nn.Module) -> bool:
-    """Whether the slow copy that draws videos is there."""
-    return has_adapter(transformer, OLD)
-
-
 def saved_adapter(transformer: nn.Module) -> str:
     """What `save_lora` writes and evaluation measures: the average where there is one."""
     return AVERAGE if has_adapter(transformer, AVERAGE) else TRAINED
@@ -178,7 +173,7 @@ def old_policy(transformer: nn.Module) -> Iterator[None]:
     than an adapter beside them; the weights themselves are put back, not computed back. Weights of
     half precision would round the update away, so there the adapter runs.
     """
-    if not has_old_policy(transformer):
+    if not has_adapter(transformer, OLD):
         raise RuntimeError("transformer must have an old policy; attach_lora(..., old_policy=True)")
     layers: list[Any] = tuner_layers(transformer)
     if any(layer.base_layer.weight.dtype != torch.float32 for layer in layers):

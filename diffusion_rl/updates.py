@@ -30,6 +30,9 @@ class OptimizerSettings:
     final_share: float = 1.0
     """The learning rate falls in a straight line to this share of itself at the last update, in
     (0, 1]; 1 keeps it. Late in a run noise does more harm than the signal left does good."""
+    adam_beta2: float = 0.999
+    """Share of itself that Adam's mean of squared gradients keeps at each step, in [0, 1). With few
+    steps, and gradients that grow as the LoRA does, a long memory lets the steps grow with them."""
     weight_decay: float = 0.0
     """At least 0."""
     max_grad_norm: float = 1.0
@@ -43,6 +46,8 @@ class OptimizerSettings:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if not 0 < self.final_share <= 1:
             raise ValueError(f"final_share must be in (0, 1], got {self.final_share}")
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"adam_beta2 must be in [0, 1), got {self.adam_beta2}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
         if not self.max_grad_norm > 0:
@@ -165,7 +170,12 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW whose parameter group also carries `max_grad_norm`."""
     group = {"params": parameters, "max_grad_norm": settings.max_grad_norm}
-    return torch.optim.AdamW([group], lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(
+        [group],
+        lr=settings.learning_rate,
+        betas=(0.9, settings.adam_beta2),
+        weight_decay=settings.weight_decay,
+    )
 
 
 def update_policy(

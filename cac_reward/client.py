@@ -20,10 +20,9 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from cac_reward.frames import blame_map
+from cac_reward.frames import blame_maps
 from cac_reward.inputs import Clip, check_prompts, check_videos, open_clip
 from cac_reward.report import AnomalyReport
-from cac_reward.scorer import MAX_BLAME_SIDE
 
 TRANSIENT_STATUSES = (429, 503)
 MAX_PAUSE_SECONDS = 60.0
@@ -99,14 +98,8 @@ class RewardClient:
         check_videos(videos, fps)
         results = self.score(list(videos), prompts, fps=fps)
         reports = [_report(result) for result in results]
-        count, num_frames, _, height, width = videos.shape
-        scale = min(1.0, MAX_BLAME_SIDE / max(height, width))
-        size = (math.ceil(height * scale), math.ceil(width * scale))
-        blame = torch.zeros(count, num_frames, *size)
-        for row, report in enumerate(reports):
-            if report is not None and report.score is not None:
-                weight = 1 - report.score
-                blame[row] = blame_map(report.findings, num_frames, *size, fps, weight)
+        _, num_frames, _, height, width = videos.shape
+        blame = blame_maps(reports, num_frames, height, width, fps)
         scores = [math.nan if one["score"] is None else one["score"] for one in results]
         errors = [result["error"] for result in results]
         return {"score": torch.tensor(scores), "blame": blame, "reports": reports, "errors": errors}

@@ -1,7 +1,7 @@
 """Which frames each turn of the judge sees, at what size, and where its findings lie in them.
 
-Axes: K frames shown, F frames of the clip, C channels (3), H height, W width. Frame i of a clip is
-shown at time i / fps.
+Axes: B videos, K frames shown, F frames of the clip, C channels (3), H height, W width. Frame i of
+a clip is shown at time i / fps.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from cac_reward.report import SEVERITIES, Finding, TimeWindow
+from cac_reward.report import SEVERITIES, AnomalyReport, Finding, TimeWindow
 from cac_reward.video import check_frames
 
 JUDGE_FILE = "cac_judge.json"
 SCHEMA_VERSION = 1
 WORDINGS = ("brief", "full")
+MAX_BLAME_SIDE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +229,28 @@ def blame_map(
         for index in finding.window.frame_indices(num_frames, fps):
             for rows, columns in _covered(finding, index / fps, height, width):
                 blame[index, rows, columns] = blame[index, rows, columns].clamp(min=weight)
+    return blame
+
+
+def blame_maps(
+    reports: Sequence[AnomalyReport | None], num_frames: int, height: int, width: int, fps: float
+) -> Tensor:
+    """Rasterise what reports find in videos of one size, as `blame_map` does.
+
+    Args:
+        reports: one for each of B videos; None, or a report without a score, gives zeros.
+        num_frames, height, width: of every video.
+        fps: frames per second of every video.
+
+    Returns:
+        [B F H' W'] in [0, 1]; H' and W' in the videos' aspect, at most `MAX_BLAME_SIDE`.
+    """
+    scale = min(1.0, MAX_BLAME_SIDE / max(height, width))
+    size = (math.ceil(height * scale), math.ceil(width * scale))
+    blame = torch.zeros(len(reports), num_frames, *size)
+    for row, report in enumerate(reports):
+        if report is not None and report.score is not None:
+            blame[row] = blame_map(report.findings, num_frames, *size, fps, 1 - report.score)
     return blame
 
 

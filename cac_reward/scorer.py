@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import math
 import os
 import threading
 import time
@@ -28,7 +27,7 @@ from cac_reward.answers import AnswerError, parse_findings, parse_tool_call
 from cac_reward.cache import ReportCache, report_key
 from cac_reward.calibration import Calibration
 from cac_reward.cases import Case, note_seconds, said, settle
-from cac_reward.frames import JudgeSettings, blame_map, frame_times, inspect_indices
+from cac_reward.frames import JudgeSettings, blame_maps, frame_times, inspect_indices
 from cac_reward.inputs import (
     LAYOUT,
     Clip,
@@ -59,7 +58,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODES = ("full", "fast")
-MAX_BLAME_SIDE = 128
 
 
 class Judgement(TypedDict):
@@ -172,13 +170,8 @@ class CaCScorer:
         """
         check_videos(videos, fps)
         reports = self.inspect(videos, prompts, fps=fps)
-        count, num_frames, _, height, width = videos.shape
-        scale = min(1.0, MAX_BLAME_SIDE / max(height, width))
-        size = (math.ceil(height * scale), math.ceil(width * scale))
-        blame = torch.zeros(count, num_frames, *size)
-        for row, report in enumerate(reports):
-            if report.score is not None:
-                blame[row] = blame_map(report.findings, num_frames, *size, fps, 1 - report.score)
+        _, num_frames, _, height, width = videos.shape
+        blame = blame_maps(reports, num_frames, height, width, fps)
         score = torch.tensor([report.reward for report in reports])
         return {"score": score, "blame": blame, "reports": reports}
 

@@ -17,13 +17,14 @@ from cac_reward.frames import (
     JudgeSettings,
     ScanSettings,
     blame_map,
+    blame_maps,
     budget_size,
     frame_times,
     inspect_indices,
     resize_to_budget,
     scan_indices,
 )
-from cac_reward.report import Box, Finding, TimeWindow
+from cac_reward.report import AnomalyReport, Box, Finding, TimeWindow
 
 RATES = st.sampled_from([8.0, 12.0, 16.0, 23.976, 24.0, 29.97, 30.0])
 
@@ -258,3 +259,20 @@ def test_nothing_found_is_nothing_blamed() -> None:
     assert blame_map([], 3, 4, 5, 8.0, 1.0).shape == (3, 4, 5)
     with pytest.raises(ValueError, match=r"p_anomalous must be in \[0, 1\], got nan"):
         blame_map([], 3, 4, 5, 8.0, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("size", "small"), [((4, 8), (4, 8)), ((96, 200), (62, 128)), ((1, 1000), (1, 128))]
+)
+def test_blame_of_reports_is_drawn_small_and_only_where_there_is_a_score(
+    size: tuple[int, int], small: tuple[int, int]
+) -> None:
+    finding = Finding("flicker", TimeWindow(0.25, 0.5), (Box(0.25, 0, 0, 0.5, 1),), severity=3)
+    facts = {"judge_id": "x", "fps": 8.0, "num_frames": 6, "findings": (finding,)}
+    judged = AnomalyReport(score=0.25, **facts)
+    failed = AnomalyReport(score=None, error="no answer", **facts)
+    drawn = blame_maps([failed, judged, None], 6, *size, 8.0)
+    expected = torch.zeros(3, 6, *small)
+    expected[1, 2:4, :, : small[1] // 2] = 0.75
+    torch.testing.assert_close(drawn, expected)
+    assert blame_maps([], 6, *size, 8.0).shape == (0, 6, *small)

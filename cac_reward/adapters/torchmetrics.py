@@ -17,6 +17,9 @@ from torch import Tensor
 from cac_reward.adapters.base import Scorer, VideoReward, missing_package
 from cac_reward.inputs import check_rate
 
+# The sum is kept in float64: millions of scores added in float32 lose their last digits.
+STATES = {"total": torch.float64, "count": torch.int64, "failed": torch.int64}
+
 
 def __getattr__(name: str) -> type:
     """`CaCMetric`, made when it is first asked for."""
@@ -40,8 +43,7 @@ def _metric_class() -> type:
             fps: frames per second of the videos.
             layout: order of the axes of one video.
             value_range: '0..1', '-1..1' or '0..255'.
-            on_failure: 'mask' leaves a video that could not be judged out of the mean; 'raise'; or
-                the number that stands in for it.
+            on_failure: as for `VideoReward`; 'mask' leaves a video out of the mean.
             kwargs: those of every torchmetrics.Metric.
         """
 
@@ -70,9 +72,8 @@ def _metric_class() -> type:
                 value_range=value_range,
                 on_failure=on_failure,
             )
-            self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-            self.add_state("failed", torch.tensor(0), dist_reduce_fx="sum")
+            for state, dtype in STATES.items():
+                self.add_state(state, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
         def update(self, videos: Tensor, prompts: Sequence[str] | None = None) -> None:
             """Show it videos, B before the letters of the layout, and their prompts if known."""

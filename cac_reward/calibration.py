@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from cac_reward.whole_files import whole_file
 
 FILE = "calibration.json"
 VERSION = 1
@@ -48,9 +49,8 @@ class Calibration:
     def save(self, folder: str | Path) -> Path:
         """Write it beside a checkpoint, whole or not at all."""
         path = Path(folder) / FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
-        os.replace(partial, path)
+        with whole_file(path) as opened:
+            opened.write(json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
         return path
 
     @classmethod

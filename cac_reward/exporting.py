@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from cac_reward.exports.label_studio import read_label_studio, write_label_studi
 from cac_reward.page import write_page
 from cac_reward.records import ClipRecord
 from cac_reward.tables import write_overlays, write_table
+from cac_reward.whole_files import whole_file
 
 FORMATS: dict[
     str,
@@ -116,9 +116,5 @@ def _line(clip: LabelledClip) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as opened:
+        opened.write(text)

@@ -20,6 +20,7 @@ from cac_reward.drawing import COLOURS, fit_for_display, video_uri
 from cac_reward.page_assets import SCRIPT, STYLE
 from cac_reward.records import ClipRecord
 from cac_reward.report import AnomalyReport, Finding, TimeWindow
+from cac_reward.whole_files import whole_file
 
 VIDEOS = ("embed", "link")
 
@@ -55,13 +56,8 @@ def write_page(
     path = Path(path)
     if not path.resolve().parent.is_dir():
         raise FileNotFoundError(f"folder of {path} must exist; make it first")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as opened:
-            opened.writelines(_parts(path, records, videos, title))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as opened:
+        opened.writelines(_parts(path, records, videos, title))
 
 
 def _parts(path: Path, records: Sequence[ClipRecord], videos: str, title: str) -> Iterator[str]:

@@ -8,10 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from reprlib import repr as short
+
+from cac_reward.plain import (
+    check_line,
+    read_integer,
+    read_number,
+    read_numbers,
+    read_record,
+    read_sequence,
+    read_string,
+    set_float,
+)
 
 SCHEMA_VERSION = 1
 SEVERITIES = (1, 2, 3)
@@ -37,8 +47,8 @@ class TimeWindow:
     end_seconds: float
 
     def __post_init__(self) -> None:
-        _set_float(self, "start_seconds")
-        _set_float(self, "end_seconds")
+        set_float(self, "start_seconds")
+        set_float(self, "end_seconds")
         if not 0 <= self.start_seconds < self.end_seconds:
             raise ValueError(
                 "window must have 0 <= start < end in seconds, got "
@@ -65,7 +75,7 @@ class TimeWindow:
         Raises:
             ValueError: If `value` is not two numbers that make a window.
         """
-        return cls(*_numbers("window", value, 2))
+        return cls(*read_numbers("window", value, 2))
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class Box:
 
     def __post_init__(self) -> None:
         for name in ("time_seconds", "x1", "y1", "x2", "y2"):
-            _set_float(self, name)
+            set_float(self, name)
         if self.time_seconds < 0:
             raise ValueError(f"time must be at least 0 seconds, got {self.time_seconds}")
         if not (0 <= self.x1 < self.x2 <= 1 and 0 <= self.y1 < self.y2 <= 1):
@@ -107,8 +117,8 @@ class Box:
         Raises:
             ValueError: If a key is missing or unknown, or the box is not one.
         """
-        record = _record("box", value, ("time", "box"))
-        return cls(_number("time", record["time"]), *_numbers("box", record["box"], 4))
+        record = read_record("box", value, ("time", "box"))
+        return cls(read_number("time", record["time"]), *read_numbers("box", record["box"], 4))
 
 
 @dataclass(frozen=True)
@@ -127,13 +137,13 @@ class Finding:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "boxes", tuple(self.boxes))
-        _check_line("type", self.type, _MAX_TYPE_CHARACTERS)
-        _check_line("why", self.why, _MAX_WHY_CHARACTERS)
+        check_line("type", self.type, _MAX_TYPE_CHARACTERS)
+        check_line("why", self.why, _MAX_WHY_CHARACTERS)
         if not self.type.strip():
             raise ValueError(f"type must name the kind of fault, got {self.type!r}")
         if not isinstance(self.window, TimeWindow):
             raise ValueError(f"window must be a TimeWindow, got {short(self.window)}")
-        object.__setattr__(self, "severity", _integer("severity", self.severity))
+        object.__setattr__(self, "severity", read_integer("severity", self.severity))
         if self.severity not in SEVERITIES:
             raise ValueError(f"severity must be one of {SEVERITIES}, got {short(self.severity)}")
         for box in self.boxes:
@@ -172,13 +182,13 @@ class Finding:
         Raises:
             ValueError: If a key is missing or unknown, or a value breaks its rule.
         """
-        record = _record("finding", value, ("type", "window", "boxes", "severity", "why"))
+        record = read_record("finding", value, ("type", "window", "boxes", "severity", "why"))
         return cls(
-            type=_string("type", record["type"]),
+            type=read_string("type", record["type"]),
             window=TimeWindow.from_json(record["window"]),
-            boxes=tuple(Box.from_json(box) for box in _sequence("boxes", record["boxes"])),
-            severity=_integer("severity", record["severity"]),
-            why=_string("why", record["why"]),
+            boxes=tuple(Box.from_json(box) for box in read_sequence("boxes", record["boxes"])),
+            severity=read_integer("severity", record["severity"]),
+            why=read_string("why", record["why"]),
         )
 
 
@@ -220,10 +230,10 @@ class AnomalyReport:
         for name in ("findings", "windows", "scan_frames", "inspect_frames"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "timings", dict(self.timings))
-        _set_float(self, "fps")
+        set_float(self, "fps")
         if self.fps <= 0:
             raise ValueError(f"fps must be above 0, got {self.fps}")
-        if _integer("num_frames", self.num_frames) < 1:
+        if read_integer("num_frames", self.num_frames) < 1:
             raise ValueError(f"num_frames must be at least 1, got {self.num_frames}")
         if (self.score is None) != (self.error is not None):
             raise ValueError(
@@ -231,12 +241,12 @@ class AnomalyReport:
                 f"score={self.score} and error={self.error!r}"
             )
         if self.score is not None:
-            _set_float(self, "score")
+            set_float(self, "score")
             if not 0 <= self.score <= 1:
                 raise ValueError(f"score must be in [0, 1], got {self.score}")
         for name in ("scan_frames", "inspect_frames"):
             for index in getattr(self, name):
-                if not 0 <= _integer(name, index) < self.num_frames:
+                if not 0 <= read_integer(name, index) < self.num_frames:
                     raise ValueError(f"{name} must be in [0, {self.num_frames}), got {index}")
 
     @property
@@ -282,22 +292,22 @@ class AnomalyReport:
                 "read this report with the version of cac_reward that wrote it"
             )
         names = [one.name for one in fields(cls)]
-        record = _record("report", value, ("schema_version", "verdict", *names))
+        record = read_record("report", value, ("schema_version", "verdict", *names))
         values = {name: record[name] for name in names}
         for name in ("scan_frames", "inspect_frames"):
-            values[name] = tuple(_integer(name, i) for i in _sequence(name, record[name]))
+            values[name] = tuple(read_integer(name, i) for i in read_sequence(name, record[name]))
         values["windows"] = tuple(
-            TimeWindow.from_json(one) for one in _sequence("windows", record["windows"])
+            TimeWindow.from_json(one) for one in read_sequence("windows", record["windows"])
         )
         values["findings"] = tuple(
-            Finding.from_json(one) for one in _sequence("findings", record["findings"])
+            Finding.from_json(one) for one in read_sequence("findings", record["findings"])
         )
         for name in ("judge_id", "scan_text", "prompt", "mode"):
-            values[name] = _string(name, record[name])
+            values[name] = read_string(name, record[name])
         for name in ("judge_text", "note", "error"):
-            values[name] = None if record[name] is None else _string(name, record[name])
-        timings = _record("timings", record["timings"], None)
-        values["timings"] = {name: _number("timings", one) for name, one in timings.items()}
+            values[name] = None if record[name] is None else read_string(name, record[name])
+        timings = read_record("timings", record["timings"], None)
+        values["timings"] = {name: read_number("timings", one) for name, one in timings.items()}
         report = cls(**values)  # type: ignore[arg-type]
         if record["verdict"] != report.verdict:
             raise ValueError(
@@ -316,69 +326,3 @@ class AnomalyReport:
             ValueError: If the text is not JSON or not a report.
         """
         return cls.from_dict(json.loads(text))
-
-
-def _set_float(owner: object, name: str) -> None:
-    """Store a checked field as a plain float, whatever kind of number it was."""
-    object.__setattr__(owner, name, _number(name, getattr(owner, name)))
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise ValueError(f"{name} must be a number, got {short(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
-    return number
-
-
-def _integer(name: str, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError(f"{name} must be an integer, got {short(value)}")
-    return int(value)  # type: ignore[call-overload]
-
-
-def _numbers(name: str, value: object, count: int) -> list[float]:
-    values = _sequence(name, value)
-    if len(values) != count:
-        raise ValueError(f"{name} must hold {count} numbers, got {len(values)}")
-    return [_number(name, one) for one in values]
-
-
-def _sequence(name: str, value: object) -> Sequence[object]:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{name} must be a list, got {short(value)}")
-    return value
-
-
-def _string(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, got {short(value)}")
-    return value
-
-
-def _record(name: str, value: object, keys: Sequence[str] | None) -> Mapping[str, object]:
-    """A JSON object with exactly these keys (any keys where None)."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be an object, got {short(value)}")
-    if keys is not None:
-        missing = [key for key in keys if key not in value]
-        unknown = [key for key in value if key not in keys]
-        if missing:
-            raise ValueError(f"{name} must have {missing[0]!r}, got only {short(sorted(value))}")
-        if unknown:
-            raise ValueError(f"{name} must have no key but {sorted(keys)}, got {short(unknown[0])}")
-    return value
-
-
-def _check_line(name: str, text: object, limit: int) -> None:
-    """Refuse what is not one line of clean, encodable text."""
-    line = _string(name, text)
-    if len(line) > limit:
-        raise ValueError(f"{name} must have at most {limit} characters, got {len(line)}")
-    for character in line:
-        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
-            raise ValueError(f"{name} must be one printable line, got {line[:200]!r}")

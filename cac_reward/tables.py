@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cac_reward.drawing import write_overlay
 from cac_reward.records import ClipRecord
+from cac_reward.whole_files import whole_file
 
 COLUMNS = (
     *("path", "score", "verdict", "error", "findings", "types", "worst_severity", "windows"),
@@ -22,16 +23,10 @@ def write_table(path: str | Path, records: Sequence[ClipRecord]) -> None:
     Scores are P(clean) with all their digits, empty where there is none; types and windows
     ("0.25-0.50", in seconds) are separated by semicolons, one for each finding.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as opened:
-            table = csv.writer(opened, lineterminator="\n")
-            table.writerow(COLUMNS)
-            table.writerows(_row(record) for record in records)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path, newline="") as opened:
+        table = csv.writer(opened, lineterminator="\n")
+        table.writerow(COLUMNS)
+        table.writerows(_row(record) for record in records)
 
 
 def write_overlays(folder: str | Path, records: Sequence[ClipRecord]) -> list[Path]:

@@ -10,7 +10,8 @@ import io
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from cac_reward.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,41 @@ class VideoLimits:
                     f"video must stay within {limit}={getattr(self, limit)}, "
                     f"got {value} in {name}; {remedy}"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoHeader:
+    """What a file says of itself before it is decoded."""
+
+    fps: float
+    """Average frames per second."""
+    num_frames: int
+    """Frames announced; 0 where the file does not say."""
+    width: int
+    """Pixels, as shown."""
+    height: int
+    """Pixels, as shown."""
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> VideoHeader:
+        """Open a video file and decode its first frame only.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no readable video or states no rate.
+        """
+        name = os.fspath(path)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"video must be an existing file, got {name}")
+        with open(path, "rb") as opened, _opened_video(opened, name) as (container, stream):
+            rate = _checked_fps(stream.average_rate, name)
+            announced = _announced_frames(stream, container, rate)
+            first = next(container.decode(stream), None)
+            if first is None:
+                raise ValueError(f"video must have frames, got none in {name}")
+            size = (first.width, first.height)
+            width, height = size[::-1] if round(first.rotation / 90) % 2 else size
+            return cls(fps=rate, num_frames=announced, width=width, height=height)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,13 +217,8 @@ class Video:
 
     def save(self, path: str | os.PathLike[str], *, crf: int = 18) -> None:
         """Write `encode` to a file; a half-written file never carries the final name."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_bytes(self.encode(crf=crf))
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(path, "wb") as opened:
+            opened.write(self.encode(crf=crf))
 
 
 def check_frames(name: str, frames: Tensor) -> None:
@@ -239,24 +272,30 @@ def _check_length(num_frames: int, name: str) -> None:
         )
 
 
-def _decode(source: Any, name: str, fps: float | None, limits: VideoLimits) -> Video:
+@contextmanager
+def _opened_video(source: Any, name: str) -> Iterator[tuple[Any, Any]]:
+    """Container and picture track of a file; what is wrong with it is a ValueError."""
     av = _import_av()
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": ""}
     try:
         with av.open(source, "r", options=options) as container:
             if not container.streams.video:
                 raise ValueError(f"video must have a picture track, got none in {name}")
-            stream = container.streams.video[0]
-            rate = _checked_fps(stream.average_rate if fps is None else fps, name)
-            announced = _announced_frames(stream, container, rate)
-            limits.check(name, announced, stream.height, stream.width)
-            pictures, times = _read_frames(container, stream, name, limits)
-            _check_whole(container, stream, times, name)
+            yield container, container.streams.video[0]
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(
             f"video must be a readable video file, got {name} ({error.strerror}); "
             "play it in a browser or convert it to mp4 first"
         ) from error
+
+
+def _decode(source: Any, name: str, fps: float | None, limits: VideoLimits) -> Video:
+    with _opened_video(source, name) as (container, stream):
+        rate = _checked_fps(stream.average_rate if fps is None else fps, name)
+        announced = _announced_frames(stream, container, rate)
+        limits.check(name, announced, stream.height, stream.width)
+        pictures, times = _read_frames(container, stream, name, limits)
+        _check_whole(container, stream, times, name)
     _check_length(len(pictures), name)
     order = range(len(pictures)) if fps is not None else _even_order(times, rate, name)
     return Video(_stack(pictures, order), rate, name)

@@ -191,14 +191,14 @@ def same_box(one: Corners, other: Corners, clip: LabelledClip) -> bool:
     )
 
 
-def make_box(frame: int, corners: Corners, clip: LabelledClip) -> Box:
+def make_box(time_seconds: float, corners: Corners) -> Box:
     """A box that a person drew, cut at the frame's edges.
 
     Raises:
         ValueError: If nothing of it is inside the frame.
     """
     x1, y1, x2, y2 = (min(1.0, max(0.0, one)) for one in corners)
-    return Box(frame / clip.fps, x1, y1, x2, y2)
+    return Box(time_seconds, x1, y1, x2, y2)
 
 
 @contextmanager
@@ -253,7 +253,7 @@ def _restored(parts: Sequence[Part], noted: Finding | None, clip: LabelledClip) 
         window = TimeWindow(begin / clip.fps, stop / clip.fps)
         drawn = sorted(keyframe for one in tracks for keyframe in one.keyframes)
         whole = all(same_box(corners, WHOLE_FRAME, clip) for _, corners in drawn)
-        boxes = () if whole else tuple(make_box(*keyframe, clip) for keyframe in drawn)
+        boxes = () if whole else tuple(make_box(frame / clip.fps, one) for frame, one in drawn)
         return Finding(first.type, window, boxes, first.severity, first.why)
     return with_words(noted, first.type, first.severity, first.why)
 

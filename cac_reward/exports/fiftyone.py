@@ -157,7 +157,7 @@ def _finding(one: Mapping[str, Any], drawn: _Drawn, clip: LabelledClip) -> Findi
         ours = sorted(_drawn(noted, clip))
         if (span.start + 1, span.stop) == (first, last) and _same(ours, drawn, clip):
             return with_words(noted, kind, severity, why)
-    boxes: list[Box] = [make_box(frame, corners, clip) for frame, corners in drawn]
+    boxes: list[Box] = [make_box(frame / clip.fps, corners) for frame, corners in drawn]
     if all(same_box(corners, WHOLE_FRAME, clip) for _, corners in drawn):
         boxes = []
     window = TimeWindow((first - 1) / clip.fps, last / clip.fps)
@@ -166,7 +166,7 @@ def _finding(one: Mapping[str, Any], drawn: _Drawn, clip: LabelledClip) -> Findi
 
 def _lone(frame: int, corners: Corners, kind: str, clip: LabelledClip) -> Finding:
     window = TimeWindow(frame / clip.fps, (frame + 1) / clip.fps)
-    return Finding(kind, window, (make_box(frame, corners, clip),))
+    return Finding(kind, window, (make_box(frame / clip.fps, corners),))
 
 
 def _same(ours: _Drawn, theirs: _Drawn, clip: LabelledClip) -> bool:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cac_reward import video as module
-from cac_reward.video import Video, VideoLimits, check_frames
+from cac_reward.video import Video, VideoHeader, VideoLimits, check_frames
 
 REAL_VIDEOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "real_videos"
 
@@ -40,6 +40,17 @@ def write_mp4(times: list[int], *, rate: int = 8, pictures: int | None = None) -
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return io.BytesIO(buffer.getvalue())
+
+
+def test_a_header_says_what_decoding_shows(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    moving_square().save(path)
+    assert VideoHeader.read(path) == VideoHeader(fps=8.0, num_frames=9, width=48, height=32)
+    with pytest.raises(FileNotFoundError, match="video must be an existing file"):
+        VideoHeader.read(tmp_path / "gone.mp4")
+    path.write_bytes(b"no video")
+    with pytest.raises(ValueError, match="video must be a readable video file, got .*clip.mp4"):
+        VideoHeader.read(path)
 
 
 def test_what_is_encoded_is_decoded(tmp_path: Path) -> None:

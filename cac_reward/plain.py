@@ -1,0 +1,79 @@
+"""Values of plain JSON read strictly: what is not of the expected kind is refused by its name."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from reprlib import repr as short
+
+
+def set_float(owner: object, name: str) -> None:
+    """Store a checked field as a plain float, whatever kind of number it was."""
+    object.__setattr__(owner, name, read_number(name, getattr(owner, name)))
+
+
+def read_number(name: str, value: object) -> float:
+    """A finite float, of any kind of number but a truth value."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise ValueError(f"{name} must be a number, got {short(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def read_integer(name: str, value: object) -> int:
+    """An int, of any kind of integer but a truth value."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be an integer, got {short(value)}")
+    return int(value)  # type: ignore[call-overload]
+
+
+def read_numbers(name: str, value: object, count: int) -> list[float]:
+    """A list of exactly this many finite numbers."""
+    values = read_sequence(name, value)
+    if len(values) != count:
+        raise ValueError(f"{name} must hold {count} numbers, got {len(values)}")
+    return [read_number(name, one) for one in values]
+
+
+def read_sequence(name: str, value: object) -> Sequence[object]:
+    """A list or a tuple."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} must be a list, got {short(value)}")
+    return value
+
+
+def read_string(name: str, value: object) -> str:
+    """A text."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, got {short(value)}")
+    return value
+
+
+def read_record(name: str, value: object, keys: Sequence[str] | None) -> Mapping[str, object]:
+    """A JSON object with exactly these keys (any keys where None)."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be an object, got {short(value)}")
+    if keys is not None:
+        missing = [key for key in keys if key not in value]
+        unknown = [key for key in value if key not in keys]
+        if missing:
+            raise ValueError(f"{name} must have {missing[0]!r}, got only {short(sorted(value))}")
+        if unknown:
+            raise ValueError(f"{name} must have no key but {sorted(keys)}, got {short(unknown[0])}")
+    return value
+
+
+def check_line(name: str, text: object, limit: int) -> None:
+    """Refuse what is not one line of clean, encodable text of at most `limit` characters."""
+    line = read_string(name, text)
+    if len(line) > limit:
+        raise ValueError(f"{name} must have at most {limit} characters, got {len(line)}")
+    for character in line:
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+            raise ValueError(f"{name} must be one printable line, got {line[:200]!r}")

@@ -15,9 +15,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # no row of its own; such files do not import one another.
 LAYERS = {
     "cac_reward": [
+        *("plain", "whole_files"),
         *("report", "taxonomy", "overlap", "video", "records", "frames", "questions", "answers"),
         *("cache", "calibration"),
         *(
+            "judges/families",
             "judges/base",
             "judges/loading",
             "judges/reading",
@@ -33,6 +35,8 @@ LAYERS = {
         *("server/command", "server/"),
         *("drawing", "tables", "page_assets", "page", "exports/base", "exports/", "exporting"),
         "batch",
+        *("data/annotations", "data/lines", "data/parquet", "data/shards", "data/storage"),
+        *("data/checking", "data/importers/base", "data/importers/", "data/importing"),
         *("data/", "training/", "evaluation/", "__main__"),
     ],
     "diffusion_rl": [

@@ -30,6 +30,7 @@ SETTINGS = ServerSettings(limits=LIMITS)
 B64 = base64.b64encode(b"some bytes").decode()
 SCORED = Answer("scored", score=0.25, report={"judge_id": "j"})
 UNJUDGED = Answer("unjudged", error="no verdict")
+RATE = {"kwargs": {"fps": 16}}
 
 
 def test_our_schema() -> None:
@@ -160,9 +161,21 @@ def test_unirl() -> None:
         ],
         "protocol_version": "1",
     }
-    reply = unirl_reply(body, [UNJUDGED], "toy")
-    assert reply["results"] == [{}]
-    assert reply["errors"] == [{"cac": "no verdict"}]
+    assert unirl_clips({"requests": []}, SETTINGS) == []
+
+
+def test_unirls_reply_keeps_order_errors_and_identities() -> None:
+    requests = [
+        *unirl()["requests"],
+        *unirl(request_id="r2", sample_id=None)["requests"],
+        *unirl(request_id="r3")["requests"],
+    ]
+    reply = unirl_reply({"requests": requests}, [SCORED, UNJUDGED, SCORED], "toy")
+    assert json.loads(json.dumps(reply, allow_nan=False)) == reply
+    assert reply["results"] == [{"cac": {"p_clean": 0.25}}, {}, {"cac": {"p_clean": 0.25}}]
+    assert reply["errors"] == [{}, {"cac": "no verdict"}, {}]
+    assert [one["request_id"] for one in reply["identities"]] == ["r1", "r2", "r3"]
+    assert reply["identities"][1]["sample_id"] is None
 
 
 @pytest.mark.parametrize(
@@ -173,7 +186,19 @@ def test_unirl() -> None:
         ({}, "requests must be a list, got None"),
         ({"requests": [1]}, r"requests\[0\] must be an object"),
         (unirl(required_rewards=["hps"]), r"required_rewards must be \['cac'\], got \['hps'\]"),
+        (unirl(required_rewards=[]), r"required_rewards must be \['cac'\], got \[\]"),
+        (unirl(required_rewards="cac"), r"required_rewards must be \['cac'\], got 'cac'"),
+        (
+            unirl(required_rewards=[["cac"]]),
+            r"required_rewards must be \['cac'\], got \[\['cac'\]\]",
+        ),
         (unirl(scorer_version="1.0"), "scorer_version must be null"),
+        (unirl(history=["a"]), r"requests\[0\].history\[0\] must be an object, got 'a'"),
+        (unirl(history=[{"text": "a", "video_b64": 7}]), "mp4 must be text, got 7"),
+        (
+            unirl(history=[{"text": "a", "video_b64": B64}, {"text": "b", "image_b64": B64}]),
+            r"history\[1\] must have video_b64 or video_path, got none",
+        ),
         (unirl(history=[]), "history must have at least one turn"),
         (unirl(history=None), "history must be a list"),
         (unirl(history=[{"text": "a", "image_b64": B64}]), "video_b64 or video_path, got none"),
@@ -206,6 +231,13 @@ def test_flow_factory() -> None:
         ({"prompt": ["a", "b"], "video": [[B64]]}, "one clip for each of 2 prompts, got 1"),
         ({"prompt": ["a"], "video": [[B64]]}, r"video\[0\].fps must be given with frames"),
         ({"prompt": ["a"], "video": [[B64]], "kwargs": 3}, "kwargs must be an object, got 3"),
+        ({"prompt": ["a"], "video": [[B64]], "kwargs": {"fps": 0}}, "kwargs.fps must be a number"),
+        ({"prompt": ["a"], "video": [[B64]], "kwargs": {"fps": "8"}}, "above 0, got '8'"),
+        ({"prompt": "a", "video": [[B64]]}, "prompt must be a list, got 'a'"),
+        ({"prompt": [7], "video": [[B64]], **RATE}, r"prompt of video\[0\] must be text .*, got 7"),
+        ({"prompt": ["a"], "video": [B64], **RATE}, r"video\[0\].frames must be a list"),
+        ({"prompt": ["a"], "video": [[]], **RATE}, r"video\[0\].frames must be text, got \[\]"),
+        ({"prompt": ["a"], "video": [[B64, 7]], **RATE}, r"video\[0\].frames must be text"),
     ],
 )
 def test_what_breaks_flow_factorys_schema_is_named(body: dict[str, Any], text: str) -> None:

@@ -1,13 +1,10 @@
-"""The contract of Flow-Factory's reward models and of its client of /compute.
+"""The contract of Flow-Factory's reward models.
 
 Flow-Factory is not installed here: a stand-in with its documented base class takes its place.
-Source: X-GenGroup/Flow-Factory, src/flow_factory/rewards/{abc,registry,my_reward_remote}.py.
+Source: X-GenGroup/Flow-Factory, src/flow_factory/rewards/{abc,registry}.py.
 """
 
-import base64
 import importlib
-import io
-import json
 import pickle
 import sys
 from dataclasses import dataclass
@@ -19,10 +16,7 @@ import torch
 from PIL import Image
 
 from cac_reward.adapters import flow_factory
-from cac_reward.adapters.base import Outcome, VideoReward
-from cac_reward.adapters.flow_factory import compute_reply, parse_compute
 from cac_reward.adapters.settings import ScorerSettings
-from cac_reward.video import VideoLimits
 from tests.cac_reward.adapters.stub_scorer import (
     FPS,
     UNJUDGED,
@@ -149,100 +143,6 @@ def test_without_flow_factory_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch
         _ = flow_factory.CaCRewardModel
     with pytest.raises(AttributeError, match="has no attribute 'Reward'"):
         _ = flow_factory.Reward
-
-
-def base64_frames(frames: torch.Tensor, kind: str = "PNG") -> list[str]:
-    """How their client writes a video."""
-    texts = []
-    for frame in frames.permute(0, 2, 3, 1).numpy():
-        buffer = io.BytesIO()
-        Image.fromarray(frame).save(buffer, format=kind)
-        texts.append(base64.b64encode(buffer.getvalue()).decode())
-    return texts
-
-
-def payload(*frames: torch.Tensor, **changes: object) -> dict:
-    """What their client posts, after its way over the wire."""
-    body = {
-        "prompt": [f"prompt {row}" for row in range(len(frames))],
-        "image": None,
-        "video": [base64_frames(one) for one in frames],
-        "condition_images": None,
-        "condition_videos": None,
-        "kwargs": None,
-        **changes,
-    }
-    return json.loads(json.dumps(body))
-
-
-@pytest.mark.parametrize("num_frames", [3, 5])
-def test_a_request_and_its_answer(num_frames: int) -> None:
-    frames = [clip(51, num_frames), clip(102, height=8)]
-    request = parse_compute(payload(*frames))
-    assert all(torch.equal(*pair) for pair in zip(request.videos, frames, strict=True))
-    assert all(one.dtype == torch.uint8 for one in request.videos)
-    assert (request.prompts, request.fps) == (("prompt 0", "prompt 1"), None)
-    assert parse_compute(payload(*frames, kwargs={"fps": 24})).fps == 24
-    reward = VideoReward(scorer=StubScorer(), fps=FPS, value_range="0..255", on_failure="mask")
-    reply = json.loads(json.dumps(compute_reply(reward(request.videos, request.prompts))))
-    assert list(reply) == ["rewards"]
-    expect(reply["rewards"], [51, 102])
-
-
-def test_a_missing_reward_is_an_error_of_the_request() -> None:
-    scores = torch.tensor([0.5, float("nan")])
-    reply = compute_reply(Outcome(scores, (None, "too red to judge"), (None, None)))
-    assert reply == {"error": "video 1 could not be judged: too red to judge"}
-    replaced = Outcome(torch.tensor([0.5, -1.0]), (None, "too red to judge"), (None, None))
-    assert compute_reply(replaced) == {"rewards": [0.5, -1.0]}
-
-
-PNG = base64_frames(clip(1))
-BMP = base64_frames(clip(1), "BMP")
-OTHER_SIZE = base64_frames(clip(1, height=8))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"video": None}, "video must be a list of lists of base64 frames"),
-        ({"video": [PNG[0]]}, "video must be a list of lists of base64 frames"),
-        ({"prompt": "a"}, "prompt must be a list of texts, got str"),
-        ({"prompt": []}, "prompts must hold one text for each of 1 videos, got 0"),
-        ({"prompt": [7]}, "prompts must be texts, got int"),
-        ({"kwargs": []}, "kwargs must be an object or null, got list"),
-        ({"kwargs": {"fps": 0}}, "fps must be above 0, got 0"),
-        ({"kwargs": {"fps": "8"}}, "fps must be above 0, got '8'"),
-        ({"video": [[PNG[0], 7]]}, r"video\[0\]\[1\] must be base64 text, got int"),
-        ({"video": [[PNG[0], "***"]]}, r"video\[0\]\[1\] must be a base64 PNG or JPEG picture"),
-        ({"video": [[PNG[0], "AAAA"]]}, r"video\[0\]\[1\] must be a base64 PNG or JPEG picture"),
-        ({"video": [[PNG[0], BMP[0]]]}, r"video\[0\]\[1\] must be a base64 PNG or JPEG picture"),
-        ({"video": [[PNG[0], PNG[1][:68]]]}, r"video\[0\]\[1\] must be a base64 PNG or JPEG"),
-        ({"video": [[PNG[0]]]}, r"video\[0\] must have at least 2 frames, got 1"),
-        ({"video": [[]]}, r"video\[0\] must have at least 2 frames, got 0"),
-        ({"video": [[PNG[0], OTHER_SIZE[0]]]}, "frames must be pictures of one size"),
-    ],
-)
-def test_wrong_requests_are_refused(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_compute(payload(clip(1), **changes))
-
-
-def test_what_is_no_object_is_refused() -> None:
-    with pytest.raises(ValueError, match="payload must be an object, got list"):
-        parse_compute([])
-
-
-def test_limits_are_checked_before_pixels_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    body = payload(clip(1))
-    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
-    for limits, message in [
-        (VideoLimits(max_pixels=23), r"max_pixels=23, got 24 in video\[0\]\[0\]"),
-        (VideoLimits(max_frames=2), r"max_frames=2, got 3 in video\[0\]\[0\]"),
-        (VideoLimits(max_bytes=200), r"max_bytes=200, got 216 in video\[0\]\[0\]"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            parse_compute(body, limits=limits)
 
 
 def test_the_toy_judge_through_the_class(

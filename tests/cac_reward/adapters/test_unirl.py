@@ -1,11 +1,9 @@
-"""The contract of UniRL's reward service: its scorers and its /score schema.
+"""The contract of the scorers of UniRL's reward service.
 
 The service is not installed here: a stand-in with its documented base class takes its place.
-Source: Tencent-Hunyuan/UniRL, unirl-reward-service/reward_service/schemas.py and scorers/base.py.
+Source: Tencent-Hunyuan/UniRL, unirl-reward-service/reward_service/scorers/base.py.
 """
 
-import base64
-import json
 import math
 import pickle
 import sys
@@ -14,12 +12,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from cac_reward.adapters import unirl
-from cac_reward.adapters.base import VideoReward
-from cac_reward.adapters.unirl import parse_score, score_reply
-from tests.cac_reward.adapters.stub_scorer import FPS, UNJUDGED, StubScorer, clip, mp4, red_of
+from tests.cac_reward.adapters.stub_scorer import StubScorer, clip, mp4, red_of
 
 
 class BaseScorer:
@@ -120,110 +115,3 @@ def test_without_the_service_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch)
         _ = unirl.CaCVideoScorer
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = unirl.Nothing
-
-
-VIDEO = mp4(clip(100))
-TURN = {"text": "a cup", "video_b64": base64.b64encode(VIDEO).decode()}
-
-
-def body(**changes: object) -> dict:
-    """What UniRL's client posts for one video, after its way over the wire."""
-    request = {
-        "history": [TURN],
-        "required_rewards": ["cac"],
-        "metadata": None,
-        "request_id": "7",
-        "sample_id": "7",
-        "group_id": "1",
-        "source_rank": 0,
-        "policy_version": 3,
-        "scorer_version": None,
-        "idempotency_key": "abc",
-        **changes,
-    }
-    return json.loads(json.dumps({"protocol_version": "1", "requests": [request]}))
-
-
-def test_a_request_is_read() -> None:
-    (request,) = parse_score(body(metadata={"seed": 1}))
-    assert (request.prompt, request.video, request.video_path) == ("a cup", VIDEO, None)
-    assert request.required_rewards == ("cac",)
-    assert request.metadata == {"seed": 1}
-    (request,) = parse_score(body(history=[{"text": "a", "video_path": "/data/a.mp4"}]))
-    assert (request.video, request.video_path, request.metadata) == (None, "/data/a.mp4", {})
-    turns = [{"text": "draw", "image_b64": "AAAA"}, TURN]
-    assert parse_score(body(history=turns))[0].prompt == "a cup"
-    assert parse_score({"requests": []}) == []
-
-
-def test_the_answer_keeps_order_errors_and_identities() -> None:
-    requests = parse_score(
-        {"requests": body()["requests"] * 2 + body(request_id="8", sample_id=None)["requests"]}
-    )
-    reward = VideoReward(scorer=StubScorer(), fps=FPS, value_range="0..255", on_failure="mask")
-    outcome = reward([clip(51), clip(UNJUDGED), clip(102)], [one.prompt for one in requests])
-    reply = json.loads(json.dumps(score_reply(requests, outcome), allow_nan=False))
-    assert reply["results"] == [
-        {"cac": {"p_clean": pytest.approx(0.2)}},
-        {},
-        {"cac": {"p_clean": pytest.approx(0.4)}},
-    ]
-    assert reply["errors"] == [{}, {"cac": "too red to judge"}, {}]
-    assert reply["protocol_version"] == "1"
-    assert reply["identities"][2] == {
-        "request_id": "8",
-        "sample_id": None,
-        "group_id": "1",
-        "source_rank": 0,
-        "policy_version": 3,
-        "idempotency_key": "abc",
-        "scorer_version": None,
-    }
-    with pytest.raises(ValueError, match="one score for each of 2 requests, got 3"):
-        score_reply(requests[:2], outcome)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"history": []}, r"requests\[0\].history must be a list of turns, got \[\]"),
-        ({"history": ["a"]}, r"requests\[0\].history\[0\] must be an object, got str"),
-        ({"history": [{"text": "a"}]}, r"history\[0\] must carry one of .*video_path.*, got none"),
-        ({"history": [{**TURN, "text": None}]}, r"history\[0\].text must be text, got NoneType"),
-        ({"history": [{"text": "a", "video_b64": 7}]}, "video_b64 must be text, got int"),
-        ({"history": [{**TURN, "video_path": "/a"}]}, "only one of video_b64 and video_path"),
-        ({"history": [{"text": "a", "video_b64": "***"}]}, r"\[0\].video_b64 must be base64"),
-        ({"history": [TURN, {"text": "a", "image_b64": "AAAA"}]}, "end in a turn with a video"),
-        ({"required_rewards": ["ocr"]}, r"must name some of \['cac'\], got \['ocr'\]"),
-        ({"required_rewards": []}, r"must name some of \['cac'\], got \[\]"),
-        ({"required_rewards": "cac"}, r"must name some of \['cac'\], got 'cac'"),
-        ({"required_rewards": [["cac"]]}, r"must name some of \['cac'\]"),
-        ({"metadata": []}, r"requests\[0\].metadata must be an object, got list"),
-        ({"scorer_version": "2"}, "scorer_version must be null, got '2'; drop expected_scorer"),
-    ],
-)
-def test_wrong_requests_are_refused(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_score(body(**changes))
-
-
-@pytest.mark.parametrize(
-    ("whole", "message"),
-    [
-        ([], "body must be an object, got list"),
-        ({}, "requests must be a list, got NoneType"),
-        ({"requests": [7]}, r"requests\[0\] must be an object, got int"),
-        ({"protocol_version": "2", "requests": []}, "protocol_version must be '1', got '2'"),
-    ],
-)
-def test_wrong_bodies_are_refused(whole: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_score(whole)
-
-
-def test_another_name_of_the_reward() -> None:
-    (request,) = parse_score(body(required_rewards=["mine"]), rewards=["mine"])
-    outcome = VideoReward(scorer=StubScorer())([request.video], [request.prompt])
-    reply = score_reply([request], outcome, reward="mine")
-    assert reply["results"] == [{"mine": {"p_clean": pytest.approx(red_of(VIDEO))}}]
-    assert torch.isfinite(outcome.scores).all()

@@ -1,0 +1,1 @@
+"""Annotations of other projects, each read from the files as published."""

@@ -83,6 +83,18 @@ _VIF_COT_4K = {
     "Text Distortion": "text",
 }
 
+_DEEPTRACE_REWARD = {
+    "object distortion": "deformation",
+    "background distortion": "deformation",
+    "sudden blurring": "texture",
+    "object trajectory": "motion",
+    "unexpected move": "motion",
+    "redundant object": "appearance",
+    "object disappearance": "disappearance",
+    "object merging": "merging",
+    "object splitting": "splitting",
+}
+
 _TOY_WORLD = {
     "vanish": "disappearance",
     "teleport": "jump",
@@ -94,7 +106,95 @@ _TOY_WORLD = {
 }
 
 SOURCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {"vif_cot_4k": MappingProxyType(_VIF_COT_4K), "toy_world": MappingProxyType(_TOY_WORLD)}
+    {
+        "vif_cot_4k": MappingProxyType(_VIF_COT_4K),
+        "deeptrace_reward": MappingProxyType(_DEEPTRACE_REWARD),
+        "toy_world": MappingProxyType(_TOY_WORLD),
+    }
+)
+
+EVENT_TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        "abuse": "a person or animal is mistreated",
+        "agriculture": "harm to crops, livestock or farm machines",
+        "arrest": "someone is taken by the police",
+        "arson": "a fire is laid",
+        "assault": "someone is attacked",
+        "burglary": "someone breaks into a place",
+        "explosion": "something explodes",
+        "fighting": "people fight each other",
+        "fire": "something burns",
+        "food_safety": "food is handled in a harmful way",
+        "medical": "someone is taken ill",
+        "natural_hazard": "flood, storm, landslide and the like",
+        "object_fall": "a thing falls",
+        "person_fall": "a person falls",
+        "riot": "a crowd is violent",
+        "robbery": "something is taken by force",
+        "shooting": "a gun is fired",
+        "shoplifting": "goods are taken from a shop",
+        "stealing": "something is taken in secret",
+        "traffic_accident": "vehicles or people collide in traffic",
+        "vandalism": "things are damaged on purpose",
+        "water_incident": "someone or something is in danger in water",
+    }
+)
+"""Unusual events of the real world, the anomalies of surveillance data: no faults of a generator,
+so no judge of generated video is asked for them."""
+
+_VAU_BENCH = {
+    "Abuse": "abuse",
+    "Agriculture": "agriculture",
+    "Arrest": "arrest",
+    "Arson": "arson",
+    "Assault": "assault",
+    "Explosion": "explosion",
+    "Fighting": "fighting",
+    "Fire": "fire",
+    "Food Safety": "food_safety",
+    "Medical Abnormality": "medical",
+    "Natural Hazard": "natural_hazard",
+    "Object_falling": "object_fall",
+    "People_falling": "person_fall",
+    "Robbery": "robbery",
+    "Shooting": "shooting",
+    "Stealing": "stealing",
+    "Traffic_accident": "traffic_accident",
+    "Vandalism": "vandalism",
+    "Water_incident": "water_incident",
+}
+
+_UCF_CRIME = {
+    "Abuse": "abuse",
+    "Arrest": "arrest",
+    "Arson": "arson",
+    "Assault": "assault",
+    "Burglary": "burglary",
+    "Explosion": "explosion",
+    "Fighting": "fighting",
+    "RoadAccidents": "traffic_accident",
+    "Robbery": "robbery",
+    "Shooting": "shooting",
+    "Shoplifting": "shoplifting",
+    "Stealing": "stealing",
+    "Vandalism": "vandalism",
+}
+
+_XD_VIOLENCE = {
+    "B1": "fighting",
+    "B2": "shooting",
+    "B4": "riot",
+    "B5": "abuse",
+    "B6": "traffic_accident",
+    "G": "explosion",
+}
+
+EVENT_SOURCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "vau_bench": MappingProxyType(_VAU_BENCH),
+        "ucf_crime": MappingProxyType(_UCF_CRIME),
+        "xd_violence": MappingProxyType(_XD_VIOLENCE),
+    }
 )
 
 
@@ -116,6 +216,23 @@ def leaf_type(name: str, source: str | None = None) -> LeafType:
         return LEAF_TYPES[_known("type", name, LEAF_TYPES)]
     names = SOURCES[_known("source", source, SOURCES)]
     return LEAF_TYPES[names[_known(f"type of {source}", name, names)]]
+
+
+def event_type(name: str, source: str) -> str:
+    """Find an event by the name that a data set of surveillance uses.
+
+    Args:
+        name: For example 'RoadAccidents' with source 'ucf_crime'.
+        source: A key of `EVENT_SOURCES`.
+
+    Returns:
+        A key of `EVENT_TYPES`.
+
+    Raises:
+        ValueError: If the name or the source is unknown; near names are given.
+    """
+    names = EVENT_SOURCES[_known("source", source, EVENT_SOURCES)]
+    return names[_known(f"class of {source}", name, names)]
 
 
 def _known(what: str, name: str, names: Mapping[str, object]) -> str:

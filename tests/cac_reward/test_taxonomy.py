@@ -2,7 +2,15 @@
 
 import pytest
 
-from cac_reward.taxonomy import FAMILIES, LEAF_TYPES, SOURCES, leaf_type
+from cac_reward.taxonomy import (
+    EVENT_SOURCES,
+    EVENT_TYPES,
+    FAMILIES,
+    LEAF_TYPES,
+    SOURCES,
+    event_type,
+    leaf_type,
+)
 
 
 def test_every_leaf_belongs_to_a_family_and_every_family_has_leaves() -> None:
@@ -19,6 +27,16 @@ def test_every_name_of_other_data_has_a_leaf(source: str) -> None:
 
 def test_all_23_types_of_vif_cot_4k_are_known() -> None:
     assert len(SOURCES["vif_cot_4k"]) == 23
+
+
+def test_every_event_of_other_data_is_known_and_no_fault() -> None:
+    for source, names in EVENT_SOURCES.items():
+        assert {event_type(name, source) for name in names} <= set(EVENT_TYPES)
+    assert not set(EVENT_TYPES) & set(LEAF_TYPES)
+    used = {event for names in EVENT_SOURCES.values() for event in names.values()}
+    assert used == set(EVENT_TYPES)
+    with pytest.raises(ValueError, match="class of ucf_crime must be .* did you mean 'Stealing'"):
+        event_type("Steeling", "ucf_crime")
 
 
 def test_the_toy_world_faults_are_known() -> None:

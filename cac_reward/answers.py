@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from cac_reward.questions import CLEAN_ANSWER, TOOL_CALL_END, TOOL_CALL_PREFIX, VERDICT_PREFIX
 from cac_reward.report import TIME_TOLERANCE, VERDICTS, Box, Finding, TimeWindow
@@ -20,6 +20,17 @@ BoxWriter = Callable[[Coordinates], list[int]]
 """Relative coordinates to the numbers that a model family writes."""
 BoxReader = Callable[[list[float]], Coordinates]
 """The inverse; raises ValueError for numbers that are no box."""
+
+CALL_TAGS: Mapping[str, Sequence[tuple[str, str]]] = {
+    "json": ((TOOL_CALL_PREFIX, TOOL_CALL_END),),
+    "xml": (
+        (TOOL_CALL_PREFIX, TOOL_CALL_END),
+        ("<function=inspect>", "</function>"),
+        ("<parameter=windows>", "</parameter>"),
+    ),
+}
+"""Ways to write a tool call, by the tags around it: 'json' holds the call's name and arguments in
+one object (Qwen2.5 and Qwen3), 'xml' has tags for them and holds the windows alone (Qwen3.5)."""
 
 MAX_ANSWER_CHARACTERS = 20_000
 MAX_WINDOWS = 16
@@ -56,22 +67,68 @@ def read_thousandths(numbers: list[float]) -> Coordinates:
     return (x1, y1, x2, y2)
 
 
-def write_tool_call(windows: Sequence[TimeWindow]) -> str:
-    """Write turn 1's call to see some windows again.
+def pixel_writer(height: int, width: int) -> BoxWriter:
+    """How boxes are written in pixels of a frame of this size, as it is shown (Qwen2.5-VL).
+
+    Example:
+        >>> pixel_writer(56, 280)((0.25, 0.5, 0.5, 1.0))
+        [70, 28, 140, 56]
+    """
+
+    def write(coordinates: Coordinates) -> list[int]:
+        x1, x2 = _integer_span(coordinates[0], coordinates[2], width)
+        y1, y2 = _integer_span(coordinates[1], coordinates[3], height)
+        return [x1, y1, x2, y2]
+
+    return write
+
+
+def pixel_reader(height: int, width: int) -> BoxReader:
+    """The inverse of `pixel_writer`; its reader raises ValueError for a box outside the frame."""
+
+    def read(numbers: list[float]) -> Coordinates:
+        x1, y1, x2, y2 = numbers
+        if not all(0 <= x <= width for x in (x1, x2)) or not all(
+            0 <= y <= height for y in (y1, y2)
+        ):
+            raise ValueError(
+                f"box must be in pixels of a frame {width} wide and {height} high, got {numbers}"
+            )
+        return (x1 / width, y1 / height, x2 / width, y2 / height)
+
+    return read
+
+
+def write_tool_call(windows: Sequence[TimeWindow], call_format: str = "json") -> str:
+    """Write turn 1's call to see some windows again, in one of the ways of `CALL_TAGS`.
 
     Raises:
         ValueError: If there are no windows; a clean clip is answered by `write_scan_answer`.
+
+    Example:
+        >>> print(write_tool_call([TimeWindow(0.25, 1)], "xml"))
+        <tool_call>
+        <function=inspect>
+        <parameter=windows>
+        [[0.25, 1.00]]
+        </parameter>
+        </function>
+        </tool_call>
     """
     if not windows:
         raise ValueError("windows must hold at least one window, got none; a clean clip is no call")
-    listed = ", ".join(_write_window(window) for window in windows)
-    call = f'{{"name": "inspect", "arguments": {{"windows": [{listed}]}}}}'
-    return f"{TOOL_CALL_PREFIX}\n{call}\n{TOOL_CALL_END}"
+    tags = CALL_TAGS[call_format]
+    text = f"[{', '.join(_write_window(window) for window in windows)}]"
+    if call_format == "json":
+        text = f'{{"name": "inspect", "arguments": {{"windows": {text}}}}}'
+    for begin, end in reversed(tags):
+        text = f"{begin}\n{text}\n{end}"
+    return text
 
 
-def write_scan_answer(windows: Sequence[TimeWindow]) -> str:
+def write_scan_answer(windows: Sequence[TimeWindow], call_format: str = "json") -> str:
     """Write turn 1's answer: a clean verdict where nothing is suspicious, a tool call otherwise."""
-    return write_tool_call(windows) if windows else CLEAN_ANSWER
+    return write_tool_call(windows, call_format) if windows else CLEAN_ANSWER
 
 
 def write_findings(findings: Sequence[Finding], box_writer: BoxWriter = write_thousandths) -> str:
@@ -87,24 +144,32 @@ def write_findings(findings: Sequence[Finding], box_writer: BoxWriter = write_th
     return f'{{"findings": [{listed}]}}\n{VERDICT_PREFIX} {verdict}'
 
 
-def parse_tool_call(text: str, duration_seconds: float) -> tuple[TimeWindow, ...]:
+def parse_tool_call(
+    text: str, duration_seconds: float, call_format: str = "json"
+) -> tuple[TimeWindow, ...]:
     """Read the windows of turn 1's tool call.
 
     Args:
         text: The whole answer, `<tool_call>` included.
         duration_seconds: Length of the clip; no window may end after it.
+        call_format: One of `CALL_TAGS`, the model family's way to write a call.
 
     Raises:
         AnswerError: If the text is anything but one well-formed call of `inspect`.
     """
     try:
-        body = _limited(text).strip()
-        if not (body.startswith(TOOL_CALL_PREFIX) and body.endswith(TOOL_CALL_END)):
-            raise ValueError(f"must be one {TOOL_CALL_PREFIX} ... {TOOL_CALL_END} and nothing else")
-        call = _keys("call", _load(body[len(TOOL_CALL_PREFIX) : -len(TOOL_CALL_END)]), _CALL_KEYS)
-        if call["name"] != "inspect":
-            raise ValueError('must call the tool "inspect"')
-        windows = _keys("arguments", call["arguments"], ("windows",))["windows"]
+        body = _limited(text)
+        for begin, end in CALL_TAGS[call_format]:
+            body = body.strip()
+            if not (body.startswith(begin) and body.endswith(end)):
+                raise ValueError(f"must be one {begin} ... {end} and nothing else")
+            body = body[len(begin) : -len(end)]
+        windows = _load(body)
+        if call_format == "json":
+            call = _keys("call", windows, _CALL_KEYS)
+            if call["name"] != "inspect":
+                raise ValueError('must call the tool "inspect"')
+            windows = _keys("arguments", call["arguments"], ("windows",))["windows"]
         return tuple(
             _read_window(window, duration_seconds)
             for window in _list("windows", windows, 1, MAX_WINDOWS)
@@ -113,13 +178,17 @@ def parse_tool_call(text: str, duration_seconds: float) -> tuple[TimeWindow, ...
         raise _answer_error("tool call", error, text) from error
 
 
-def parse_scan_answer(text: str, duration_seconds: float) -> tuple[TimeWindow, ...]:
+def parse_scan_answer(
+    text: str, duration_seconds: float, call_format: str = "json"
+) -> tuple[TimeWindow, ...]:
     """Read turn 1's answer: no windows for a clean verdict, those of the call otherwise.
 
     Raises:
         AnswerError: If the text is neither.
     """
-    return () if text.strip() == CLEAN_ANSWER else parse_tool_call(text, duration_seconds)
+    if text.strip() == CLEAN_ANSWER:
+        return ()
+    return parse_tool_call(text, duration_seconds, call_format)
 
 
 def parse_findings(

@@ -29,6 +29,8 @@ class Case:
     conversation: tuple[Message, ...] = ()
     scan_frames: Sequence[int] = ()
     inspect_frames: Sequence[int] = ()
+    inspect_size: tuple[int, int] = (1, 1)
+    """Height and width of the frames as turn 2 shows them."""
     windows: tuple[TimeWindow, ...] = ()
     findings: tuple[Finding, ...] = ()
     scan_text: str = ""

@@ -7,9 +7,10 @@ channels, H height, W width.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -79,6 +80,15 @@ JUDGE_TEXT_FULL = (
     'or 3. For a clean clip: {"findings": []}\n'
     "Second line: Verdict: clean or Verdict: anomalous"
 )
+BOX_UNITS = ("thousandths", "pixels")
+"""What a judge writes boxes in: thousandths of the frame, or pixels of the frame as it is shown."""
+TOOLS_TEXT = (
+    "# Tools\n\nYou may call these functions; each line of <tools> describes one:\n"
+    "<tools>\n{tools}\n</tools>\nTo call one, write its name and arguments as one JSON object:\n"
+    '<tool_call>\n{{"name": NAME, "arguments": {{...}}}}\n</tool_call>'
+)
+"""Stands in the system turn where a family's chat template knows no tools."""
+TOOL_RESPONSE_TAGS = ("<tool_response>\n", "\n</tool_response>")
 
 
 @dataclass(frozen=True)
@@ -138,13 +148,28 @@ def scan_message(frames: Tensor, times: Sequence[float], wording: str) -> tuple[
     return (user,) if wording == "brief" else (Message("system", (SYSTEM_TEXT_FULL,)), user)
 
 
-def inspect_message(frames: Tensor, times: Sequence[float], wording: str) -> Message:
+def inspect_message(
+    frames: Tensor, times: Sequence[float], wording: str, box_units: str = BOX_UNITS[0]
+) -> Message:
     """Answer the tool call of turn 1 with the frames of its windows.
 
-    Args and Raises: as for `scan_message`.
+    Args and Raises: as for `scan_message`; box_units is one of `BOX_UNITS`.
     """
-    text = _worded(wording, JUDGE_TEXT, JUDGE_TEXT_FULL)
-    return Message("tool", (*_stamped(frames, times), text))
+    stamped = _stamped(frames, times)
+    text = _worded(wording, JUDGE_TEXT, _judge_text(box_units, *frames.shape[-2:]))
+    return Message("tool", (*stamped, text))
+
+
+def tools_turn(tools: Sequence[Mapping[str, object]], system_text: str = "") -> Message:
+    """The system turn that tells a judge of its tools, behind what the system says anyway."""
+    described = TOOLS_TEXT.format(tools="\n".join(json.dumps(tool) for tool in tools))
+    return Message("system", (f"{system_text}\n\n{described}" if system_text else described,))
+
+
+def plain_tool_turn(message: Message) -> Message:
+    """A tool's turn as the user's, in its tags, for templates and servers that know no tools."""
+    begin, end = TOOL_RESPONSE_TAGS
+    return Message("user", (begin, *message.content, end))
 
 
 def alignment_question(prompt: str, wording: str) -> str:
@@ -225,6 +250,19 @@ def _worded(wording: str, brief: str, full: str) -> str:
     if wording not in WORDINGS:
         raise ValueError(f"wording must be one of {WORDINGS}, got {wording!r}")
     return brief if wording == "brief" else full
+
+
+def _judge_text(box_units: str, height: int, width: int) -> str:
+    """The full wording of turn 2's question, with the family's way to write boxes."""
+    if box_units not in BOX_UNITS:
+        raise ValueError(f"box_units must be one of {BOX_UNITS}, got {box_units!r}")
+    if box_units == "thousandths":
+        return JUDGE_TEXT_FULL
+    box = [312 * width // 1000, height // 4, 640 * width // 1000, 588 * height // 1000]
+    return JUDGE_TEXT_FULL.replace("[312, 250, 640, 588]", str(box)).replace(
+        "thousandths of the frame's width and height",
+        f"pixels of these frames, which are {width} wide and {height} high",
+    )
 
 
 def _stamped(frames: Tensor, times: Sequence[float]) -> list[str | Tensor]:

@@ -266,7 +266,9 @@ class CaCScorer:
         for case, call in zip(suspicious, calls, strict=True):
             case.scan_text = call
             try:
-                case.windows = parse_tool_call(said(call), case.duration_seconds)
+                case.windows = parse_tool_call(
+                    said(call), case.duration_seconds, self.judge.family.call_format
+                )
             except AnswerError as error:
                 case.error = str(error)
         note_seconds(cases, "scan", began)
@@ -282,10 +284,11 @@ class CaCScorer:
             shown = show_frames(
                 self.judge, case.frames, case.inspect_frames, settings.inspect.pixels
             )
+            case.inspect_size = (shown.shape[-2], shown.shape[-1])
             times = frame_times(case.inspect_frames, case.fps)
             case.conversation += (
                 Message("assistant", (case.scan_text,)),
-                inspect_message(shown, times, settings.wording),
+                inspect_message(shown, times, settings.wording, self.judge.family.box_units),
             )
         prefixes = [VERDICT_PREFIX] * len(cases)
         if self.mode == "full":
@@ -308,7 +311,9 @@ class CaCScorer:
         line = text.strip().partition("\n")[0]
         try:
             case.findings = parse_findings(
-                said(text) and line, case.duration_seconds, box_reader=self.judge.box_reader
+                said(text) and line,
+                case.duration_seconds,
+                box_reader=self.judge.family.box_reader(*case.inspect_size),
             )
         except AnswerError as error:
             case.error = str(error)

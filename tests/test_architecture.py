@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # no row of its own; such files do not import one another.
 LAYERS = {
     "cac_reward": [
-        *("plain", "whole_files"),
+        *("plain", "whole_files", "display"),
         *("report", "taxonomy", "overlap", "video", "records", "frames", "questions", "answers"),
         *("cache", "calibration"),
         *(
@@ -29,8 +29,8 @@ LAYERS = {
             "scorer",
             "alignment",
         ),
-        *("adapters/base", "adapters/settings", "adapters/texts", "adapters/"),
-        *("client", "server/settings", "server/lines", "server/children", "server/metrics"),
+        *("client", "adapters/base", "adapters/settings", "adapters/texts", "adapters/"),
+        *("server/settings", "server/lines", "server/children", "server/metrics"),
         *("server/wire", "server/decoding", "server/judging", "server/pipeline", "server/app"),
         *("server/command", "server/"),
         *("drawing", "tables", "page_assets", "page", "exports/base", "exports/", "exporting"),

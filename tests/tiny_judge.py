@@ -1,12 +1,23 @@
-"""A stock Qwen3-VL folder with random weights, small enough to build inside a test."""
+"""Stock Qwen3-VL, Qwen2.5-VL and Qwen3.5 folders with random weights, small enough for a test."""
 
+import importlib.util
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from examples.toy_world.judge_folder import (
     CORPUS,
@@ -16,6 +27,20 @@ from examples.toy_world.judge_folder import (
 )
 
 logger = logging.getLogger(__name__)
+
+PUBLISHED_TEMPLATES = {
+    "qwen3_vl": "qwen3_vl",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_5": "qwen3_5_think",
+}
+"""TRL keeps the chat templates of published checkpoints, to know them again."""
+
+
+def published_template(family: str) -> str:
+    """The chat template that a family is published with."""
+    (folder,) = importlib.util.find_spec("trl").submodule_search_locations
+    path = Path(folder) / "chat_templates" / f"{PUBLISHED_TEMPLATES[family]}.jinja"
+    return path.read_text(encoding="utf-8")
 
 
 def build_tiny_judge(
@@ -32,8 +57,9 @@ def build_tiny_judge(
     whole_tokens: Sequence[str] = (),
     seed: int = 0,
     settings: dict | None = None,
+    family: str = "qwen3_vl",
 ) -> Path:
-    """Save a judge with random weights that loads like any published Qwen3-VL.
+    """Save a judge with random weights that loads like any published one of its family.
 
     Args:
         folder: where the files go; made when missing.
@@ -49,6 +75,7 @@ def build_tiny_judge(
             (seven tokens otherwise), which makes prompts shorter and the judge faster.
         seed: of the random weights; torch's global generator is left as it was.
         settings: written as `cac_judge.json` when given.
+        family: 'qwen3_vl', or 'qwen2_5_vl' or 'qwen3_5' with their published chat templates.
 
     Returns:
         `folder` as a Path.
@@ -56,6 +83,7 @@ def build_tiny_judge(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(corpus, vocab_size, whole_tokens)
+    processor = build_processor(tokenizer, patch_size, merge_size)
     config = build_config(
         tokenizer,
         hidden_size=hidden_size,
@@ -65,14 +93,76 @@ def build_tiny_judge(
         patch_size=patch_size,
         merge_size=merge_size,
     )
+    if family == "qwen3_5":
+        tokenizer = processor.tokenizer = _qwen3_5_tokenizer(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(config)
+        model = _build_model(family, config)
+    if family != "qwen3_vl":
+        template = published_template(family)
+        if family == "qwen2_5_vl":
+            parts = (processor.image_processor, tokenizer, processor.video_processor)
+            processor = Qwen2_5_VLProcessor(*parts, chat_template=template)
+        processor.chat_template = template
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
-    build_processor(tokenizer, patch_size, merge_size).save_pretrained(folder)
+    processor.save_pretrained(folder)
     if settings is not None:
         (folder / "cac_judge.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     logger.info("built %s with %d parameters", folder, model.num_parameters())
     return folder
+
+
+def _qwen3_5_tokenizer(tokenizer: Qwen2Tokenizer) -> Qwen3_5Tokenizer:
+    """The same words and control tokens in the class of Qwen3.5."""
+    learnt = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = learnt["model"]["vocab"]
+    other = Qwen3_5Tokenizer(
+        vocab=words,
+        merges=[tuple(pair) for pair in learnt["model"]["merges"]],
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        extra_special_tokens=list(tokenizer.extra_special_tokens),
+    )
+    added = [one["content"] for one in learnt["added_tokens"] if not one["special"]]
+    other.add_tokens(added)
+    assert other.get_vocab() == tokenizer.get_vocab()
+    return other
+
+
+def _build_model(family: str, config: object) -> PreTrainedModel:
+    """A model of a family, at the sizes of a Qwen3-VL config."""
+    if family == "qwen3_vl":
+        return Qwen3VLForConditionalGeneration(config)
+    record = config.to_dict()
+    text, vision = record.pop("text_config"), record.pop("vision_config")
+    ids = {name: value for name, value in record.items() if name.endswith("_token_id")}
+    for part in (text, vision):
+        for name in ("model_type", "architectures", "dtype"):
+            part.pop(name, None)
+    vision.pop("deepstack_visual_indexes")
+    text |= {"bos_token_id": None, "eos_token_id": None}
+    if family == "qwen2_5_vl":
+        vision.pop("num_position_embeddings")
+        vision.pop("hidden_act")
+        text["rope_parameters"].pop("mrope_interleaved")
+        vision["fullatt_block_indexes"] = [vision["depth"] - 1]
+        vision["window_size"] = 2 * vision["patch_size"] * vision["spatial_merge_size"]
+        return Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
+            )
+        )
+    head_size = text["head_dim"]
+    text |= {
+        "layer_types": ["linear_attention", "full_attention"] * (text["num_hidden_layers"] // 2),
+        "linear_key_head_dim": head_size,
+        "linear_value_head_dim": head_size,
+        "linear_num_key_heads": text["num_key_value_heads"],
+        "linear_num_value_heads": 2 * text["num_key_value_heads"],
+    }
+    text["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    return Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    )

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cac_reward.answers import BoxReader
 from cac_reward.calibration import Calibration
 from cac_reward.frames import JudgeSettings
+from cac_reward.judges.families import FAMILIES, Family
 from cac_reward.questions import INSPECT_TOOL, Message
 
 Conversation = Sequence[Message]
@@ -42,8 +42,8 @@ class AbstractJudge(ABC):
     """Both sides of every frame must be a multiple of this many pixels."""
     settings: JudgeSettings
     """How the judge wants to be asked."""
-    box_reader: BoxReader
-    """How the judge's family writes boxes."""
+    family: Family = FAMILIES["qwen3_vl"]
+    """How it writes boxes and tool calls."""
     fingerprint: str = ""
     """Changes with the judge's files and with how they are run; for finding reports again."""
     calibration: Calibration = Calibration()

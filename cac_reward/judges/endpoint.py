@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cac_reward.answers import read_thousandths
 from cac_reward.frames import JudgeSettings
 from cac_reward.judges.base import (
     AbstractJudge,
@@ -35,7 +34,7 @@ from cac_reward.judges.base import (
     check_conversations,
     one_prefix_each,
 )
-from cac_reward.questions import TOOL_CALL_END, TOOL_CALL_PREFIX, Message
+from cac_reward.questions import TOOL_CALL_END, TOOL_CALL_PREFIX, Message, plain_tool_turn
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +114,6 @@ class EndpointJudge(AbstractJudge):
     ) -> None:
         self.options = options or EndpointOptions()
         self.settings = settings or JudgeSettings()
-        self.box_reader = read_thousandths
         self.patch_factor = self.options.patch_factor
         self._base_url, self._model = base_url.rstrip("/"), model
         self._client = openai.OpenAI(
@@ -348,9 +346,7 @@ def write_messages(conversation: Conversation) -> list[dict[str, Any]]:
 def _write_message(message: Message) -> dict[str, Any]:
     if message.role in ("assistant", "system"):
         return {"role": message.role, "content": message.text}
-    content: list[str | Tensor] = list(message.content)
-    if message.role == "tool":
-        content = ["<tool_response>\n", *content, "\n</tool_response>"]
+    content = (plain_tool_turn(message) if message.role == "tool" else message).content
     parts: list[dict[str, Any]] = []
     for part in content:
         if isinstance(part, Tensor):

@@ -1,13 +1,9 @@
-"""From a folder or a hub id to a transformers model and processor, or one clear error.
-
-One table, `FAMILIES`, holds what differs between model families.
-"""
+"""From a folder or a hub id to a transformers model and processor, or one clear error."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +13,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from cac_reward.answers import BoxReader, read_thousandths
+from cac_reward.judges.families import find_family
 
 WHOLE_FILE_BYTES = 2**26
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between model families, by the `model_type` of their config."""
-
-    box_reader: BoxReader
-    """How the family writes boxes."""
-    never_written: tuple[str, ...]
-    """Tokens that stand for pictures; a judge that writes one breaks the next turn."""
-
-
-FAMILIES = {
-    "qwen3_vl": Family(
-        box_reader=read_thousandths,
-        never_written=("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
-    ),
-}
-
-
-def find_family(model_type: str) -> Family:
-    """Row of the table for a model.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if model_type not in FAMILIES:
-        raise ValueError(f"judge must be of a family in {list(FAMILIES)}, got {model_type!r}")
-    return FAMILIES[model_type]
 
 
 def locate(path_or_hub_id: str | Path, revision: str | None) -> tuple[Path, str | None]:

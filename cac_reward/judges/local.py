@@ -18,7 +18,8 @@ from torch import Tensor
 from cac_reward.calibration import Calibration
 from cac_reward.frames import JudgeSettings
 from cac_reward.judges.base import AbstractJudge, Conversation, one_prefix_each
-from cac_reward.judges.loading import find_family, fingerprint, load, locate
+from cac_reward.judges.families import find_family
+from cac_reward.judges.loading import fingerprint, load, locate
 from cac_reward.judges.reading import BatchReader, ReadBatch
 
 _LOADED: WeakValueDictionary[tuple, LocalJudge] = WeakValueDictionary()
@@ -28,7 +29,7 @@ class LocalJudge(AbstractJudge):
     """A transformers vision-language model as a judge.
 
     Args:
-        model: what `AutoModelForImageTextToText` loads, of one of `loading.FAMILIES`.
+        model: what `AutoModelForImageTextToText` loads, of one of `families.FAMILIES`.
         processor: what `AutoProcessor` loads beside it.
         judge_id: folder or hub id, for the reports.
         revision: commit of the weights where they came from a hub.
@@ -48,17 +49,17 @@ class LocalJudge(AbstractJudge):
         max_batch_tokens: int = 8192,
         max_memory_bytes: int = 2**30,
     ) -> None:
-        family = find_family(model.config.model_type)
+        self.family = find_family(model.config.model_type)
         self.judge_id = judge_id
         self.revision = revision
         self.settings = settings or JudgeSettings()
-        self.box_reader = family.box_reader
         self._tokenizer = processor.tokenizer
-        self._never_written = self._tokenizer.convert_tokens_to_ids(list(family.never_written))
+        self._never_written = self._tokenizer.convert_tokens_to_ids(list(self.family.never_written))
         self._stops = _stop_ids(model, self._tokenizer)
         self._reader = BatchReader(
             model,
             processor,
+            family=self.family,
             pad_token_id=self._stops[0],
             max_batch_tokens=max_batch_tokens,
             max_memory_bytes=max_memory_bytes,

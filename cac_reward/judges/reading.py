@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 from cac_reward.judges.base import Conversation, check_conversations
+from cac_reward.judges.families import Family
+from cac_reward.questions import Message, plain_tool_turn, tools_turn
+
+STATES = ("recurrent_states", "conv_states")
+"""Where transformers' linear attention layers keep what they have read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,15 +49,23 @@ class ReadBatch:
     next_position: Tensor
     """[B] rotary position of the next token."""
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether some layers keep a state in place of keys and values (Qwen3.5).
+
+        Padding in the midst of a conversation would change such a state.
+        """
+        return any(hasattr(layer, STATES[0]) for layer in self.cache.layers)
+
     def memory_bytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        return sum(one.nbytes for layer in self.cache.layers for one in _kept(layer))
 
     def fork_cache(self, rows: Sequence[int] | None = None) -> Any:
-        """A cache that grows on its own; shares its tensors with this one until then."""
+        """A cache that grows on its own; shares keys and values with this one until then."""
         twin = copy.copy(self.cache)
-        twin.layers = [copy.copy(layer) for layer in self.cache.layers]
+        twin.layers = [_fork_layer(layer) for layer in self.cache.layers]
         if rows is not None and list(rows) != list(range(len(self.mask))):
-            twin.batch_select_indices(torch.tensor(rows))
+            twin.reorder_cache(torch.tensor(rows))
         return twin
 
 
@@ -62,6 +75,7 @@ class BatchReader:
     Args:
         model: a loaded model whose inner model has `get_rope_index`.
         processor: its processor.
+        family: its conventions.
         pad_token_id: any token; padding is masked.
         max_batch_tokens: most tokens read in one pass; a longer conversation is read alone.
         max_memory_bytes: most bytes of key-value cache remembered.
@@ -72,6 +86,7 @@ class BatchReader:
         model: Any,
         processor: Any,
         *,
+        family: Family,
         pad_token_id: int,
         max_batch_tokens: int,
         max_memory_bytes: int,
@@ -80,6 +95,7 @@ class BatchReader:
             raise ValueError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
         self.model = model
         self.processor = processor
+        self.family = family
         self.max_batch_tokens = max_batch_tokens
         self.max_memory_bytes = max_memory_bytes
         self.memory: list[ReadBatch] | None = None
@@ -143,10 +159,9 @@ class BatchReader:
         if frames:
             pictures = self.processor.image_processor(
                 images=[frame.float() for frame in frames],
-                do_resize=False,
-                do_rescale=False,
                 disable_grouping=False,
                 return_tensors="pt",
+                **self.family.picture_options,
             ).to(self.model.device)
         output = self.model(
             input_ids=ids,
@@ -183,7 +198,6 @@ class BatchReader:
         return tokenized
 
     def _render(self, conversation: Conversation, tools: Sequence[Mapping[str, object]]) -> str:
-        messages = []
         for message in conversation:
             found = [one for one in self._tokenizer.all_special_tokens if one in message.text]
             if found:
@@ -191,14 +205,23 @@ class BatchReader:
                     f"messages must not hold the model's control tokens, got {found[0]!r} in "
                     f"{message.text[:200]!r}"
                 )
-            content = [
-                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-                for part in message.content
-            ]
-            messages.append({"role": message.role, "content": content})
-        return self.processor.apply_chat_template(
-            messages, tools=list(tools) or None, add_generation_prompt=True, tokenize=False
+        given = list(tools)
+        if not self.family.template_knows_tools:
+            conversation, given = _without_tools(conversation, tools), []
+        text = self.processor.apply_chat_template(
+            [_template_message(message) for message in conversation],
+            tools=given or None,
+            add_generation_prompt=True,
+            tokenize=False,
+            **self.family.template_options,
         )
+        if text.rstrip().endswith("<think>"):
+            raise ValueError(
+                "judge must answer without thinking first, got a chat template that opens <think> "
+                f"even with {dict(self.family.template_options)}; use the instruct variant of the "
+                "checkpoint, or its template with a thinking switch"
+            )
+        return text
 
     def _count_tokens(self, frame: Tensor) -> int:
         height, width = frame.shape[-2:]
@@ -225,13 +248,22 @@ class BatchReader:
         known: Sequence[tuple[ReadBatch | None, int]],
     ) -> Iterator[list[int]]:
         """Rows to read together: continuing one batch, of like lengths, with bounded tokens."""
+
+        def group(row: int) -> tuple[int, int]:
+            past, old = known[row]
+            if past is None or not past.recurrent:
+                return (id(past), 0)
+            # A state that is continued takes no padding, so the new parts must be equally long.
+            new = len(tokenized[row].tokens) - len(past.conversations[old].tokens)
+            return (id(past), new)
+
         order = sorted(
-            range(len(tokenized)), key=lambda row: (id(known[row][0]), len(tokenized[row].tokens))
+            range(len(tokenized)), key=lambda row: (group(row), len(tokenized[row].tokens))
         )
         batch: list[int] = []
         for row in order:
             tokens = (len(batch) + 1) * len(tokenized[row].tokens)
-            together = not batch or known[row][0] is known[batch[0]][0]
+            together = not batch or group(row) == group(batch[0])
             if batch and not (together and tokens <= self.max_batch_tokens):
                 yield batch
                 batch = []
@@ -292,6 +324,46 @@ class BatchReader:
                 )[0][:, 0]
             found.append(known[shape])
         return found
+
+
+def _kept(layer: Any) -> list[Tensor]:
+    """Every tensor that a layer of a cache holds."""
+    states = [state for name in STATES for state in getattr(layer, name, {}).values()]
+    found = [getattr(layer, "keys", None), getattr(layer, "values", None), *states]
+    return [one for one in found if one is not None]
+
+
+def _fork_layer(layer: Any) -> Any:
+    """A layer that grows on its own: states are written in place, keys and values are not."""
+    twin = copy.copy(layer)
+    for name in STATES:
+        if hasattr(layer, name):
+            states = getattr(layer, name)
+            setattr(
+                twin,
+                name,
+                {key: one if one is None else one.clone() for key, one in states.items()},
+            )
+    return twin
+
+
+def _template_message(message: Message) -> dict[str, object]:
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+        for part in message.content
+    ]
+    return {"role": message.role, "content": content}
+
+
+def _without_tools(
+    conversation: Conversation, tools: Sequence[Mapping[str, object]]
+) -> list[Message]:
+    """A conversation for a template that knows no tools: they stand in its system turn."""
+    turns = [plain_tool_turn(one) if one.role == "tool" else one for one in conversation]
+    if not tools:
+        return turns
+    system = turns.pop(0).text if turns[0].role == "system" else ""
+    return [tools_turn(tools, system), *turns]
 
 
 def _begins(new: TokenizedConversation, old: TokenizedConversation) -> bool:

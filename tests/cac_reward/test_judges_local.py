@@ -25,11 +25,14 @@ CALL = '<tool_call>\n{"name": "inspect", "arguments": {"windows": [[0.25, 1.00]]
 ONE_TOKEN_CHOICES = ("Yes", "No", "<tool_call>")
 
 
-@pytest.fixture(scope="module", params=[(8, 1), (4, 2)], ids=["merge 1", "merge 2"])
+KINDS = [("qwen3_vl", 8, 1), ("qwen3_vl", 4, 2), ("qwen2_5_vl", 4, 2), ("qwen3_5", 4, 2)]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]} merge {kind[2]}")
 def judge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LocalJudge:
-    patch_size, merge_size = request.param
+    family, patch_size, merge_size = request.param
     folder = tmp_path_factory.mktemp("judge")
-    build_tiny_judge(folder, patch_size=patch_size, merge_size=merge_size)
+    build_tiny_judge(folder, patch_size=patch_size, merge_size=merge_size, family=family)
     judge = LocalJudge.from_pretrained(folder)
     # The head is tied to the embeddings; with random ones it would repeat the last token for ever.
     head = judge._reader.model.lm_head
@@ -60,8 +63,13 @@ def mixed_conversations() -> list[tuple[Message, ...]]:
 
 
 def stock_inputs(judge: LocalJudge, one: Sequence[Message], prefix: str) -> dict[str, Tensor]:
-    """What transformers' processor makes of one conversation."""
+    """What transformers' processor makes of one conversation, as the family is asked."""
     processor = judge._reader.processor
+    family = judge._reader.model.config.model_type
+    if family == "qwen2_5_vl":  # Its template has no turns for tools.
+        around = lambda content: ("<tool_response>\n", *content, "\n</tool_response>")  # noqa: E731
+        one = [Message("user", around(m.content)) if m.role == "tool" else m for m in one]
+    switch = {"enable_thinking": False} if family == "qwen3_5" else {}
     messages = [
         {
             "role": message.role,
@@ -72,7 +80,8 @@ def stock_inputs(judge: LocalJudge, one: Sequence[Message], prefix: str) -> dict
         }
         for message in one
     ]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True) + prefix
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, **switch)
+    text += prefix
     frames = [frame for message in one for frame in message.frames]
     return processor(
         text=[text],
@@ -244,7 +253,7 @@ def test_remembering_reads_only_what_is_new(judge: LocalJudge) -> None:
                 [second_turn(clip, 1)], choices=VERDICT_CHOICES, prefix="Verdict:"
             )
     assert [tokens for _, tokens in shapes[:2]] == [1, 1], "the prefix, then one written token"
-    assert shapes[2][1] < 80, "the call and one frame"
+    assert shapes[2][1] < 90, "the call and one frame"
     with counted_passes(judge) as shapes:
         judge.generate([clip], prefix="<tool_call>", max_new_tokens=1)
     assert shapes[0][1] > 50, "forgotten once the context ended"

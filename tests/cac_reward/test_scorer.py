@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from cac_reward import CaCScorer
-from cac_reward.answers import read_thousandths
 from cac_reward.cache import ReportCache
 from cac_reward.calibration import Calibration
 from cac_reward.frames import InspectSettings, JudgeSettings, ScanSettings, inspect_indices
@@ -64,7 +63,6 @@ class ScriptedJudge(AbstractJudge):
     judge_id: str = "script"
     revision: str | None = None
     patch_factor: int = 8
-    box_reader: Callable = read_thousandths
     asked: list[tuple[str, int, object, int]] = field(default_factory=list)
     seen: list[Conversation] = field(default_factory=list)
 

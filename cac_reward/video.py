@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from cac_reward.display import display_matrix, even_order, upright
 from cac_reward.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
@@ -87,8 +87,8 @@ class VideoHeader:
             first = next(container.decode(stream), None)
             if first is None:
                 raise ValueError(f"video must have frames, got none in {name}")
-            size = (first.width, first.height)
-            width, height = size[::-1] if round(first.rotation / 90) % 2 else size
+            corner = torch.empty(1, first.height, first.width, dtype=torch.uint8)
+            height, width = upright(corner, display_matrix(first), name).shape[1:]
             return cls(fps=rate, num_frames=announced, width=width, height=height)
 
 
@@ -143,7 +143,8 @@ class Video:
         """Read a video file.
 
         A file whose frames are not evenly spaced is brought to its average rate by showing at each
-        moment the frame that was on screen; a warning says so.
+        moment the frame that was on screen; a warning says so. Frames are turned and mirrored as
+        the file asks; of transparent pixels the colour counts; 10 and more bits become 8.
 
         Args:
             source: A local file, or an open binary file that can seek.
@@ -153,7 +154,7 @@ class Video:
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no readable video, is cut short, has fewer than two frames, states
-                no rate, or passes a limit.
+                no rate, asks to be turned by an odd angle, or passes a limit.
         """
         name = _name_of(source)
         if hasattr(source, "read"):
@@ -278,10 +279,16 @@ def _opened_video(source: Any, name: str) -> Iterator[tuple[Any, Any]]:
     av = _import_av()
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": ""}
     try:
-        with av.open(source, "r", options=options) as container:
+        with av.open(source, "r", options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ValueError(f"video must have a picture track, got none in {name}")
-            yield container, container.streams.video[0]
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError(
+                    f"video must be of a codec known here, got another in {name}; convert it to "
+                    "h264 first"
+                )
+            yield container, stream
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(
             f"video must be a readable video file, got {name} ({error.strerror}); "
@@ -297,7 +304,10 @@ def _decode(source: Any, name: str, fps: float | None, limits: VideoLimits) -> V
         pictures, times = _read_frames(container, stream, name, limits)
         _check_whole(container, stream, times, name)
     _check_length(len(pictures), name)
-    order = range(len(pictures)) if fps is not None else _even_order(times, rate, name)
+    order: Sequence[int] = range(len(pictures))
+    if fps is None:
+        size = pictures[0].shape[1:]
+        order = even_order(times, rate, name, lambda count: limits.check(name, count, *size))
     return Video(_stack(pictures, order), rate, name)
 
 
@@ -319,7 +329,7 @@ def _read_frames(
     for frame in container.decode(stream):
         limits.check(name, len(pictures) + 1, frame.height, frame.width)
         picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-        picture = _upright(picture, frame.rotation)
+        picture = upright(picture, display_matrix(frame), name)
         if pictures and picture.shape != pictures[0].shape:
             raise ValueError(
                 f"video must keep one size, got {tuple(pictures[0].shape[1:])} and "
@@ -333,7 +343,9 @@ def _read_frames(
 def _check_whole(container: Any, stream: Any, times: Sequence[float | None], name: str) -> None:
     """Refuse a file that ends well before its header says; an edit list may hide a few frames."""
     remedy = "write or copy it again"
-    if stream.frames and len(times) < 0.9 * stream.frames:
+    # An AVI also counts the pictures that it only shows for longer.
+    counts = stream.frames and container.format.name != "avi"
+    if counts and len(times) < 0.9 * stream.frames:
         raise ValueError(
             f"video must be whole, got {len(times)} of {stream.frames} frames in {name}; {remedy}"
         )
@@ -346,29 +358,6 @@ def _check_whole(container: Any, stream: Any, times: Sequence[float | None], nam
             raise ValueError(
                 f"video must be whole, got {got:.2f} of {promised:.2f} s in {name}; {remedy}"
             )
-
-
-def _upright(picture: Tensor, rotation: int) -> Tensor:
-    """Turn [C H W] counter-clockwise by a file's display rotation, in whole quarters."""
-    return torch.rot90(picture, round(rotation / 90), (1, 2))
-
-
-def _even_order(times: Sequence[float | None], fps: float, name: str) -> Sequence[int]:
-    """Which decoded frame is on screen at 0, 1 / fps, 2 / fps, ..."""
-    if any(time is None for time in times):
-        return range(len(times))
-    shown = [time - times[0] for time in times]  # type: ignore[operator]
-    off = max(abs(time - index / fps) for index, time in enumerate(shown))
-    if off <= 0.75 / fps or shown != sorted(shown) or shown[-1] == 0:
-        return range(len(times))
-    logger.warning(
-        "%s: frames are not evenly spaced (up to %.2f s off); showing it at %.2f fps",
-        name,
-        off,
-        fps,
-    )
-    count = round(shown[-1] * fps) + 1
-    return [bisect_right(shown, (index + 0.5) / fps) - 1 for index in range(count)]
 
 
 def _stack(pictures: list[Tensor], order: Sequence[int]) -> Tensor:

@@ -204,7 +204,8 @@ def test_a_half_written_file_is_refused(
 
 
 def test_a_file_with_fewer_frames_than_it_says_is_refused() -> None:
-    stream, container = SimpleNamespace(frames=40), SimpleNamespace(streams=[1, 2])
+    stream = SimpleNamespace(frames=40)
+    container = SimpleNamespace(streams=[1, 2], format=SimpleNamespace(name="mov"))
     module._check_whole(container, stream, [0.0] * 36, "x")
     with pytest.raises(ValueError, match="must be whole, got 35 of 40 frames in x; write or copy"):
         module._check_whole(container, stream, [0.0] * 35, "x")
@@ -244,7 +245,7 @@ def test_a_clip_needs_a_rate(fps: Any) -> None:
 
 
 def test_a_file_that_states_no_rate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = SimpleNamespace(average_rate=None, frames=9, height=32, width=48)
+    stream = SimpleNamespace(average_rate=None, frames=9, height=32, width=48, codec_context=1)
     container = SimpleNamespace(streams=SimpleNamespace(video=[stream]))
     container.__enter__ = lambda: container
 
@@ -284,18 +285,148 @@ def test_limits_hold_while_decoding_when_the_header_lies(monkeypatch: pytest.Mon
         Video.decode(data, limits=VideoLimits(max_frames=4))
 
 
-def test_a_turned_clip_is_put_upright() -> None:
-    picture = torch.arange(6).reshape(1, 2, 3)
-    assert torch.equal(module._upright(picture, 0), picture)
-    assert module._upright(picture, -90).tolist() == [[[3, 0], [4, 1], [5, 2]]]
-    assert module._upright(picture, 180).tolist() == [[[5, 4, 3], [2, 1, 0]]]
+def write_file(
+    form: str, codec: str, pixels: str, pictures: list[np.ndarray], times: list[int] | None = None
+) -> bytes:
+    """Pictures [H W 3 or 4] shown at times[i] / 8 s, in any container and codec."""
+    buffer = io.BytesIO()
+    options = {"live": "1"} if form == "matroska" else {}
+    with av.open(buffer, "w", format=form, container_options=options) as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = pixels
+        stream.codec_context.time_base = Fraction(1, 8)
+        for time, picture in zip(times or range(len(pictures)), pictures, strict=True):
+            kind = "rgb24" if picture.shape[2] == 3 else "rgba"
+            frame = av.VideoFrame.from_ndarray(picture, format=kind)
+            frame.pts, frame.time_base = time, Fraction(1, 8)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def shades(count: int, height: int = 16, width: int = 32) -> list[np.ndarray]:
+    return [np.full((height, width, 3), 20 + 10 * index, np.uint8) for index in range(count)]
+
+
+def test_transparent_pixels_count_by_their_colour() -> None:
+    picture = np.full((16, 32, 4), 200, np.uint8)
+    picture[:, :16, 3] = 0
+    picture[:, 16:, 1:3] = 0
+    clip = Video.decode(io.BytesIO(write_file("mov", "png", "rgba", [picture] * 3)))
+    assert torch.equal(clip.frames[0, :, 0, 0], torch.tensor([200, 200, 200], dtype=torch.uint8))
+    assert torch.equal(clip.frames[0, :, 0, 20], torch.tensor([200, 0, 0], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("pixels", ["yuv420p10le", "yuv444p10le", "yuv422p"])
+def test_more_bits_and_finer_colour_show_the_same_picture(pixels: str) -> None:
+    clip = Video.decode(io.BytesIO(write_file("mp4", "libx264", pixels, shades(6))))
+    assert clip.frames.dtype == torch.uint8
+    for index in range(6):
+        assert (clip.frames[index].float() - (20 + 10 * index)).abs().max() <= 3
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 32), (32, 1), (1, 1)])
+def test_one_pixel_is_a_side(height: int, width: int) -> None:
+    data = write_file("mov", "png", "rgb24", shades(4, height, width))
+    clip = Video.decode(io.BytesIO(data))
+    assert clip.frames.shape == (4, 3, height, width)
+    assert clip.frames[:, 0, 0, 0].tolist() == [20, 30, 40, 50]
+
+
+@pytest.mark.parametrize("form", ["mp4", "matroska", "avi", "mov"])
+def test_uneven_frames_are_shown_when_they_are_due(
+    form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    times = [0, 1, 2, 10, 11, 12, 13, 14]
+    clip = Video.decode(io.BytesIO(write_file(form, "mpeg4", "yuv420p", shades(8), times)))
+    assert "not evenly spaced" in caplog.text
+    for index, shade in enumerate(clip.frames[:, 1, 8, 8].tolist()):
+        moment = (index + 0.5) / clip.fps
+        due = max(row for row, time in enumerate(times) if time / 8 <= moment)
+        assert abs(shade - (20 + 10 * due)) <= 3
+    # The file does not say how long the last picture stays.
+    assert abs(clip.duration_seconds - 15 / 8) <= 1.5 / clip.fps
+
+
+def long_mp4(num_frames: int) -> bytes:
+    """One picture a second for hours, by the same packet again and again."""
+    buffer = io.BytesIO()
+    with (
+        av.open(io.BytesIO(write_file("mp4", "mpeg4", "yuv420p", shades(1)))) as source,
+        av.open(buffer, "w", format="mp4") as target,
+    ):
+        content = bytes(next(source.demux(video=0)))
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for index in range(num_frames):
+            packet = av.Packet(content)
+            packet.stream, packet.time_base = stream, Fraction(1)
+            packet.pts = packet.dts = index
+            packet.is_keyframe = True
+            target.mux_one(packet)
+    return buffer.getvalue()
+
+
+def test_four_hours_are_refused_before_anything_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = io.BytesIO(long_mp4(4 * 3600))
+    monkeypatch.setattr(module, "_read_frames", lambda *_: pytest.fail("decoded first"))
+    with pytest.raises(ValueError, match="within max_frames=10000, got 14400 in .*; cut or scale"):
+        Video.decode(data)
+
+
+def test_a_billion_frames_in_the_header_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = moving_square().encode()
+    monkeypatch.setattr(module, "_read_frames", lambda *_: pytest.fail("decoded first"))
+    for box, message in (
+        (b"stts", "video must stay within max_frames=10000, got 1000000000 in an open file"),
+        (b"stsz", "video must be a readable video file, got an open file"),
+    ):
+        place = sound.index(box) + 12
+        lie = sound[:place] + (10**9).to_bytes(4, "big") + sound[place + 4 :]
+        with pytest.raises(ValueError, match=message):
+            Video.decode(io.BytesIO(lie))
+
+
+def test_frames_hours_apart_are_not_spread_out_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A stream that is still being written states no length; its rate says 8 frames a second.
+    data = write_file("matroska", "mpeg4", "yuv420p", shades(4), [0, 1, 2, 8 * 3600 * 4])
+    with av.open(io.BytesIO(data)) as container:
+        assert container.duration is None
+    monkeypatch.setattr(module, "_stack", lambda *_: pytest.fail("spread out first"))
+    with pytest.raises(ValueError, match="video must stay within max_frames=10000, got 115201 in"):
+        Video.decode(io.BytesIO(data))
+
+
+def test_an_unknown_codec_is_named_as_the_reason() -> None:
+    sound = moving_square().encode()
+    data = sound.replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC")
+    with pytest.raises(ValueError, match="video must be of a codec known here, got another in an"):
+        Video.decode(io.BytesIO(data))
+
+
+def test_notes_in_another_encoding_do_no_harm() -> None:
+    buffer = io.BytesIO()
+    clip = moving_square()
+    with (
+        av.open(io.BytesIO(clip.encode())) as source,
+        av.open(buffer, "w", format="matroska") as target,
+    ):
+        target.metadata["comment"] = "marker-of-this-test"
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    data = buffer.getvalue().replace(b"marker-of", b"\xff\xfe\xaa\xc3ker-o"[:9])
+    assert data != buffer.getvalue()
+    assert Video.decode(io.BytesIO(data)).num_frames == clip.num_frames
 
 
 def test_a_clip_must_keep_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [np.zeros((4, 6, 3), np.uint8), np.zeros((6, 4, 3), np.uint8)]
     frames = [
         SimpleNamespace(
-            height=4, width=6, rotation=0, time=0.0, to_ndarray=lambda format, one=one: one
+            height=4, width=6, side_data=[], time=0.0, to_ndarray=lambda format, one=one: one
         )
         for one in pictures
     ]

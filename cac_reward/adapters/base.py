@@ -23,7 +23,8 @@ from cac_reward.video import Video
 logger = logging.getLogger(__name__)
 
 Scorer = Callable[..., Any]
-"""scorer(videos [B F 3 H W] in [0, 1], prompts, *, fps) -> Tensor [B], or a dict with `score`."""
+"""scorer(videos [B F 3 H W] in [0, 1], prompts, *, fps) -> Tensor [B], or a dict with `score` and,
+if it likes, `reports` and `errors` of the videos."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class VideoReward:
                     key = (own_rate, frames.shape, frames.dtype, frames.device)
                     groups.setdefault(key, []).append((row, frames))
             for (own_rate, *_), members in groups.items():
-                self._score(members, prompts, own_rate, scores, reports)
+                self._score(members, prompts, own_rate, scores, reports, errors)
         return self._outcome(scores, errors, reports)
 
     def __deepcopy__(self, memo: object) -> VideoReward:
@@ -138,6 +139,7 @@ class VideoReward:
         fps: float,
         scores: Tensor,
         reports: list[Any],
+        errors: list[str | None],
     ) -> None:
         """Let the scorer see videos of one form together; fills their rows."""
         rows = [row for row, _ in members]
@@ -154,15 +156,16 @@ class VideoReward:
                 f"got {given!r}"
             )
         scores[rows] = score
-        told = answer.get("reports") if isinstance(answer, Mapping) else None
-        for row, report in zip(rows, told or [None] * len(rows), strict=True):
-            reports[row] = report
+        told = answer if isinstance(answer, Mapping) else {}
+        for name, noted in (("reports", reports), ("errors", errors)):
+            for row, one in zip(rows, told.get(name) or [None] * len(rows), strict=True):
+                noted[row] = one
 
     def _outcome(self, scores: Tensor, errors: list[str | None], reports: list[Any]) -> Outcome:
         """Apply the failure convention."""
-        for row in scores.isnan().nonzero().flatten().tolist():
-            if errors[row] is None:
-                errors[row] = getattr(reports[row], "error", None) or "the scorer returned NaN"
+        for row, missing in enumerate(scores.isnan().tolist()):
+            reason = getattr(reports[row], "error", None) or "the scorer returned NaN"
+            errors[row] = (errors[row] or reason) if missing else None
         failed = [row for row, error in enumerate(errors) if error is not None]
         if failed:
             told = f"{len(failed)} of {len(errors)} videos could not be judged: {errors[failed[0]]}"

@@ -31,7 +31,7 @@ def cac_orm(
     """Make the class.
 
     Args:
-        judge: folder or hub id of the judge, or a scorer.
+        judge: folder or hub id of the judge, the address of a server, or a scorer.
         render: takes the B texts that the model wrote, returns their videos: [B F 3 H W] float in
             [0, 1], or B files or clips.
         column: the data set's column to judge instead: one video file for each row, or a list with

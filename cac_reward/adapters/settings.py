@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import threading
@@ -11,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from cac_reward.adapters.base import Scorer, VideoReward, check_on_failure
+from cac_reward.client import RewardClient
 from cac_reward.inputs import check_rate
 from cac_reward.scorer import CaCScorer
 
 ENVIRONMENT = "CAC_REWARD_"
 """Beginning of the variables that `ScorerSettings.from_environment` reads."""
+TOKEN_VARIABLE = ENVIRONMENT + "TOKEN"
+"""What a server of `cac-reward serve` asks for; no field, so that it is never printed."""
+SCHEMES = ("http://", "https://")
 
 _LOADING = threading.Lock()
 
@@ -25,13 +30,16 @@ class ScorerSettings:
     """A scorer in plain values, for frameworks whose configuration can carry nothing else."""
 
     judge: str
-    """Folder of the judge, or its id on the hub."""
+    """Folder of the judge, or its id on the hub; or the address of a running `cac-reward serve`, as
+    in http://127.0.0.1:8000; or, with `model`, that of an OpenAI-compatible server."""
+    model: str | None = None
+    """The OpenAI-compatible server's name of the judge; None where the judge is no such server."""
     fps: float | None = None
     """Frames per second of the videos; needed where they come without files."""
     device: str = "cuda"
-    """Where the judge runs."""
+    """Where the judge runs; a server has its own."""
     dtype: str = "bfloat16"
-    """'float32', 'bfloat16' or 'float16'."""
+    """'float32', 'bfloat16' or 'float16'; a server has its own."""
     attention: str = "sdpa"
     """transformers' name of the attention kernel."""
     mode: str = "full"
@@ -49,6 +57,27 @@ class ScorerSettings:
         if self.fps is not None:
             check_rate(self.fps)
         check_on_failure(self.on_failure)
+        self._check_server()
+
+    @property
+    def is_server(self) -> bool:
+        """Whether the judge runs elsewhere."""
+        return self.judge.startswith(SCHEMES)
+
+    def _check_server(self) -> None:
+        """Refuse what a server would not hear of."""
+        if self.model is not None and not self.is_server:
+            raise ValueError(
+                f"model must be left out where judge is a folder or hub id, got {self.model!r}; it "
+                "is the name of a judge at an address"
+            )
+        decided = ("attention", "revision", *(() if self.model else ("mode",)))
+        for one in fields(self):
+            if self.is_server and one.name in decided and getattr(self, one.name) != one.default:
+                raise ValueError(
+                    f"{one.name} must be left out where judge is an address, got "
+                    f"{getattr(self, one.name)!r}; the server is started with its own"
+                )
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], **framework: Any) -> ScorerSettings:
@@ -76,17 +105,15 @@ class ScorerSettings:
         given = {name: os.environ[key] for name, key in variables.items() if key in os.environ}
         if "judge" not in given:
             raise ValueError(
-                f"{variables['judge']} must be set to the judge's folder or hub id (and "
+                f"{variables['judge']} must be set to the judge's folder, hub id or address (and "
                 f"{variables['fps']} to the videos' rate), got an environment without it"
             )
         return cls.from_mapping(given, **framework)
 
-    def load(self) -> CaCScorer:
+    def load(self) -> Scorer:
         """The scorer of these settings; the same one each time."""
         with _LOADING:
-            return _load(
-                self.judge, self.device, self.dtype, self.attention, self.revision, self.mode
-            )
+            return _load(dataclasses.replace(self, fps=None, on_failure="raise"))
 
     def reward(self, *, layout: str = "FCHW", value_range: str = "0..1") -> VideoReward:
         """The scorer of these settings, for videos in this form."""
@@ -100,11 +127,18 @@ class ScorerSettings:
 
 
 @functools.cache
-def _load(
-    judge: str, device: str, dtype: str, attention: str, revision: str | None, mode: str
-) -> CaCScorer:
+def _load(settings: ScorerSettings) -> Scorer:
+    if settings.model is not None:
+        return CaCScorer.from_endpoint(settings.judge, settings.model, mode=settings.mode)
+    if settings.is_server:
+        return RewardClient(settings.judge, token=os.environ.get(TOKEN_VARIABLE))
     return CaCScorer.from_pretrained(
-        judge, device=device, dtype=dtype, attention=attention, revision=revision, mode=mode
+        settings.judge,
+        device=settings.device,
+        dtype=settings.dtype,
+        attention=settings.attention,
+        revision=settings.revision,
+        mode=settings.mode,
     )
 
 
@@ -115,20 +149,23 @@ def scorer_of(
     dtype: object,
     mode: str = "full",
     revision: str | None = None,
+    model: str | None = None,
 ) -> Scorer:
-    """Take a scorer as it is, or load one from a folder or hub id.
+    """Take a scorer as it is, or load one as `ScorerSettings` do.
 
     Args:
-        judge: a scorer, or where its judge is.
+        judge: a scorer, or where its judge is: folder, hub id or address.
         device: 'cpu', 'cuda:0' or a torch.device.
         dtype: 'bfloat16' or a torch.dtype.
         mode: as for `ScorerSettings`.
         revision: as for `ScorerSettings`.
+        model: as for `ScorerSettings`.
     """
     if not isinstance(judge, str | Path):
         return judge
     return ScorerSettings(
         judge=str(judge),
+        model=model,
         device=str(device),
         dtype=dtype_name(dtype),
         mode=mode,

@@ -48,7 +48,7 @@ def _scorer_class() -> type:
         """P(clean) of the video on each item's last turn; NaN where it could not be judged.
 
         Args:
-            judge: folder or hub id of the judge, or a scorer.
+            judge: folder or hub id of the judge, the address of a server, or a scorer.
             fps: frames per second to believe instead of the files' own.
             device: where the judge runs.
             dtype: of the judge.

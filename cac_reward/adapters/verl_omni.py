@@ -39,6 +39,7 @@ async def compute_score(
     dtype: str = "bfloat16",
     mode: str = "full",
     revision: str | None = None,
+    model: str | None = None,
     on_failure: str | float = "raise",
 ) -> dict[str, float]:
     """Score one video; the event loop goes on while the judge looks.
@@ -48,12 +49,13 @@ async def compute_score(
         solution_image: [T 3 H W] uint8.
         ground_truth: where it is text, the prompt that goes into the report.
         extra_info: its `fps` is the video's rate where `fps` is None.
-        judge: folder or hub id of the judge, or a scorer.
+        judge: folder or hub id of the judge, the address of a server, or a scorer.
         fps: frames per second of the video.
         device: where the judge runs.
         dtype: of the judge.
         mode: 'full' or 'fast', as for `CaCScorer`.
         revision: branch, tag or commit of the hub id.
+        model: the judge's name where the address is that of an OpenAI-compatible server.
         on_failure: 'raise', 'mask' for NaN, which verl-omni does not mask itself, or the number
             that stands in for a video that could not be judged.
 
@@ -70,7 +72,7 @@ async def compute_score(
             "fps must be given in the reward's configuration or as extra_info['fps'], got neither"
         )
     scorer = await asyncio.to_thread(
-        scorer_of, judge, device=device, dtype=dtype, mode=mode, revision=revision
+        scorer_of, judge, device=device, dtype=dtype, mode=mode, revision=revision, model=model
     )
     reward = VideoReward(
         scorer=scorer,

@@ -33,7 +33,7 @@ class VideoVLMRewardInference:
     """CaC with the constructor and the call of VideoAlign's class.
 
     Args:
-        load_from_pretrained: folder or hub id of the judge, or a scorer.
+        load_from_pretrained: folder or hub id of the judge, the address of a server, or a scorer.
         load_from_pretrained_step: must be -1; a judge's folder holds one checkpoint.
         device: where the judge runs.
         dtype: of the judge.

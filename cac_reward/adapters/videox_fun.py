@@ -24,7 +24,7 @@ class CaCReward:
     """CaC with the constructor and the two calls of VideoX-Fun's rewards.
 
     Args:
-        judge: folder or hub id of the judge, or a scorer.
+        judge: folder or hub id of the judge, the address of a server, or a scorer.
         fps: frames per second of the videos.
         device: where the judge runs.
         dtype: of the judge and of the rewards.

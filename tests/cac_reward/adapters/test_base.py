@@ -260,3 +260,14 @@ def test_importing_every_adapter_loads_no_framework() -> None:
     frameworks = {"trl", "swift", "flow_factory", "verl", "reward_service", "torchmetrics"}
     assert not loaded & (frameworks | {"transformers", "diffusers", "accelerate", "peft", "av"})
     assert {"torch", "cac_reward"} <= loaded
+
+
+def test_a_scorers_own_reasons_are_told() -> None:
+    def scorer(videos: torch.Tensor, prompts: list[str], *, fps: float) -> dict:
+        told = ["busy", "a remark on a clip with a score", None]
+        return {"score": torch.tensor([math.nan, 0.5, math.nan]), "errors": told}
+
+    outcome = VideoReward(scorer=scorer, fps=FPS, on_failure="mask")(
+        torch.zeros(3, 2, 3, 4, 4), None
+    )
+    assert outcome.errors == ("busy", None, "the scorer returned NaN")

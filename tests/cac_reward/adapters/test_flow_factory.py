@@ -145,6 +145,17 @@ def test_without_flow_factory_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch
         _ = flow_factory.Reward
 
 
+def test_a_running_server_named_in_the_yaml(reward_class, reward_server) -> None:
+    model = make(reward_class, judge=reward_server.url, on_failure="mask")
+    video = [as_float(clip(60)), as_float(clip(10)), as_float(clip(180, height=8))]
+    output = model(prompt=["a", "b", "c"], video=video)
+    assert output.rewards.tolist() == pytest.approx(
+        [60 / 255, float("nan"), 180 / 255], nan_ok=True
+    )
+    assert [error is None for error in output.extra_info["errors"]] == [True, False, True]
+    assert "the reward returned nan" in output.extra_info["errors"][1]  # The server's own words.
+
+
 def test_the_toy_judge_through_the_class(
     reward_class: type, toy_judge_folder: Path, toy_videos: torch.Tensor
 ) -> None:

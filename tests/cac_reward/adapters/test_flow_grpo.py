@@ -94,3 +94,29 @@ def test_the_factory_loads_the_judge_of_the_environment(
     monkeypatch.delenv("CAC_REWARD_FPS")
     with pytest.raises(ValueError, match="fps must be above 0, got None"):
         cac_score("cpu")
+
+
+def test_a_running_server_named_by_the_environment(reward_server, monkeypatch) -> None:
+    monkeypatch.setenv("CAC_REWARD_JUDGE", reward_server.url)
+    monkeypatch.setenv("CAC_REWARD_FPS", str(FPS))
+    monkeypatch.setenv("CAC_REWARD_ON_FAILURE", "mask")
+    reward = multi_score(torch.device("cpu"), cac_score, 0.5)
+    videos = torch.stack([as_float(clip(red)) for red in (60, 10, 180)])
+    scores, _ = reward(videos, [*PROMPTS, "a pond"], [{}] * 3)
+    assert scores["cac"] == pytest.approx([60 / 255, float("nan"), 180 / 255], nan_ok=True)
+    monkeypatch.setenv("CAC_REWARD_ON_FAILURE", "raise")
+    reward = multi_score(torch.device("cpu"), cac_score, 0.5)
+    with pytest.raises(
+        RuntimeError, match="1 of 3 videos .*: the reward returned nan"
+    ):
+        reward(videos, [*PROMPTS, "a pond"], [{}] * 3)
+
+
+def test_a_server_that_wants_another_token_is_an_error(reward_server, monkeypatch) -> None:
+    monkeypatch.setenv("CAC_REWARD_JUDGE", reward_server.url)
+    monkeypatch.setenv("CAC_REWARD_FPS", str(FPS))
+    monkeypatch.setenv("CAC_REWARD_ON_FAILURE", "mask")
+    monkeypatch.setenv("CAC_REWARD_TOKEN", "not the token of that one")
+    reward = cac_score("cpu")
+    with pytest.raises(RuntimeError, match="/v1/score answered 401"):
+        reward(as_float(clip(60))[None], ["a"], [{}])

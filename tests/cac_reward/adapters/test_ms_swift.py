@@ -75,3 +75,13 @@ def test_failures() -> None:
     assert judge(on_failure=0.5) == [0.5, pytest.approx(0.2)]
     with pytest.raises(RuntimeError, match="1 of 2 videos could not be judged: too red"):
         judge(on_failure="raise")
+
+
+def test_a_running_server_in_place_of_a_folder(reward_server, tmp_path) -> None:
+    orm = cac_orm(reward_server.url, render=render, fps=FPS)
+    assert call(make(orm), ["60", "180"], {}).tolist() == pytest.approx([60 / 255, 180 / 255])
+    assert make(orm)(["10", "60"])[0] is None
+    file = tmp_path / "clip.mp4"
+    file.write_bytes(mp4(clip(120)))
+    scores = call(make(cac_orm(reward_server.url, column="videos")), ["a"], {"videos": [str(file)]})
+    assert scores.tolist() == pytest.approx([red_of(file.read_bytes())], abs=1e-6)

@@ -10,7 +10,10 @@ import torch
 from cac_reward import CaCScorer
 from cac_reward.adapters import settings as module
 from cac_reward.adapters.settings import ScorerSettings, dtype_name, scorer_of
+from cac_reward.client import RewardClient
 from tests.cac_reward.adapters.stub_scorer import StubScorer
+
+SERVER = {"judge": "http://127.0.0.1:8000"}
 
 
 @pytest.fixture
@@ -32,7 +35,17 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch):
     """Sets variables; those of the machine are out of the way."""
-    for name in ("JUDGE", "FPS", "DEVICE", "DTYPE", "ATTENTION", "MODE", "REVISION", "ON_FAILURE"):
+    for name in (
+        "JUDGE",
+        "MODEL",
+        "FPS",
+        "DEVICE",
+        "DTYPE",
+        "ATTENTION",
+        "MODE",
+        "REVISION",
+        "ON_FAILURE",
+    ):
         monkeypatch.delenv(f"CAC_REWARD_{name}", raising=False)
 
     def set_variables(**variables: str) -> None:
@@ -69,7 +82,11 @@ def test_an_environment_without_a_judge_is_refused(environment) -> None:
     [
         ({}, "judge must be given among the options, got \\[\\]"),
         ({"judge": ""}, "judge must name a folder or a hub id"),
-        ({"judge": "x", "model": "y"}, "options must be among \\['judge', .*got 'model'"),
+        ({"judge": "x", "url": "y"}, "options must be among \\['judge', .*got 'url'"),
+        ({"judge": "x", "model": "y"}, "model must be left out where judge is a folder.* got 'y'"),
+        ({**SERVER, "mode": "fast"}, "mode must be left out where judge is an address, got 'fast'"),
+        ({**SERVER, "attention": "eager"}, "attention must be left out .*got 'eager'"),
+        ({**SERVER, "model": "y", "revision": "main"}, "revision must be left out .*got 'main'"),
         ({"judge": "x", "fps": "fast"}, "fps must be above 0, got 'fast'"),
         ({"judge": "x", "fps": -1}, "fps must be above 0, got -1"),
         ({"judge": "x", "on_failure": "ignore"}, "on_failure must be .*'ignore'"),
@@ -113,6 +130,31 @@ def test_a_scorer_is_taken_as_it_is_or_loaded(loaded) -> None:
     assert loaded[0]["judge"] == "some/judge"
     assert (loaded[0]["device"], loaded[0]["dtype"]) == ("cpu", "float16")
     assert dtype_name("float32") == "float32"
+
+
+def test_an_address_is_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CAC_REWARD_TOKEN", raising=False)
+    module._load.cache_clear()
+    # What the framework decides, device and dtype, a server does not hear of.
+    scorer = ScorerSettings(**SERVER, device="cuda:3", dtype="float16", fps=8).load()
+    assert isinstance(scorer, RewardClient)
+    assert scorer.base_url == SERVER["judge"]
+    assert "Authorization" not in scorer._headers
+    module._load.cache_clear()
+    monkeypatch.setenv("CAC_REWARD_TOKEN", "a secret of 16 letters")
+    scorer = scorer_of(SERVER["judge"], device="cpu", dtype="float32")
+    assert scorer._headers["Authorization"] == "Bearer a secret of 16 letters"
+    module._load.cache_clear()
+
+
+def test_an_address_with_a_model_is_an_openai_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        module.CaCScorer, "from_endpoint", lambda *judge, **how: asked.append((judge, how)) or 1
+    )
+    ScorerSettings(judge="https://a/v1", model="qwen", mode="fast", fps=8).load()
+    assert asked == [(("https://a/v1", "qwen"), {"mode": "fast"})]
+    module._load.cache_clear()
 
 
 def test_the_toy_judge_loads_from_settings(toy_judge_folder: Path) -> None:

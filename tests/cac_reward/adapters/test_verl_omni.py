@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cac_reward import CaCScorer
 from cac_reward.adapters import verl_omni
 from cac_reward.adapters.verl_omni import compute_score
 from tests.cac_reward.adapters.stub_scorer import FPS, UNJUDGED, StubScorer, clip
@@ -25,7 +26,7 @@ def run_single(video: torch.Tensor, entry: dict, extra_info: dict | None = None,
         "ground_truth": "a cup",
         "extra_info": {"num_turns": None, **(extra_info or {})},
         "reward_router_address": "127.0.0.1:1",
-        "model_name": "another",
+        "model_name": "another",  # Their own reward router's; not our `model`.
         **entry,
         **more,
     }
@@ -101,8 +102,8 @@ def test_the_judge_is_loaded_as_configured(monkeypatch: pytest.MonkeyPatch) -> N
         verl_omni, "scorer_of", lambda *judge, **how: asked.append((judge, how)) or StubScorer()
     )
     how = {"device": "cuda:1", "dtype": "float16", "mode": "fast", "revision": "main"}
-    run_single(clip(1), {"judge": "some/judge", "fps": FPS, **how})
-    assert asked == [(("some/judge",), how)]
+    run_single(clip(1), {"judge": "some/judge", "fps": FPS, **how}, model="qwen")
+    assert asked == [(("some/judge",), {**how, "model": "qwen"})]
 
 
 def test_the_toy_judge_by_its_folder(toy_judge_folder: Path, toy_videos: torch.Tensor) -> None:
@@ -111,3 +112,19 @@ def test_the_toy_judge_by_its_folder(toy_judge_folder: Path, toy_videos: torch.T
     result = run_single(video, {**entry, "fps": 8.0})
     assert 0 <= result["score"] <= 1
     assert result["failed"] == 0
+
+
+def test_a_running_server_named_in_the_configuration(reward_server) -> None:
+    entry = {"judge": reward_server.url, "fps": FPS, "on_failure": "mask"}
+    assert run_single(clip(60), entry) == {"score": pytest.approx(60 / 255), "failed": 0}
+    assert run_single(clip(10), entry)["failed"] == 1
+
+
+def test_an_openai_server_named_in_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        CaCScorer, "from_endpoint", lambda *judge, **how: asked.append((judge, how)) or StubScorer()
+    )
+    entry = {"judge": "http://127.0.0.1:1/v1", "model": "qwen", "mode": "fast", "fps": FPS}
+    assert run_single(clip(51), entry)["score"] == pytest.approx(0.2)
+    assert asked == [(("http://127.0.0.1:1/v1", "qwen"), {"mode": "fast"})]

@@ -326,10 +326,14 @@ def _read_frames(
     """Every frame [3 H W] uint8, upright, and the time at which it is shown."""
     pictures: list[Tensor] = []
     times: list[float | None] = []
+    matrices: dict[int, tuple[int, ...] | None] = {}
     for frame in container.decode(stream):
         limits.check(name, len(pictures) + 1, frame.height, frame.width)
         picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-        picture = upright(picture, display_matrix(frame), name)
+        # A frame asked for its matrix stays in memory until the garbage is collected.
+        if frame.rotation not in matrices:
+            matrices[frame.rotation] = display_matrix(frame)
+        picture = upright(picture, matrices[frame.rotation], name)
         if pictures and picture.shape != pictures[0].shape:
             raise ValueError(
                 f"video must keep one size, got {tuple(pictures[0].shape[1:])} and "

@@ -426,7 +426,12 @@ def test_a_clip_must_keep_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [np.zeros((4, 6, 3), np.uint8), np.zeros((6, 4, 3), np.uint8)]
     frames = [
         SimpleNamespace(
-            height=4, width=6, side_data=[], time=0.0, to_ndarray=lambda format, one=one: one
+            height=4,
+            width=6,
+            rotation=0,
+            side_data=[],
+            time=0.0,
+            to_ndarray=lambda format, one=one: one,
         )
         for one in pictures
     ]

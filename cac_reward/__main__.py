@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the program's name; None for this process's own.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser(serving=list(arguments[:1]) == ["serve"]).parse_args(arguments)
+    options = _parser(wanted=next(iter(arguments), "")).parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return int(options.run(options))
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser(serving: bool) -> argparse.ArgumentParser:
+def _parser(wanted: str) -> argparse.ArgumentParser:
+    """All commands; those with many modules behind them declare their arguments when wanted."""
     parser = argparse.ArgumentParser(prog="cac_reward", description="Judge generated videos.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     score = commands.add_parser(
@@ -93,8 +94,19 @@ def _parser(serving: bool) -> argparse.ArgumentParser:
     score.set_defaults(run=_score)
     _add_export(commands)
     _add_calibrate(commands)
-    _add_serve(commands, serving)
+    _add_annotate(commands, wanted == "annotate")
+    _add_serve(commands, wanted == "serve")
     return parser
+
+
+def _add_annotate(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], wanted: bool
+) -> None:
+    annotate = commands.add_parser("annotate", help="import, check and convert annotated clips")
+    if wanted:
+        from cac_reward.data.__main__ import add_annotate_arguments
+
+        add_annotate_arguments(annotate)
 
 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

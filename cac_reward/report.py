@@ -6,6 +6,7 @@ seconds of the source clip; boxes are relative to the frame, origin at the top l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from reprlib import repr as short
 from cac_reward.plain import (
     check_line,
     read_integer,
+    read_json,
     read_number,
     read_numbers,
     read_record,
@@ -23,7 +25,14 @@ from cac_reward.plain import (
     set_float,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+ADDED_IN_2 = {
+    "revision": None,
+    "decoder": "not recorded",
+    "attention": None,
+    "prompt_sha256": None,
+}
+"""What reports of schema 1 lack, and what stands for it when they are read."""
 SEVERITIES = (1, 2, 3)
 VERDICTS = ("clean", "anomalous")
 UNSPECIFIED = "unspecified"
@@ -64,6 +73,11 @@ class TimeWindow:
         first = math.ceil((self.start_seconds - TIME_TOLERANCE) * fps)
         stop = math.ceil((self.end_seconds - TIME_TOLERANCE) * fps)
         return range(min(max(first, 0), num_frames), min(max(stop, 0), num_frames))
+
+    def holds(self, time_seconds: float) -> bool:
+        """Whether a time is in the window or at its end, both as they are written, rounded."""
+        early = self.start_seconds - 2 * TIME_TOLERANCE
+        return early <= time_seconds <= self.end_seconds + 2 * TIME_TOLERANCE
 
     def to_json(self) -> list[float]:
         return [self.start_seconds, self.end_seconds]
@@ -149,9 +163,7 @@ class Finding:
         for box in self.boxes:
             if not isinstance(box, Box):
                 raise ValueError(f"boxes must hold Box objects, got {short(box)}")
-            early = self.window.start_seconds - 2 * TIME_TOLERANCE
-            late = self.window.end_seconds + 2 * TIME_TOLERANCE
-            if not early <= box.time_seconds <= late:
+            if not self.window.holds(box.time_seconds):
                 raise ValueError(
                     f"box time must be inside its window {self.window.to_json()}, "
                     f"got {box.time_seconds}"
@@ -200,6 +212,12 @@ class AnomalyReport:
     """P(clean) in [0, 1]; None where the clip could not be judged (then `error` says why)."""
     judge_id: str
     """Model id or folder, with the revision where there is one."""
+    revision: str | None = None
+    """Commit of the judge's weights where they came from a hub."""
+    decoder: str = "greedy"
+    """How the judge's answers were chosen."""
+    attention: str | None = None
+    """The attention kernel the judge ran on, where that is known."""
     fps: float
     """Frames per second of the clip."""
     num_frames: int
@@ -265,9 +283,18 @@ class AnomalyReport:
     def duration_seconds(self) -> float:
         return self.num_frames / self.fps
 
+    @property
+    def prompt_sha256(self) -> str:
+        """Hash of the prompt in UTF-8, to join reports with where prompts must not be shown."""
+        return hashlib.sha256(self.prompt.encode("utf-8", "surrogatepass")).hexdigest()
+
     def to_dict(self) -> dict[str, object]:
         """A tree of plain JSON values that `from_dict` reads back to an equal report."""
-        plain: dict[str, object] = {"schema_version": SCHEMA_VERSION, "verdict": self.verdict}
+        plain: dict[str, object] = {
+            "schema_version": SCHEMA_VERSION,
+            "verdict": self.verdict,
+            "prompt_sha256": self.prompt_sha256,
+        }
         for one in fields(self):
             plain[one.name] = getattr(self, one.name)
         plain["findings"] = [finding.to_json() for finding in self.findings]
@@ -279,20 +306,24 @@ class AnomalyReport:
 
     @classmethod
     def from_dict(cls, value: object) -> AnomalyReport:
-        """Read what `to_dict` wrote.
+        """Read what `to_dict` wrote, now or under schema 1.
 
         Raises:
             ValueError: If the schema is another one, a key is missing or unknown, or a value
                 breaks its rule.
         """
         version = value.get("schema_version") if isinstance(value, Mapping) else SCHEMA_VERSION
-        if version != SCHEMA_VERSION:
+        if version not in (1, SCHEMA_VERSION):
             raise ValueError(
-                f"schema_version must be {SCHEMA_VERSION}, got {short(version)}; "
+                f"schema_version must be 1 or {SCHEMA_VERSION}, got {short(version)}; "
                 "read this report with the version of cac_reward that wrote it"
             )
         names = [one.name for one in fields(cls)]
-        record = read_record("report", value, ("schema_version", "verdict", *names))
+        keys = ("schema_version", "verdict", "prompt_sha256", *names)
+        if version == 1:
+            known = read_record("report", value, [key for key in keys if key not in ADDED_IN_2])
+            value = {**ADDED_IN_2, **known}
+        record = read_record("report", value, keys)
         values = {name: record[name] for name in names}
         for name in ("scan_frames", "inspect_frames"):
             values[name] = tuple(read_integer(name, i) for i in read_sequence(name, record[name]))
@@ -302,9 +333,9 @@ class AnomalyReport:
         values["findings"] = tuple(
             Finding.from_json(one) for one in read_sequence("findings", record["findings"])
         )
-        for name in ("judge_id", "scan_text", "prompt", "mode"):
+        for name in ("judge_id", "decoder", "scan_text", "prompt", "mode"):
             values[name] = read_string(name, record[name])
-        for name in ("judge_text", "note", "error"):
+        for name in ("revision", "attention", "judge_text", "note", "error"):
             values[name] = None if record[name] is None else read_string(name, record[name])
         timings = read_record("timings", record["timings"], None)
         values["timings"] = {name: read_number("timings", one) for name, one in timings.items()}
@@ -312,6 +343,11 @@ class AnomalyReport:
         if record["verdict"] != report.verdict:
             raise ValueError(
                 f"verdict must agree with score {report.score}, got {short(record['verdict'])}"
+            )
+        if record["prompt_sha256"] != report.prompt_sha256 and version != 1:
+            raise ValueError(
+                f"prompt_sha256 must be the hash of the prompt, {report.prompt_sha256}, "
+                f"got {short(record['prompt_sha256'])}"
             )
         return report
 
@@ -325,4 +361,4 @@ class AnomalyReport:
         Raises:
             ValueError: If the text is not JSON or not a report.
         """
-        return cls.from_dict(json.loads(text))
+        return cls.from_dict(read_json("report", text))

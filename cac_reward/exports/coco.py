@@ -119,7 +119,7 @@ def _part(
 ) -> Part:
     keyframes = []
     for frame, one in boxes:
-        x, y, wide, high = _numbers("bbox", one["bbox"], 4)
+        x, y, wide, high = _numbers(f"bbox of annotation {one['key']}", one["bbox"], 4)
         corners: Corners = (
             x / clip.width,
             y / clip.height,
@@ -180,7 +180,7 @@ def _read(text: str) -> list[LabelledClip]:
         image = _find(images, one["image_id"], "image_id")
         track = one.get("track_id")
         place = ("lone", key) if track is None else (image["video_id"], track)
-        drawn.setdefault(place, []).append((image["frame_index"], {**one, **image}))
+        drawn.setdefault(place, []).append((image["frame_index"], {**one, **image, "key": key}))
     parts: dict[Any, list[Part]] = {}
     clips = {key: _clip(one) for key, one in videos.items()}
     for (kind, key), boxes in drawn.items():

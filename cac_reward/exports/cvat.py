@@ -9,8 +9,10 @@ Source: cvat/apps/dataset_manager/formats/cvat.py of cvat-ai/cvat (reads `track`
 
 from __future__ import annotations
 
+import math
 from xml.etree import ElementTree
-from xml.etree.ElementTree import Element, SubElement
+from xml.etree.ElementTree import Element, SubElement, TreeBuilder
+from xml.parsers import expat
 
 from cac_reward.exports.base import (
     Corners,
@@ -131,13 +133,13 @@ def _part(track: Element, clip: LabelledClip) -> Part | None:
     for box in track.iter("box"):
         if box.get("keyframe") != "1":
             continue
-        frame = int(_attribute(box, "frame"))
+        frame = round(_number(box, "frame"))
         if box.get("outside") == "1":
             stop = min(frame, stop) if keyframes else stop
             continue
         sides = (clip.width, clip.height) * 2
         x1, y1, x2, y2 = (
-            float(_attribute(box, name)) / side
+            _number(box, name) / side
             for name, side in zip(("xtl", "ytl", "xbr", "ybr"), sides, strict=True)
         )
         keyframes.append((frame, (x1, y1, x2, y2)))
@@ -145,10 +147,13 @@ def _part(track: Element, clip: LabelledClip) -> Part | None:
     if not keyframes:
         return None
     said = {one.get("name"): one.text or "" for one in track.iter("attribute")}
+    told = said.get("severity") or "2"
+    if not told.isdecimal():
+        raise ValueError(f"severity of {_name(track)} must be a number, got {told!r}")
     return Part(
         Track(keyframes[0][0], stop, tuple(keyframes)),
         _attribute(track, "label"),
-        int(said.get("severity") or 2),
+        int(told),
         said.get("why", ""),
         said.get("cac_note", ""),
     )
@@ -176,17 +181,66 @@ def _text(root: Element, name: str) -> str:
 def _attribute(element: Element, name: str) -> str:
     value = element.get(name)
     if value is None:
-        raise ValueError(f"{element.tag} must have the attribute {name!r}, got {element.attrib}")
+        raise ValueError(f"{_name(element)} must have the attribute {name!r}, got {element.attrib}")
     return value
 
 
-def _read(text: str, path: str | None, fps: float | None) -> LabelledClip:
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise ValueError("CVAT file must have no document type, got one; CVAT writes none")
+class _Placed(Element):
+    """An element that knows where it begins."""
+
+    place = ""
+
+
+def _parse(text: str) -> Element:
+    """The root of an XML text, whose elements know their line and column.
+
+    Raises:
+        ValueError: If it is not XML, or has a document type.
+    """
+    parser = expat.ParserCreate()
+    builder = TreeBuilder(element_factory=_Placed)
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        element = builder.start(tag, attributes)
+        line, column = parser.CurrentLineNumber, parser.CurrentColumnNumber + 1
+        element.place = f"line {line}, column {column}"  # type: ignore[attr-defined]
+
+    def refuse(*declared: object) -> None:
+        raise ValueError(
+            f"CVAT file must have no document type, got one in line {parser.CurrentLineNumber}; "
+            "CVAT writes none"
+        )
+
+    parser.StartElementHandler = start
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
+    parser.StartDoctypeDeclHandler = refuse
     try:
-        root = ElementTree.fromstring(text)
-    except ElementTree.ParseError as error:
+        parser.Parse(text, True)
+    except expat.ExpatError as error:
         raise ValueError(f"CVAT file must be XML, got {text[:80]!r}: {error}") from error
+    return builder.close()
+
+
+def _number(element: Element, name: str) -> float:
+    """A number in an attribute."""
+    value = _attribute(element, name)
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} of {_name(element)} must be a number, got {value!r}")
+    return number
+
+
+def _name(element: Element) -> str:
+    place = getattr(element, "place", "")
+    return f"{element.tag} ({place})" if place else element.tag
+
+
+def _read(text: str, path: str | None, fps: float | None) -> LabelledClip:
+    root = _parse(text)
     ours = root.find("meta/cac")
     clip = LabelledClip(
         path=_known("path", path, ours),

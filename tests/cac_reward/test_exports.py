@@ -310,7 +310,21 @@ def test_parts_of_one_finding_must_agree() -> None:
         (read_cvat, "", "CVAT file must be XML, got ''"),
         (read_cvat, "<!DOCTYPE a><a/>", "CVAT file must have no document type, got one"),
         (read_cvat, "<a><meta><cac path='a' fps='8'/></meta></a>", "state the video's width as a"),
-        (read_cvat, write_cvat(CLIP).replace(' frame="4"', ""), "box must have the attribute 'fr"),
+        (
+            read_cvat,
+            write_cvat(CLIP).replace(' frame="4"', ""),
+            r"box \(line \d+, column 5\) must have the attribute 'frame'",
+        ),
+        (
+            read_cvat,
+            write_cvat(CLIP).replace('xtl="6.4', 'xtl="six'),
+            r"xtl of box \(line \d+, column 5\) must be a number, got 'six",
+        ),
+        (
+            read_cvat,
+            write_cvat(CLIP).replace('"severity">3', '"severity">bad'),
+            r"severity of track \(line \d+, column 3\) must be a number, got 'bad'",
+        ),
         (read_cvat, write_cvat(CLIP).replace("{&quot;", "{").replace('{"', "{"), "note must be as"),
         (read_activitynet, "{}", "ActivityNet file must be an object with 'database', got"),
         (read_activitynet, '{"database": []}', "ActivityNet file must have the documented form"),
@@ -331,7 +345,7 @@ def test_parts_of_one_finding_must_agree() -> None:
         (
             read_coco,
             re.sub(r'"bbox": \[[^]]*\]', '"bbox": [1]', write_coco([CLIP])),
-            r"bbox must be 4 numbers, got \[1\]",
+            r"bbox of annotation 1 must be 4 numbers, got \[1\]",
         ),
         (read_label_studio, "{}", "Label Studio file must be a list of tasks, got dict"),
         (read_label_studio, "[{}]", "task must be an object with 'data'"),

@@ -1,0 +1,292 @@
+"""Whether annotations can be trained on: every fault of a file, counted, with its place.
+
+Clips are looked at one at a time; what must be remembered of all of them (names and origins) is in
+a temporary table on the disk.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+
+from cac_reward.data.annotations import AnnotatedClip, SchemaError
+from cac_reward.data.shards import read_shard
+from cac_reward.data.storage import Record
+from cac_reward.report import TIME_TOLERANCE, UNSPECIFIED, Box, TimeWindow
+from cac_reward.taxonomy import EVENT_TYPES, LEAF_TYPES
+
+RULES: Mapping[str, str] = MappingProxyType(
+    {
+        "form": "is a clip of this schema",
+        "time": "times are inside the clip, boxes inside their window",
+        "box": "boxes are inside the frame and have an area",
+        "type": "types are in the taxonomy",
+        "file": "the video is there",
+        "duplicate": "a clip, or a question on it, is there once",
+        "leak": "clips of one source video are in one split",
+    }
+)
+KNOWN_TYPES = frozenset({*LEAF_TYPES, *EVENT_TYPES, UNSPECIFIED})
+UNKNOWN_RATE_TOLERANCE = 0.05
+"""Seconds past the end of a clip that are rounding where the rate is not known; else one frame."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One breach of one rule."""
+
+    rule: str
+    """A key of `RULES`."""
+    place: str
+    """Where in the file, for example 'line 3'."""
+    clip: str
+    """Name of the clip; empty where it could not be read."""
+    why: str
+
+
+@dataclass
+class SplitCount:
+    """What one split holds."""
+
+    clips: int = 0
+    clean: int = 0
+    anomalous: int = 0
+    windows: int = 0
+    boxes: int = 0
+    questions: int = 0
+
+
+@dataclass
+class CheckReport:
+    """What a file holds and what is wrong with it."""
+
+    clips: int = 0
+    """Entries, readable or not."""
+    splits: dict[str, SplitCount] = field(default_factory=dict)
+    """By split; '' for clips without one."""
+    types: Counter[str] = field(default_factory=Counter)
+    """Findings by type."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Faults by rule."""
+    first: list[Fault] = field(default_factory=list)
+    """The first faults."""
+    unknown_length: int = 0
+    """Clips whose length is not known, so that their times could not be checked against it."""
+    files_checked: bool = True
+    """Whether videos were looked for."""
+
+    @property
+    def has_faults(self) -> bool:
+        return sum(self.counts.values()) > 0
+
+    def to_dict(self) -> dict[str, object]:
+        """A tree of plain JSON values."""
+        return {**asdict(self), "has_faults": self.has_faults}
+
+
+def check_annotations(
+    records: Iterable[Record], *, videos: Path | None, keep: int = 20
+) -> CheckReport:
+    """Check every entry of an annotation file.
+
+    Args:
+        records: From `iterate_records`.
+        videos: Root of the clips' relative paths; None looks for no files.
+        keep: Faults to keep in words; all are counted.
+
+    Raises:
+        SchemaError: If an entry is of another schema version.
+    """
+    report = CheckReport(files_checked=videos is not None)
+    with _Memory() as memory:
+        for record in records:
+            report.clips += 1
+            for fault in _faults(record, report, memory, videos):
+                report.counts[fault.rule] += 1
+                if len(report.first) < keep:
+                    report.first.append(fault)
+    return report
+
+
+def format_report(report: CheckReport) -> str:
+    """The report as a table for people."""
+    rows = [["split", *SplitCount.__dataclass_fields__]]
+    for split in sorted(report.splits):
+        counts = asdict(report.splits[split]).values()
+        rows.append([split or "(none)", *(f"{one:,}" for one in counts)])
+    lines = [f"{report.clips:,} clips", "", *_aligned(rows)]
+    if report.types:
+        kinds = sorted(report.types.items(), key=lambda one: (-one[1], one[0]))
+        lines += ["", *_aligned([["type", "findings"], *([name, f"{n:,}"] for name, n in kinds)])]
+    table = [["rule", "faults", "means that"]]
+    table += [[rule, f"{report.counts[rule]:,}", means] for rule, means in RULES.items()]
+    lines += ["", *_aligned(table, right={1})]
+    notes = []
+    if report.unknown_length:
+        notes.append(f"{report.unknown_length:,} clips of unknown length: ends not checked")
+    if not report.files_checked:
+        notes.append("videos were not looked for")
+    lines += ["", *notes] if notes else []
+    if report.first:
+        lines += ["", f"first {len(report.first)} of {sum(report.counts.values()):,} faults"]
+        lines += [
+            f"  {one.place} {one.rule}: {one.clip + ': ' if one.clip else ''}{one.why}"
+            for one in report.first
+        ]
+    return "\n".join(lines)
+
+
+class _Memory:
+    """Names and origins of all clips, in a table that SQLite spills to the disk."""
+
+    def __enter__(self) -> _Memory:
+        self._table = sqlite3.connect("", isolation_level=None)
+        self._table.execute("PRAGMA cache_size = -65536")
+        self._table.execute("PRAGMA journal_mode = OFF")
+        for name in ("names", "origins"):
+            self._table.execute(
+                f"CREATE TABLE {name} (key TEXT PRIMARY KEY, place TEXT, split TEXT) WITHOUT ROWID"
+            )
+        self._table.execute("BEGIN")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._table.close()
+
+    def first(self, table: str, key: str, place: str, split: str) -> tuple[str, str] | None:
+        """Place and split of the first entry with this key; None if it is this one."""
+        added = self._table.execute(
+            f"INSERT OR IGNORE INTO {table} VALUES (?, ?, ?)", (key, place, split)
+        )
+        if added.rowcount:
+            return None
+        query = f"SELECT place, split FROM {table} WHERE key = ?"
+        found: tuple[str, str] = self._table.execute(query, (key,)).fetchone()
+        return found
+
+
+def _faults(
+    record: Record, report: CheckReport, memory: _Memory, videos: Path | None
+) -> Iterator[Fault]:
+    if record.fault is not None:
+        yield Fault("form", record.place, "", record.fault)
+        return
+    try:
+        clip = AnnotatedClip.from_dict(record.plain)
+    except SchemaError:
+        raise
+    except ValueError as error:
+        name = record.plain.get("path") if isinstance(record.plain, Mapping) else None
+        for rule, why in _located(record.plain) or [("form", str(error))]:
+            yield Fault(rule, record.place, name if isinstance(name, str) else "", why)
+        return
+    _count(clip, report)
+    for rule, why in (*_content_faults(clip), *_file_faults(clip, videos)):
+        yield Fault(rule, record.place, clip.name, why)
+    key = f"{clip.name}\0{clip.question or ''}"
+    twin = memory.first("names", key, record.place, clip.split or "")
+    if twin is not None:
+        yield Fault(
+            "duplicate", record.place, clip.name, f"clip must be there once, first {twin[0]}"
+        )
+    if clip.split is not None:
+        kin = memory.first("origins", clip.origin, record.place, clip.split)
+        if kin is not None and kin[1] != clip.split:
+            yield Fault(
+                "leak",
+                record.place,
+                clip.name,
+                f"source video {clip.origin!r} must be in one split, got {clip.split!r} and "
+                f"{kin[1]!r} in {kin[0]}",
+            )
+
+
+def _count(clip: AnnotatedClip, report: CheckReport) -> None:
+    split = report.splits.setdefault(clip.split or "", SplitCount())
+    split.clips += 1
+    split.clean += clip.verdict == "clean"
+    split.anomalous += clip.verdict == "anomalous"
+    split.windows += len(clip.findings)
+    split.boxes += sum(len(finding.boxes) for finding in clip.findings)
+    split.questions += clip.question is not None
+    report.types.update(finding.type for finding in clip.findings)
+    report.unknown_length += clip.duration_seconds is None
+
+
+def _content_faults(clip: AnnotatedClip) -> Iterator[tuple[str, str]]:
+    length = clip.duration_seconds
+    allowed = UNKNOWN_RATE_TOLERANCE if clip.fps is None else 1 / clip.fps + TIME_TOLERANCE
+    windows = [(f"findings[{n}]", one.window) for n, one in enumerate(clip.findings)]
+    windows += [(f"captions[{n}]", one.window) for n, one in enumerate(clip.captions)]
+    for where, window in windows:
+        if length is not None and window.end_seconds > length + allowed:
+            yield "time", f"{where} must end in the clip of {length:g} s, got {window.to_json()}"
+    for number, finding in enumerate(clip.findings):
+        if finding.type not in KNOWN_TYPES:
+            yield "type", f"findings[{number}] must have a known type, got {finding.type!r}"
+
+
+def _file_faults(clip: AnnotatedClip, videos: Path | None) -> Iterator[tuple[str, str]]:
+    if videos is None:
+        return
+    place = videos / clip.path
+    if not place.exists():
+        yield "file", f"video must be an existing file, got {place}"
+    elif clip.key is not None:
+        try:
+            keys = _keys(place)
+        except (ValueError, tarfile.TarError) as error:
+            yield "file", str(error)
+            return
+        if clip.key not in keys:
+            yield "file", f"shard must hold the sample {clip.key!r}, got none in {place}"
+
+
+@lru_cache(maxsize=8)
+def _keys(shard: Path) -> frozenset[str]:
+    return frozenset(sample.key for sample in read_shard(shard, set()))
+
+
+def _located(plain: object) -> list[tuple[str, str]]:
+    """Each bad window and box of an entry that is no clip."""
+    found = []
+    findings = plain.get("findings") if isinstance(plain, Mapping) else None
+    for number, finding in enumerate(findings if isinstance(findings, list) else []):
+        if not isinstance(finding, Mapping):
+            continue
+        where = f"findings[{number}]"
+        window = None
+        try:
+            window = TimeWindow.from_json(finding.get("window"))
+        except ValueError as error:
+            found.append(("time", f"{where}: {error}"))
+        boxes = finding.get("boxes")
+        for index, one in enumerate(boxes if isinstance(boxes, list) else []):
+            try:
+                box = Box.from_json(one)
+            except ValueError as error:
+                found.append(("box", f"{where}.boxes[{index}]: {error}"))
+                continue
+            if window is not None and not window.holds(box.time_seconds):
+                why = f"box time must be inside its window {window.to_json()}"
+                found.append(("time", f"{where}.boxes[{index}]: {why}, got {box.time_seconds}"))
+    return found
+
+
+def _aligned(rows: list[list[str]], right: set[int] | None = None) -> list[str]:
+    """Rows as columns; numbers, by default all but the first, to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    right = set(range(1, len(widths))) if right is None else right
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

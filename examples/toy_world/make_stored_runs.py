@@ -42,16 +42,16 @@ def store_run(name: str, state: Path, folder: Path, machine: str) -> Path:
     Args:
         name: One of STORED.
         state: Folder of the run itself; its checkpoints make it resumable.
-        folder: Where `<name>.json` goes; one made with the same weights is left as it is.
+        folder: Where `<name>.json` goes; one made with the same weights and YAML is left as it is.
         machine: Where this happens, in words.
     """
     settings = load_config(STORED[name])
-    places = [settings.generator.path, settings.rewards[0].options["path_or_hub_id"]]
-    made_with = digest(*map(Path, places))
+    weights = [settings.generator.path, settings.rewards[0].options["path_or_hub_id"]]
+    made_with = digest(*map(Path, [*weights, STORED[name]]))
     known = load_stored_run(name, folder)
-    if known is not None and known.checkpoints == made_with:
+    if known is not None and known.made_with == made_with:
         return folder / f"{name}.json"
-    # A folder of its own for each set of weights: a run never goes on with others.
+    # A folder of its own for each of them: a run never goes on with other weights or settings.
     output = state / "stored" / f"{name}-{made_with}"
     settings = load_config(STORED[name], [f"output={output}"])
     options = EvaluationSettings()
@@ -71,7 +71,7 @@ def summarise_run(
         algorithm=run.settings.algorithm.name,
         config=STORED[name],
         machine=machine,
-        checkpoints=made_with,
+        made_with=made_with,
         updates=run.state.step,
         training_seconds=round(run.state.seconds, 1),
         videos_generated=run.state.videos_generated,

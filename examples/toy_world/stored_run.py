@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffusion_rl.tracking import read_metrics
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FOLDER = Path(__file__).with_name("stored_runs")
 CURVES = ("step", "seconds", "videos_generated", "reward", "penalty", "kl")
 CURVE_PREFIXES = ("rewards/", "guards/")
@@ -53,8 +53,8 @@ class StoredRun:
     """The YAML that made it."""
     machine: str
     """Where it was made."""
-    checkpoints: str
-    """Digest of the generator and judge it was made with."""
+    made_with: str
+    """Digest of the weights of generator and judge, and of the YAML."""
     updates: int
     training_seconds: float
     videos_generated: int
@@ -142,12 +142,16 @@ def unpack_video(packed: Mapping[str, Any]) -> Tensor:
     return video.permute(0, 3, 1, 2).contiguous()
 
 
-def digest(*folders: Path) -> str:
-    """Short fingerprint of the weights in checkpoint folders."""
+def digest(*places: Path) -> str:
+    """Short fingerprint of weights in checkpoint folders, and of YAML files without comments."""
     fingerprint = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.rglob("*.safetensors")):
-            fingerprint.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    for place in places:
+        if place.is_file():
+            lines = place.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if not line.startswith("#")]
+            fingerprint.update("\n".join(kept).encode())
+        for path in sorted(place.rglob("*.safetensors")):
+            fingerprint.update(f"{path.relative_to(place)}\0".encode() + path.read_bytes())
     return fingerprint.hexdigest()[:12]
 
 

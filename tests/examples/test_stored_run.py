@@ -12,6 +12,7 @@ import torch
 from examples.toy_world.demo_curves import hack_verdict
 from examples.toy_world.stored_run import (
     FOLDER,
+    SCHEMA_VERSION,
     StoredPair,
     StoredRun,
     digest,
@@ -28,7 +29,7 @@ def some_run(**changes: object) -> StoredRun:
     numbers = {"videos": 4, "anomaly_rate_oracle": 0.5, "motion": math.nan}
     values: dict = {
         **{"name": "unguarded", "algorithm": "nft", "config": "a.yaml", "machine": "2 cores"},
-        **{"checkpoints": "abc", "updates": 2, "training_seconds": 3.0, "videos_generated": 8},
+        **{"made_with": "abc", "updates": 2, "training_seconds": 3.0, "videos_generated": 8},
         **{"curves": {"step": [1, 2], "reward": [0.5, None]}, "base": numbers, "tuned": numbers},
         **{"base_faults": {"vanish": 0.5}, "tuned_faults": {"vanish": 0.0}, "fps": 8.0},
         "pairs": [StoredPair("a red, circle", video, 255 - video)],
@@ -60,7 +61,7 @@ def test_a_run_comes_back(tmp_path: Path) -> None:
     "damage",
     [
         lambda text: text[:40],
-        lambda text: text.replace('"schema_version": 1', '"schema_version": 9'),
+        lambda text: text.replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 9'),
         lambda text: text.replace('"machine"', '"engine"'),
         lambda text: text.replace('"webp": "', '"webp": "AAAA'),
         lambda text: "[]",
@@ -98,6 +99,15 @@ def test_a_digest_follows_the_weights(tmp_path: Path) -> None:
     assert digest(tmp_path / "one") == before
     weights.write_bytes(b"2")
     assert digest(tmp_path / "one") != before
+
+
+def test_a_digest_follows_the_recipe_but_not_its_comments(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    digests = []
+    for text in ("# slow\nupdates: 3\n", "# fast\nupdates: 3\n", "updates: 4\n"):
+        recipe.write_text(text)
+        digests.append(digest(recipe))
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)

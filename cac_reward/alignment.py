@@ -43,6 +43,8 @@ class PromptAlignment:
         dtype: str = "float32",
         attention: str = "sdpa",
         revision: str | None = None,
+        base: str | Path | None = None,
+        quantization: str | None = None,
     ) -> PromptAlignment:
         """Load a judge from a folder or the hub; arguments as for `LocalJudge.from_pretrained`.
 
@@ -52,7 +54,13 @@ class PromptAlignment:
 
         return cls(
             LocalJudge.from_pretrained(
-                path_or_hub_id, device=device, dtype=dtype, attention=attention, revision=revision
+                path_or_hub_id,
+                device=device,
+                dtype=dtype,
+                attention=attention,
+                revision=revision,
+                base=base,
+                quantization=quantization,
             )
         )
 

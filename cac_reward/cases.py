@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from cac_reward.answers import AnswerError
-from cac_reward.judges.base import NoAnswer
+from cac_reward.judges.base import AbstractJudge, NoAnswer
 from cac_reward.questions import Message
-from cac_reward.report import Finding, TimeWindow
+from cac_reward.report import AnomalyReport, Finding, TimeWindow
 
 
 @dataclass(eq=False)
@@ -62,3 +62,27 @@ def note_seconds(cases: Sequence[Case], stage: str, began: float) -> None:
     """Share the time of a stage evenly among the clips that went through it."""
     for case in cases:
         case.timings[stage] = (time.perf_counter() - began) / len(cases)
+
+
+def freeze(case: Case, judge: AbstractJudge, mode: str, score: float | None) -> AnomalyReport:
+    """All that is known of a case, as its report."""
+    return AnomalyReport(
+        score=score,
+        judge_id=judge.name,
+        revision=judge.revision,
+        decoder=judge.decoder,
+        attention=judge.attention,
+        fps=case.fps,
+        num_frames=len(case.frames),
+        findings=case.findings,
+        windows=case.windows,
+        scan_frames=tuple(case.scan_frames),
+        inspect_frames=tuple(case.inspect_frames),
+        scan_text=case.scan_text,
+        judge_text=case.judge_text,
+        prompt=case.prompt,
+        mode=mode,
+        timings=case.timings,
+        note=judge.domain_note,
+        error=case.error,
+    )

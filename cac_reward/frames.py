@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from reprlib import repr as short
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from cac_reward.plain import read_json
 from cac_reward.report import SEVERITIES, AnomalyReport, Finding, TimeWindow
 from cac_reward.video import check_frames
 
@@ -57,7 +60,7 @@ class InspectSettings:
         _check_settings("inspect", self.fps, self.max_frames, self.pixels)
         if not (_is_number(self.margin_seconds) and self.margin_seconds >= 0):
             raise ValueError(
-                f"inspect.margin_seconds must be at least 0, got {self.margin_seconds!r}"
+                f"inspect.margin_seconds must be at least 0, got {short(self.margin_seconds)}"
             )
 
 
@@ -76,9 +79,9 @@ class JudgeSettings:
 
     def __post_init__(self) -> None:
         if self.wording not in WORDINGS:
-            raise ValueError(f"wording must be one of {WORDINGS}, got {self.wording!r}")
+            raise ValueError(f"wording must be one of {WORDINGS}, got {short(self.wording)}")
         if self.domain is not None and not (isinstance(self.domain, str) and self.domain):
-            raise ValueError(f"domain must be a name or null, got {self.domain!r}")
+            raise ValueError(f"domain must be a name or null, got {short(self.domain)}")
 
     @classmethod
     def load(cls, folder: str | Path) -> JudgeSettings:
@@ -90,10 +93,7 @@ class JudgeSettings:
         path = Path(folder) / JUDGE_FILE
         if not path.is_file():
             return cls()
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} must be JSON in UTF-8, got: {error}") from error
+        record = read_json(str(path), path.read_bytes())
         try:
             return cls._from_record(record)
         except (TypeError, ValueError) as error:
@@ -104,12 +104,31 @@ class JudgeSettings:
         text = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2)
         (Path(folder) / JUDGE_FILE).write_text(text + "\n", encoding="utf-8")
 
+    def seen_as(
+        self,
+        scan: ScanSettings | Mapping[str, object] | None = None,
+        inspect: InspectSettings | Mapping[str, object] | None = None,
+    ) -> JudgeSettings:
+        """These settings with other views of the clip; an object changes only what it names.
+
+        Raises:
+            ValueError: If a name or value is none that the turn has.
+        """
+        views: dict[str, Any] = {}
+        for name, old, new in (("scan", self.scan, scan), ("inspect", self.inspect, inspect)):
+            if isinstance(new, Mapping):
+                new = replace(old, **_known_keys(name, new, _names(type(old))))
+            if new is not None and type(new) is not type(old):
+                raise ValueError(f"{name} must be {type(old).__name__} or an object, got {new!r}")
+            views[name] = old if new is None else new
+        return replace(self, **views)
+
     @classmethod
     def _from_record(cls, record: object) -> JudgeSettings:
         values = _known_keys("judge settings", record, ["schema_version", *_names(cls)])
         version = values.pop("schema_version", None)
         if version != SCHEMA_VERSION:
-            raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {version!r}")
+            raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {short(version)}")
         for name, kind in (("scan", ScanSettings), ("inspect", InspectSettings)):
             if name in values:
                 values[name] = kind(**_known_keys(name, values[name], _names(kind)))
@@ -256,10 +275,12 @@ def blame_maps(
 
 def _check_settings(name: str, fps: object, max_frames: object, pixels: object) -> None:
     if not (_is_number(fps) and fps > 0):  # type: ignore[operator]
-        raise ValueError(f"{name}.fps must be above 0, got {fps!r}")
+        raise ValueError(f"{name}.fps must be above 0, got {short(fps)}")
     for key, value, least in (("max_frames", max_frames, 2), ("pixels", pixels, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}.{key} must be an integer of at least {least}, got {value!r}")
+            raise ValueError(
+                f"{name}.{key} must be an integer of at least {least}, got {short(value)}"
+            )
 
 
 def _is_number(value: object) -> bool:
@@ -282,10 +303,10 @@ def _names(kind: type) -> list[str]:
 
 def _known_keys(name: str, record: object, known: Sequence[str]) -> dict:
     if not isinstance(record, Mapping):
-        raise ValueError(f"{name} must be an object, got {record!r}")
+        raise ValueError(f"{name} must be an object, got {short(record)}")
     for key in record:
         if key not in known:
-            raise ValueError(f"{name} must have no key but {sorted(known)}, got {key!r}")
+            raise ValueError(f"{name} must have no key but {sorted(known)}, got {short(key)}")
     return dict(record)
 
 

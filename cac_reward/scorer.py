@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -26,8 +26,15 @@ from torch import Tensor
 from cac_reward.answers import AnswerError, parse_findings, parse_tool_call
 from cac_reward.cache import ReportCache, report_key
 from cac_reward.calibration import Calibration
-from cac_reward.cases import Case, note_seconds, said, settle
-from cac_reward.frames import JudgeSettings, blame_maps, frame_times, inspect_indices
+from cac_reward.cases import Case, freeze, note_seconds, said, settle
+from cac_reward.frames import (
+    InspectSettings,
+    JudgeSettings,
+    ScanSettings,
+    blame_maps,
+    frame_times,
+    inspect_indices,
+)
 from cac_reward.inputs import (
     LAYOUT,
     Clip,
@@ -39,6 +46,7 @@ from cac_reward.inputs import (
     to_batch,
 )
 from cac_reward.judges.base import AbstractJudge
+from cac_reward.judges.votes import Votes
 from cac_reward.questions import (
     CLEAN_ANSWER,
     FINDINGS_PREFIX,
@@ -119,20 +127,46 @@ class CaCScorer:
         device: str = "cpu",
         dtype: str = "float32",
         attention: str = "sdpa",
-        revision: str | None = None,
         mode: str = "full",
+        scan: ScanSettings | Mapping[str, object] | None = None,
+        inspect: InspectSettings | Mapping[str, object] | None = None,
+        revision: str | None = None,
+        base: str | Path | None = None,
+        quantization: str | None = None,
+        num_votes: int | None = None,
+        seed: int = 0,
         cache: str | os.PathLike[str] | None = None,
     ) -> CaCScorer:
-        """Load a judge from a folder or the hub; arguments as for `LocalJudge.from_pretrained`.
+        """Load a judge from a folder or the hub.
 
         Judges loaded twice from the same files share their weights. A calibration stored beside
-        the checkpoint is used; `cache` is the file of a `ReportCache`.
+        the checkpoint is used.
+
+        Args:
+            path_or_hub_id, device, dtype, attention, revision, base, quantization: as for
+                `LocalJudge.from_pretrained`.
+            mode: 'full' or 'fast'.
+            scan, inspect: which frames each turn sees, whole or as the names to change; None
+                keeps how the judge was trained to be asked.
+            num_votes: sampled answers whose consensus is the verdict, at least 2; None reads the
+                verdict from its log-probabilities, which is exact and cheaper.
+            seed: of the votes; equal seeds give equal scores.
+            cache: file of a `ReportCache`.
         """
         from cac_reward.judges.local import LocalJudge
 
         judge = LocalJudge.from_pretrained(
-            path_or_hub_id, device=device, dtype=dtype, attention=attention, revision=revision
+            path_or_hub_id,
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            revision=revision,
+            base=base,
+            quantization=quantization,
         )
+        if scan is not None or inspect is not None or num_votes is not None:
+            votes = None if num_votes is None else Votes(num_votes=num_votes, seed=seed)
+            judge = judge.asked_as(settings=judge.settings.seen_as(scan, inspect), votes=votes)
         return cls(judge, mode=mode, cache=None if cache is None else ReportCache(cache))
 
     @classmethod
@@ -237,6 +271,7 @@ class CaCScorer:
             "judge": self.judge.name,
             "files": self.judge.fingerprint,
             "settings": dataclasses.asdict(self.judge.settings),
+            "decoder": self.judge.decoder,
             "mode": self.mode,
             "tokens": [self.max_call_tokens, self.max_findings_tokens],
             "temperature": self.calibration.temperature,
@@ -347,20 +382,5 @@ class CaCScorer:
             self.num_failed += case.error is not None
         if case.error is not None:
             logger.warning("a clip could not be judged: %s", case.error)
-        return AnomalyReport(
-            score=None if case.error is not None else self.calibration.apply(case.p_clean),
-            judge_id=self.judge.name,
-            fps=case.fps,
-            num_frames=len(case.frames),
-            findings=case.findings,
-            windows=case.windows,
-            scan_frames=tuple(case.scan_frames),
-            inspect_frames=tuple(case.inspect_frames),
-            scan_text=case.scan_text,
-            judge_text=case.judge_text,
-            prompt=case.prompt,
-            mode=self.mode,
-            timings=case.timings,
-            note=self.judge.domain_note,
-            error=case.error,
-        )
+        score = None if case.error is not None else self.calibration.apply(case.p_clean)
+        return freeze(case, self.judge, self.mode, score)

@@ -19,9 +19,8 @@ LAYERS = {
         *("report", "taxonomy", "overlap", "video", "records", "frames", "questions", "answers"),
         *("cache", "calibration"),
         *(
-            "judges/families",
-            "judges/base",
-            "judges/loading",
+            *("judges/families", "judges/votes", "judges/base"),
+            *("judges/attention", "judges/loading"),
             "judges/reading",
             "judges/",
             "inputs",
@@ -59,6 +58,7 @@ LAYERS = {
 # The only files that may import HEAVY packages, the (!) of the design.
 HEAVY = {"diffusers", "transformers", "trl", "peft", "fastapi", "uvicorn", "openai", "vllm"}
 HEAVY_FILES = {
+    "cac_reward/judges/attention.py",
     "cac_reward/judges/loading.py",
     "cac_reward/judges/local.py",
     "cac_reward/judges/endpoint.py",
@@ -80,6 +80,7 @@ RECIPE_HEAD = ["Purpose", "Source", "Launch", "Memory and hardware", "Override"]
 # Where a rule makes a file worse it is broken here, with the reason.
 TOO_MANY_ARGUMENTS_BECAUSE = {
     "cac_reward.adapters.verl_omni.compute_score": "verl-omni fills arguments in by their names",
+    "cac_reward.scorer.CaCScorer.from_pretrained": "the one call that names every setting",
     "diffusion_rl.losses.nft_loss": "the formula has these symbols",
     "diffusion_rl.transitions.flow_sde": "every transition has this one signature",
     "diffusion_rl.transitions.ode": "every transition has this one signature",

@@ -44,6 +44,10 @@ class AbstractJudge(ABC):
     """How the judge wants to be asked."""
     family: Family = FAMILIES["qwen3_vl"]
     """How it writes boxes and tool calls."""
+    decoder: str = "greedy"
+    """How its answers are chosen; greedy unless votes decide."""
+    attention: str | None = None
+    """The attention kernel it runs on, where that is known."""
     fingerprint: str = ""
     """Changes with the judge's files and with how they are run; for finding reports again."""
     calibration: Calibration = Calibration()

@@ -34,6 +34,8 @@ from cac_reward.judges.base import (
     check_conversations,
     one_prefix_each,
 )
+from cac_reward.judges.families import find_family
+from cac_reward.judges.votes import Votes, count_votes
 from cac_reward.questions import TOOL_CALL_END, TOOL_CALL_PREFIX, Message, plain_tool_turn
 
 logger = logging.getLogger(__name__)
@@ -65,23 +67,28 @@ class EndpointOptions:
     max_retries: int = 4
     """More tries after what may pass (no connection, time-out, 408, 409, 429, 5xx), at least 0;
     the pauses between them double, or are as long as the server asks."""
-    patch_factor: int = 32
-    """Sides of frames are multiples of this: patch times merge size, 32 for Qwen3-VL."""
+    family: str = "qwen3_vl"
+    """Of the model, one of `families.FAMILIES`: how it writes boxes and tool calls."""
+    patch_factor: int | None = None
+    """Sides of frames are multiples of this: patch times merge size; None for the family's."""
 
     def __post_init__(self) -> None:
         if self.probabilities not in PROBABILITIES:
             raise ValueError(
                 f"probabilities must be one of {PROBABILITIES}, got {self.probabilities!r}"
             )
-        for name, least in (
-            *(("num_votes", 2), ("concurrency", 1)),
-            *(("max_retries", 0), ("patch_factor", 1)),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("temperature", "timeout_seconds"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name, least in (("concurrency", 1), ("max_retries", 0), ("patch_factor", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 < self.timeout_seconds < math.inf:
+            raise ValueError(f"timeout_seconds must be above 0, got {self.timeout_seconds}")
+        find_family(self.family)
+        _ = self.votes  # Checks itself.
+
+    @property
+    def votes(self) -> Votes:
+        return Votes(num_votes=self.num_votes, temperature=self.temperature, seed=self.seed)
 
 
 class EndpointJudge(AbstractJudge):
@@ -114,7 +121,8 @@ class EndpointJudge(AbstractJudge):
     ) -> None:
         self.options = options or EndpointOptions()
         self.settings = settings or JudgeSettings()
-        self.patch_factor = self.options.patch_factor
+        self.family = find_family(self.options.family)
+        self.patch_factor = self.options.patch_factor or self.family.factor
         self._base_url, self._model = base_url.rstrip("/"), model
         self._client = openai.OpenAI(
             base_url=self._base_url,
@@ -128,6 +136,7 @@ class EndpointJudge(AbstractJudge):
         self.judge_id = f"{model} at {self._base_url}"
         if self.probabilities_from == "votes":
             self.judge_id += f" (share of {self.options.num_votes} votes)"
+            self.decoder = self.options.votes.decoder
             logger.warning(
                 "%s: verdicts are shares of votes, since the server returns no "
                 "log-probabilities of continued answers (or votes were asked for)",
@@ -153,7 +162,7 @@ class EndpointJudge(AbstractJudge):
         def write(row: int) -> str:
             more = {"max_tokens": max_new_tokens, "temperature": 0, **_with_tools(tools)}
             answer = self._ask(asked[row], self._beginning(prefixes[row]), more)
-            text = message_text(answer.choices[0].message)
+            text = message_text(answer.choices[0].message, self.family.call_format)
             return prefixes[row] + text if self._continues else text
 
         return [
@@ -173,23 +182,16 @@ class EndpointJudge(AbstractJudge):
         check_conversations(conversations)
         prefixes = one_prefix_each(prefix, len(conversations))
         asked = [write_messages(one) for one in conversations]
-        votes = 1 if self._continues else self.options.num_votes
+        if not self._continues:
+            return self._count(asked, prefixes, choices, tools)
 
-        def weigh(job: int) -> list[float]:
-            row, vote = divmod(job, votes)
-            if self._continues:
-                return self._weigh(asked[row], prefixes[row], choices, tools)
-            return self._vote(asked[row], prefixes[row], choices, tools, vote)
+        def weigh(row: int) -> list[float]:
+            return self._weigh(asked[row], prefixes[row], choices, tools)
 
-        results = self._each(weigh, len(conversations) * votes)
-        rows = []
-        for start in range(0, len(results), votes):
-            known = [one for one in results[start : start + votes] if isinstance(one, list)]
-            total = torch.tensor(known, dtype=torch.double).view(-1, len(choices))
-            counted = total if self._continues else total.sum(0, keepdim=True).log()
-            empty = not len(total) or bool((counted == -math.inf).all())
-            rows.append(torch.full((len(choices),), math.nan) if empty else counted[0].float())
-        return torch.stack(rows) if rows else torch.empty(0, len(choices))
+        lost = [math.nan] * len(choices)
+        found = self._each(weigh, len(asked))
+        rows = [one if isinstance(one, list) else lost for one in found]
+        return torch.tensor(rows).view(-1, len(choices))
 
     def probabilities(self, log_probs: Tensor) -> Tensor:
         """Share of each choice among the choices, NaN where there was no answer."""
@@ -302,37 +304,29 @@ class EndpointJudge(AbstractJudge):
             totals.append(total)
         return totals
 
-    def _vote(
+    def _count(
         self,
-        messages: list[dict[str, Any]],
-        prefix: str,
+        asked: Sequence[list[dict[str, Any]]],
+        prefixes: Sequence[str],
         choices: Sequence[str],
         tools: Sequence[Mapping[str, object]],
-        vote: int,
-    ) -> list[float]:
-        """1 for the choice that a sampled answer makes first, 0 for the others."""
-        more = {
-            "temperature": self.options.temperature,
-            "seed": self.options.seed + vote,
-            **_with_tools(tools),
-        }
-        text = message_text(self._ask(messages, [], more).choices[0].message)
-        return first_choice(text, prefix, choices)
+    ) -> Tensor:
+        """[B N] log of how many sampled answers make each choice; lost answers have no vote."""
+        votes = self.options.votes
 
+        def sample(job: int) -> str:
+            row, vote = divmod(job, votes.num_votes)
+            more = {"temperature": votes.temperature, "seed": votes.seed + vote}
+            answer = self._ask(asked[row], [], {**more, **_with_tools(tools)})
+            return message_text(answer.choices[0].message, self.family.call_format)
 
-def first_choice(text: str, prefix: str, choices: Sequence[str]) -> list[float]:
-    """[N] 1 for the choice that comes first in an answer, behind the prefix's last line.
-
-    Example:
-        >>> first_choice('{"findings": []}\\nVerdict: clean', "...\\nVerdict:", [" clean", " bad"])
-        [1.0, 0.0]
-        >>> first_choice("I cannot tell", "", ["Yes", "No"])
-        [0.0, 0.0]
-    """
-    line = prefix.rpartition("\n")[2]
-    places = [text.find(line + choice) for choice in choices]
-    found = [place for place in places if place >= 0]
-    return [float(bool(found) and place == min(found)) for place in places]
+        texts = self._each(sample, len(asked) * votes.num_votes)
+        rows = [torch.empty(0, len(choices))]
+        for row, prefix in enumerate(prefixes):
+            said = texts[row * votes.num_votes : (row + 1) * votes.num_votes]
+            known = [one for one in said if isinstance(one, str)]
+            rows.append(count_votes(known, prefix, choices)[None])
+        return torch.cat(rows)
 
 
 def write_messages(conversation: Conversation) -> list[dict[str, Any]]:
@@ -366,14 +360,27 @@ def picture_url(frame: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def message_text(message: Any) -> str:
+def message_text(message: Any, call_format: str = "json") -> str:
     """What an answer says; a tool call that the server has taken apart is written out again."""
     text = message.content or ""
     for call in message.tool_calls or ():
-        record = json.dumps({"name": call.function.name, "arguments": "@"})
-        record = record.replace('"@"', call.function.arguments)
-        text += f"{TOOL_CALL_PREFIX}\n{record}\n{TOOL_CALL_END}"
+        name, arguments = call.function.name, call.function.arguments
+        body = json.dumps({"name": name, "arguments": "@"}).replace('"@"', arguments)
+        if call_format == "xml":
+            body = f"<function={name}>\n{_parameters(arguments)}</function>"
+        text += f"{TOOL_CALL_PREFIX}\n{body}\n{TOOL_CALL_END}"
     return text
+
+
+def _parameters(arguments: str) -> str:
+    """A call's arguments in tags; what is no JSON object is left for the parser to refuse."""
+    try:
+        items = json.loads(arguments).items()
+    except (json.JSONDecodeError, AttributeError):
+        return arguments
+    return "".join(
+        f"<parameter={name}>\n{json.dumps(value)}\n</parameter>\n" for name, value in items
+    )
 
 
 def _with_tools(tools: Sequence[Mapping[str, object]]) -> dict[str, Any]:

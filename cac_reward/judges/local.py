@@ -1,13 +1,16 @@
-"""A judge on this machine: transformers' own model and processor, greedy and in batches.
+"""A judge on this machine: transformers' own model and processor, in batches.
 
 Axes: B conversations of a batch, V vocabulary, N choices.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -19,8 +22,11 @@ from cac_reward.calibration import Calibration
 from cac_reward.frames import JudgeSettings
 from cac_reward.judges.base import AbstractJudge, Conversation, one_prefix_each
 from cac_reward.judges.families import find_family
-from cac_reward.judges.loading import fingerprint, load, locate
+from cac_reward.judges.loading import LoadOptions, find_files, fingerprint, load
 from cac_reward.judges.reading import BatchReader, ReadBatch
+from cac_reward.judges.votes import Votes, count_votes
+
+logger = logging.getLogger(__name__)
 
 _LOADED: WeakValueDictionary[tuple, LocalJudge] = WeakValueDictionary()
 
@@ -34,9 +40,12 @@ class LocalJudge(AbstractJudge):
         judge_id: folder or hub id, for the reports.
         revision: commit of the weights where they came from a hub.
         settings: how the judge wants to be asked.
+        votes: how many sampled answers decide in the place of log-probabilities; None for none.
         max_batch_tokens: most tokens read in one forward pass; one conversation may be longer.
         max_memory_bytes: most bytes of key-value cache kept inside `remembering()`.
     """
+
+    _origin: LocalJudge | None = None
 
     def __init__(
         self,
@@ -46,6 +55,7 @@ class LocalJudge(AbstractJudge):
         judge_id: str,
         revision: str | None = None,
         settings: JudgeSettings | None = None,
+        votes: Votes | None = None,
         max_batch_tokens: int = 8192,
         max_memory_bytes: int = 2**30,
     ) -> None:
@@ -53,6 +63,8 @@ class LocalJudge(AbstractJudge):
         self.judge_id = judge_id
         self.revision = revision
         self.settings = settings or JudgeSettings()
+        self.attention = model.config._attn_implementation
+        self._adopt(votes)
         self._tokenizer = processor.tokenizer
         self._never_written = self._tokenizer.convert_tokens_to_ids(list(self.family.never_written))
         self._stops = _stop_ids(model, self._tokenizer)
@@ -76,41 +88,62 @@ class LocalJudge(AbstractJudge):
         dtype: str = "float32",
         attention: str = "sdpa",
         revision: str | None = None,
+        base: str | Path | None = None,
+        quantization: str | None = None,
     ) -> LocalJudge:
         """Load a judge, or share the one that is loaded already from the same files.
 
         Args:
-            path_or_hub_id: folder, or id on the hub.
+            path_or_hub_id: folder or id on the hub, of a checkpoint or of a peft adapter.
             device: where it runs, for example 'cpu' or 'cuda:0'.
             dtype: 'float32', 'bfloat16' or 'float16'.
-            attention: transformers' name of the attention kernel.
+            attention: 'sdpa', 'eager', 'flash_attention_2' or 'xformers'; what cannot run here is
+                an error, and no other takes its place.
             revision: branch, tag or commit on the hub; None for the main branch.
+            base: folder or id of an adapter's base; None for the one that the adapter names.
+            quantization: '8bit' or '4bit' through bitsandbytes; None for the weights as they are.
 
         Raises:
             FileNotFoundError: If the judge is not there and cannot be fetched.
-            ValueError: If the files are no complete checkpoint of a known family.
+            ValueError: If the files are no complete checkpoint of a known family, or an argument
+                breaks its rule.
+            ImportError: If attention or quantization needs a package that is not installed.
         """
-        folder, commit = locate(path_or_hub_id, revision)
-        files = tuple(
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in sorted(folder.iterdir())
-            if path.is_file()
+        options = LoadOptions(
+            device=device, dtype=dtype, attention=attention, quantization=quantization
         )
-        key = (cls, str(path_or_hub_id), folder.resolve(), files, device, dtype, attention)
+        files = find_files(path_or_hub_id, revision=revision, base=base)
+        key = (cls, files, files.facts(), options)
         judge = _LOADED.get(key)
         if judge is None:
-            model, processor = load(folder, device, dtype, attention)
+            model, processor = load(files, options)
             judge = cls(
                 model,
                 processor,
-                judge_id=str(path_or_hub_id),
-                revision=commit,
-                settings=JudgeSettings.load(folder),
+                judge_id=files.judge_id,
+                revision=files.revision,
+                settings=JudgeSettings.load(files.settings_folder),
             )
-            judge.fingerprint = fingerprint(folder, dtype, attention)
-            judge.calibration = Calibration.load(folder)
+            judge.fingerprint = fingerprint(files, options)
+            judge.calibration = Calibration.load(files.folder)
+            logger.info("judge %s runs on %s, attention %s", judge.name, device, judge.attention)
             _LOADED[key] = judge
         return judge
+
+    def asked_as(
+        self, *, settings: JudgeSettings | None = None, votes: Votes | None = None
+    ) -> LocalJudge:
+        """The same judge, weights shared, asked in another way; None keeps what it has."""
+        twin = copy.copy(self)
+        twin._origin = self  # Keeps it findable for the next one who loads these files.
+        twin.settings = settings or self.settings
+        twin._adopt(votes or self.votes)
+        return twin
+
+    def _adopt(self, votes: Votes | None) -> None:
+        self.votes = votes
+        if votes is not None:
+            self.decoder = votes.decoder
 
     @torch.inference_mode()
     def generate(
@@ -143,12 +176,43 @@ class LocalJudge(AbstractJudge):
         prefixes = one_prefix_each(prefix, len(conversations))
         if len(choices) < 2 or "" in choices or len(set(choices)) < len(choices):
             raise ValueError(f"choices must be two or more different texts, got {list(choices)}")
+        if self.votes is not None:
+            return self._count(conversations, choices, prefixes, tools, self.votes)
         tokens = self._tokenizer(list(choices), add_special_tokens=False)["input_ids"]
         log_probs = torch.empty(len(conversations), len(tokens))
         with self._lock:
             for rows, read in self._reader.read(conversations, prefixes, tools):
                 log_probs[rows] = self._weigh(read, [tuple(one) for one in tokens]).cpu()
         return log_probs
+
+    def probabilities(self, log_probs: Tensor) -> Tensor:
+        """As in the base class; where votes decide, NaN for a clip that none of them judged."""
+        if self.votes is not None:
+            return torch.softmax(log_probs, dim=-1)
+        return super().probabilities(log_probs)
+
+    def _count(
+        self,
+        conversations: Sequence[Conversation],
+        choices: Sequence[str],
+        prefixes: Sequence[str],
+        tools: Sequence[Mapping[str, object]],
+        votes: Votes,
+    ) -> Tensor:
+        """[B N] log of how many sampled answers make each choice; each row has its own dice."""
+        counted = torch.empty(len(conversations), len(choices))
+        with self._lock:
+            for rows, read in self._reader.read(conversations, [""] * len(conversations), tools):
+                texts: list[list[str]] = [[] for _ in rows]
+                for vote in range(votes.num_votes):
+                    dice = [torch.Generator().manual_seed(votes.seed + vote) for _ in rows]
+                    pick = partial(_sample, temperature=votes.temperature, dice=dice)
+                    for row, tokens in enumerate(self._write(read, votes.max_new_tokens, pick)):
+                        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+                        texts[row].append(text)
+                for row, said in zip(rows, texts, strict=True):
+                    counted[row] = count_votes(said, prefixes[row], choices)
+        return counted
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
@@ -184,14 +248,17 @@ class LocalJudge(AbstractJudge):
             columns.append(torch.stack(parts).sum(dim=0))
         return torch.stack(columns, dim=1)
 
-    def _write(self, read: ReadBatch, max_new_tokens: int) -> list[list[int]]:
-        """Greedy tokens of each row, up to the end of its turn."""
+    def _write(
+        self, read: ReadBatch, max_new_tokens: int, pick: Callable[[Tensor], Tensor] | None = None
+    ) -> list[list[int]]:
+        """Tokens of each row up to the end of its turn; `pick` takes [B V] to [B], or greedily."""
+        pick = pick or partial(torch.argmax, dim=-1)
         cache, mask, logits = read.fork_cache(), read.mask, read.logits.clone()
         stops = torch.tensor(self._stops, device=mask.device)
         written = torch.empty(len(mask), 0, dtype=torch.long, device=mask.device)
         for step in range(max_new_tokens):
             logits[:, self._never_written] = -torch.inf
-            written = torch.cat([written, logits.argmax(dim=-1, keepdim=True)], dim=1)
+            written = torch.cat([written, pick(logits)[:, None]], dim=1)
             if torch.isin(written, stops).any(dim=1).all() or step == max_new_tokens - 1:
                 break
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -199,6 +266,15 @@ class LocalJudge(AbstractJudge):
             grown, cache = self._reader.forward(written[:, -1:], mask, positions, cache)
             logits = grown[:, -1]
         return [_until_stop(row, self._stops) for row in written.tolist()]
+
+
+def _sample(logits: Tensor, *, temperature: float, dice: Sequence[torch.Generator]) -> Tensor:
+    """[B] one token of each row of [B V]; a row's draw depends on its own dice only."""
+    chances = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+    drawn = [
+        torch.multinomial(row, 1, generator=one) for row, one in zip(chances, dice, strict=True)
+    ]
+    return torch.cat(drawn).to(logits.device)
 
 
 def _until_stop(tokens: list[int], stops: Sequence[int]) -> list[int]:

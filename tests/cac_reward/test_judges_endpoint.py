@@ -21,13 +21,13 @@ import torch
 from cac_reward import CaCScorer
 from cac_reward.frames import JudgeSettings
 from cac_reward.judges.base import NoAnswer
+from cac_reward.judges.votes import first_choice
 from cac_reward.questions import Message, scan_message
 
 pytest.importorskip("openai", reason="the extra 'serve' is not installed")
 from cac_reward.judges.endpoint import (
     EndpointJudge,
     EndpointOptions,
-    first_choice,
     message_text,
     write_messages,
 )

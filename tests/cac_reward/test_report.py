@@ -1,6 +1,7 @@
 """Windows, boxes, findings and reports: what they refuse, and that JSON loses nothing."""
 
 import copy
+import hashlib
 import json
 import math
 import pickle
@@ -192,7 +193,12 @@ FINDING = {"type": "text", "window": [0, 1], "boxes": [], "severity": 1, "why": 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, "schema_version must be 1, got 2; read this report with"),
+        ({"schema_version": 3}, "schema_version must be 1 or 2, got 3; read this report with"),
+        ({"schema_version": 1}, "report must have no key but .*, got 'prompt_sha256'"),
+        ({"prompt_sha256": "0"}, "prompt_sha256 must be the hash of the prompt, [0-9a-f]{64}, got"),
+        ({"prompt_sha256": None}, "prompt_sha256 must be the hash of the prompt"),
+        ({"decoder": None}, "decoder must be text, got None"),
+        ({"revision": 1}, "revision must be text, got 1"),
         ({"verdict": "clean"}, "verdict must agree with score 0.25, got 'clean'"),
         ({"extra": 1}, "report must have no key but .*, got 'extra'"),
         ({"prompt": 3}, "prompt must be text, got 3"),
@@ -211,6 +217,26 @@ def test_a_stored_report_is_checked(changes: dict[str, Any], message: str) -> No
     assert AnomalyReport.from_dict(stored) == small_report()
     with pytest.raises(ValueError, match=message):
         AnomalyReport.from_dict({**stored, **changes})
+
+
+def test_reports_of_schema_1_are_read() -> None:
+    stored = small_report().to_dict()
+    for name in ("revision", "decoder", "attention", "prompt_sha256"):
+        del stored[name]
+    found = AnomalyReport.from_dict({**stored, "schema_version": 1})
+    assert found == small_report(decoder="not recorded")
+    assert found.to_dict()["schema_version"] == 2
+    with pytest.raises(ValueError, match="report must have "):
+        AnomalyReport.from_dict(stored)
+
+
+def test_how_the_judge_ran_and_the_prompts_hash_are_kept() -> None:
+    report = small_report(
+        revision="abc", decoder="8 votes", attention="sdpa", prompt="a cup \ud800"
+    )
+    assert AnomalyReport.from_json(report.to_json()) == report
+    digest = hashlib.sha256(b"a cup").hexdigest()
+    assert small_report(prompt="a cup").to_dict()["prompt_sha256"] == digest
 
 
 def test_a_stored_report_must_be_whole() -> None:

@@ -1,0 +1,735 @@
+"""Annotations of other projects, from small files of the published layouts."""
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cac_reward.data.annotations import AnnotatedClip, Caption
+from cac_reward.data.importers.base import ImportSettings, Problem, VideoFolder, json_entries
+from cac_reward.data.importers.vau_bench import COLUMNS
+from cac_reward.data.importing import IMPORTERS, import_annotations
+from cac_reward.exports.base import LabelledClip
+from cac_reward.exports.coco import write_coco
+from cac_reward.exports.cvat import write_cvat
+from cac_reward.report import Box, Finding, TimeWindow
+from cac_reward.video import Video
+
+VAU_BENCH = Path(__file__).resolve().parents[4] / "shared" / "data" / "vau_bench"
+NONE = ImportSettings()
+
+
+def outcomes(kind: str, path: Path, settings: ImportSettings = NONE) -> list[Any]:
+    return list(import_annotations(kind, [path], settings))
+
+
+def problems(found: Iterable[Any]) -> list[tuple[int | None, str | None]]:
+    """Line and column of each problem."""
+    return [(one.line, one.column) for one in found if isinstance(one, Problem)]
+
+
+def save_video(path: Path, frames: int = 8) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Video(torch.zeros(frames, 3, 16, 32, dtype=torch.uint8), 4.0).save(path)
+
+
+# VAU-Bench
+
+
+def vau_row(**cells: str) -> dict[str, str]:
+    row = dict.fromkeys(COLUMNS, "-1")
+    row |= {"Video Name": "Fire_2.mp4", "Start Time": "1.5", "End Time": "4.0"}
+    return row | {"Anomaly Class": "Fire"} | {k.replace("_", " "): v for k, v in cells.items()}
+
+
+def write_vau(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as opened:
+        table = csv.DictWriter(opened, COLUMNS)
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+ASKED = {
+    **{"Question": "What?", "Option_1": "a", "Option_2": "b", "Option_3": "c", "Option_4": "d"},
+    **{"Correct_Option": "C", "Key_Object": "cup", "Description": "two\nlines", "Reasoning": "so"},
+}
+
+
+def test_vau_bench_row(tmp_path: Path) -> None:
+    path = write_vau(tmp_path / "test_msad.csv", [vau_row(**ASKED)])
+    assert outcomes("vau_bench", path) == [
+        AnnotatedClip(
+            path="Fire_2.mp4",
+            source="vau_bench",
+            source_video="msad/Fire_2",
+            split="test",
+            verdict="anomalous",
+            category="Fire",
+            findings=(Finding("fire", TimeWindow(1.5, 4.0)),),
+            description="two\nlines",
+            question="What?",
+            options=("a", "b", "c", "d"),
+            answer="C",
+            reasoning="so",
+            extra={"key_object": "cup"},
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cells", "verdict", "windows"),
+    [
+        ({}, "anomalous", 1),
+        ({"Start_Time": "0.0"}, "anomalous", 1),
+        ({"Anomaly_Class": "-1"}, "anomalous", 1),
+        ({"Start_Time": "-1.0", "End_Time": "-1.0"}, "anomalous", 0),
+        ({"Start_Time": "0.0", "End_Time": "0.0", "Anomaly_Class": "Normal"}, "clean", 0),
+        ({"Start_Time": "0.0", "End_Time": "0.0", "Anomaly_Class": "-1"}, "clean", 0),
+        ({"Start_Time": "-1", "End_Time": "-1", "Anomaly_Class": "Normal"}, "clean", 0),
+        ({"Start_Time": "-1", "End_Time": "-1", "Anomaly_Class": "-1"}, None, 0),
+    ],
+)
+def test_vau_bench_times(cells: dict[str, str], verdict: str, windows: int, tmp_path: Path) -> None:
+    (clip,) = outcomes("vau_bench", write_vau(tmp_path / "val.csv", [vau_row(**cells)]))
+    assert (clip.verdict, len(clip.findings)) == (verdict, windows)
+    assert (clip.question, clip.options, clip.answer, clip.description) == (None, (), None, None)
+
+
+@pytest.mark.parametrize(
+    ("cells", "column", "why"),
+    [
+        ({"End_Time": "x"}, "'End Time'", "time must be seconds, 0 or -1, got 'x'"),
+        ({"Start_Time": "nan"}, "'Start Time'", "time must be seconds from 0 on, or -1, got 'nan'"),
+        ({"Start_Time": "-2"}, "'Start Time'", "time must be seconds from 0 on"),
+        ({"Start_Time": "-1"}, "'End Time'", "times must be missing together, got -1.0 and 4.0"),
+        ({"Start_Time": "5"}, "'End Time'", r"window must have 0 <= start < end .* \[5.0, 4.0\]"),
+        (
+            {"Anomaly_Class": "Normal"},
+            "'Anomaly Class'",
+            "class must not be 'Normal' with a window",
+        ),
+        ({"Anomaly_Class": "Fier"}, "'Anomaly Class'", "did you mean 'Fire'"),
+        (
+            {"Start_Time": "0", "End_Time": "0"},
+            "'Anomaly Class'",
+            "class must be 'Normal' where both times are 0, got 'Fire'",
+        ),
+        ({**ASKED, "Correct_Option": "E"}, "'Correct Option'", "a letter from A to D, got 'E'"),
+        (
+            {**ASKED, "Correct_Option": "C. d"},
+            "'Correct Option'",
+            "must be the option of its letter",
+        ),
+        ({"Video_Name": ""}, None, "path must name a file"),
+    ],
+)
+def test_vau_bench_faults_name_line_and_column(
+    cells: dict[str, str], column: str, why: str, tmp_path: Path
+) -> None:
+    # The first row takes lines 2 and 3, so the second begins on line 4.
+    rows = [vau_row(**ASKED), vau_row(**cells), vau_row()]
+    first, bad, last = outcomes("vau_bench", write_vau(tmp_path / "val.csv", rows))
+    assert isinstance(first, AnnotatedClip)
+    assert isinstance(last, AnnotatedClip)
+    assert (bad.line, bad.column) == (4, column)
+    with pytest.raises(ValueError, match=why):
+        raise ValueError(bad.why)
+    assert str(bad).startswith(f"{tmp_path}/val.csv: line 4")
+
+
+def test_vau_bench_files_of_another_form(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("Video Name,Question\n")
+    with pytest.raises(ValueError, match=r"a.csv: line 1 must have the column 'Option 1', got"):
+        outcomes("vau_bench", path)
+    path.write_text(",".join(COLUMNS) + "\na,b\n")
+    (bad,) = outcomes("vau_bench", path)
+    assert str(bad).endswith("line 2: row must have 13 cells, got 2")
+    path.write_text(",".join(COLUMNS).lower() + '\na,"b" c\n')
+    with pytest.raises(ValueError, match="line 2 must be CSV"):
+        outcomes("vau_bench", path)
+
+
+@pytest.mark.skipif(not VAU_BENCH.is_dir(), reason=f"{VAU_BENCH} is not here")
+def test_every_row_of_vau_bench_is_imported() -> None:
+    counted = {}
+    for name in ("test_msad", "test_ucf_crime", "val"):
+        path = VAU_BENCH / f"{name}.csv"
+        found = outcomes("vau_bench", path)
+        assert problems(found) == []
+        with path.open(encoding="utf-8", newline="") as opened:
+            rows = list(csv.DictReader(opened))
+        assert [clip.path for clip in found] == [row["Video Name"] for row in rows]
+        for clip, row in zip(found, rows, strict=True):
+            times = float(row["Start Time"]), float(row["End Time"])
+            windows = [one.window.to_json() for one in clip.findings]
+            assert windows == ([list(times)] if times[1] > 0 else [])
+            assert (clip.verdict == "clean") == (times == (0, 0))
+            assert (clip.answer or "-1") == row["Correct Option"].split(".")[0]
+        counted[name] = (
+            len(found),
+            sum(clip.verdict == "clean" for clip in found),
+            sum(bool(clip.findings) for clip in found),
+            sum(clip.verdict == "anomalous" and not clip.findings for clip in found),
+            sum(clip.question is not None for clip in found),
+        )
+    assert counted == {
+        "test_msad": (240, 120, 120, 0, 240),
+        "test_ucf_crime": (290, 150, 124, 16, 251),
+        "val": (734, 214, 339, 181, 734),
+    }
+
+
+# ViF-CoT-4K
+
+
+def vif_chat(think: str, answer: str = "Fake", *, layout: str = "messages") -> dict[str, Any]:
+    stamps = (0.0, 0.5, 1.0, 1.75)
+    user = "Frames:\n" + "\n".join(f"[T={t:.2f}s] <image>" for t in stamps) + "\nReal or fake?"
+    said = f"<think>\n{think}\n</think>\n<answer>{answer}</answer>"
+    names = ("role", "content") if layout == "messages" else ("from", "value")
+    speakers = (
+        ("system", "user", "assistant") if layout == "messages" else ("system", "human", "gpt")
+    )
+    return {
+        layout: [dict(zip(names, one)) for one in zip(speakers, ("You are.", user, said))],
+        "images": [f"/data/parsed_frames/Fake/Wan2.1/gdy-0/{n}.png" for n in range(1, 5)],
+    }
+
+
+def write_json(path: Path, plain: object) -> Path:
+    path.write_text(json.dumps(plain, indent=2))
+    return path
+
+
+THINK = (
+    "A street. The cup <type>Abnormal Object Disappearance</type> in <t>[0.50, 1.00]</t> at "
+    "<bbox>[0.2, 0.4, 0.4, 0.9]</bbox> is gone! Then a "
+    "<type>Camera Motion Inconsistency</type> in <t>[1.75, 1.75]</t> at <bbox>[0.0, 0.0, 0.0, 0.0]"
+    "</bbox> shows. Also <type>Text Distortion</type> in <t>[1, 1]</t> at <bbox>[0,0,1,0.5]</bbox>."
+)
+
+
+@pytest.mark.parametrize("layout", ["messages", "conversations"])
+def test_vif_cot_4k_chat(layout: str, tmp_path: Path) -> None:
+    path = write_json(tmp_path / "sft.json", [vif_chat(THINK, layout=layout)])
+    (clip,) = outcomes("vif_cot_4k", path)
+    assert (clip.path, clip.source, clip.source_video, clip.split) == (
+        *("/data/parsed_frames/Fake/Wan2.1/gdy-0", "vif_cot_4k/Wan2.1", "gdy-0", "train"),
+    )
+    assert clip.reasoning == THINK
+    assert clip.findings == (
+        Finding(
+            "disappearance",
+            TimeWindow(0.5, 1.0),
+            (Box(0.75, 0.2, 0.4, 0.4, 0.9),),
+            why="The cup Abnormal Object Disappearance in [0.50, 1.00] at [0.2, 0.4, 0.4, 0.9] is "
+            "gone!",
+        ),
+        # One frame: until the next one, for the last as long as the one before.
+        Finding(
+            "camera",
+            TimeWindow(1.75, 2.5),
+            why="Then a Camera Motion Inconsistency in [1.75, 1.75] at [0.0, 0.0, 0.0, 0.0] shows.",
+        ),
+        Finding(
+            "text",
+            TimeWindow(1.0, 1.75),
+            (Box(1.375, 0, 0, 1, 0.5),),
+            why="Also Text Distortion in [1, 1] at [0,0,1,0.5].",
+        ),
+    )
+
+
+def test_vif_cot_4k_real_clips_have_no_faults(tmp_path: Path) -> None:
+    think = "I looked at <t>[0.5, 1.0]</t> at <bbox>[0.1, 0.1, 0.5, 0.5]</bbox>: fine."
+    (clip,) = outcomes("vif_cot_4k", write_json(tmp_path / "a.json", [vif_chat(think, "Real")]))
+    assert (clip.verdict, clip.findings, clip.reasoning) == ("clean", (), think)
+
+
+FAULT = "<type>Text Distortion</type> in <t>[0, 1]</t> at <bbox>[0, 0, 1, 1]</bbox>"
+
+
+@pytest.mark.parametrize(
+    ("chat", "column", "why"),
+    [
+        (
+            vif_chat("ok. " + FAULT.replace("Text", "Txt")),
+            "5 of the reasoning",
+            "did you mean 'Text",
+        ),
+        (vif_chat(FAULT.replace("</t>", "")), "1 of the reasoning", "fault must be <type>name"),
+        (vif_chat(FAULT.replace("[0, 1]", "[2, 1]")), "1 of the reasoning", "0 <= start < end"),
+        (vif_chat(FAULT.replace("[0, 0, 1", "[1.2, 0, 2")), "1 of the reasoning", "box must have"),
+        (vif_chat(FAULT, "Maybe"), "text of assistant", "answer must be Real or Fake, got 'Maybe'"),
+        (vif_chat(FAULT) | {"images": ["a/1.png"]}, "text of user", "got 4 times and 1 images"),
+        (vif_chat(FAULT) | {"images": ["a/1.png", "b/2.png"]}, "'images'", "in one folder, got 2"),
+        (vif_chat(FAULT) | {"messages": []}, "'messages'", "a message of the user, got none"),
+        (vif_chat(FAULT) | {"messages": [{"role": "user"}]}, "'messages'", "message must be text"),
+        ([], None, "chat must be an object, got list"),
+    ],
+)
+def test_vif_cot_4k_faults(chat: Any, column: str, why: str, tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.json", [vif_chat(FAULT), chat])
+    good, bad = outcomes("vif_cot_4k", path)
+    assert isinstance(good, AnnotatedClip)
+    line = len(json.dumps([vif_chat(FAULT)], indent=2).splitlines())
+    assert bad.line == line
+    assert (bad.column or "").endswith(column or "")
+    assert why in bad.why
+
+
+# DeepTraceReward
+
+
+def trace(**values: Any) -> dict[str, Any]:
+    return {
+        "video_id": "v1",
+        "video_path": "videos/v1.mp4",
+        "video_type": "fake_video",
+        "video_source": "Pika1.5",
+        "video_prompt": "a cup",
+        "split": "train",
+        "video_width": 200,
+        "video_height": 100,
+        "video_frame_rate": 8.0,
+        "video_duration": 5.0,
+        "faketrace_bbox": {"left": 20, "top": 10, "width": 100, "height": 50},
+        "faketrace_first_frame": 8,
+        "faketrace_duration": 2.0,
+        "faketrace_explanations": "The cup\n melts. ",
+        "faketrace_check_applies": ["shape_distortion"],
+    } | values
+
+
+def real(**values: Any) -> dict[str, Any]:
+    row = trace(
+        video_id="r1", video_path="real_videos/r1.mp4", video_type="real_video", split="test"
+    )
+    return {name: one for name, one in row.items() if not name.startswith("faketrace")} | values
+
+
+def test_deeptrace_reward_videos(tmp_path: Path) -> None:
+    rows = [
+        trace(),
+        real(),
+        trace(
+            faketrace_first_frame=24.0,
+            faketrace_duration=9.0,
+            faketrace_bbox={"left": -20, "top": 50, "width": 40, "height": 80},
+            faketrace_explanations=None,
+            faketrace_check_applies=["Something", "Object merging"],
+        ),
+        trace(video_id="v2", faketrace_bbox=None, faketrace_check_applies=None),
+    ]
+    first, clean, second = outcomes(
+        "deeptrace_reward", write_json(tmp_path / "all_data.json", rows)
+    )
+    assert first == AnnotatedClip(
+        path="videos/v1.mp4",
+        source="deeptrace_reward/Pika1.5",
+        source_video="v1",
+        split="train",
+        prompt="a cup",
+        fps=8.0,
+        duration_seconds=5.0,
+        width=200,
+        height=100,
+        findings=(
+            Finding(
+                "deformation",
+                TimeWindow(1.0, 3.0),
+                (Box(1.0, 0.1, 0.1, 0.6, 0.6),),
+                why="The cup melts.",
+            ),
+            # Cut at the end of the clip and at the edge of the frame.
+            Finding("merging", TimeWindow(3.0, 5.0), (Box(3.0, 0, 0.5, 0.1, 1),)),
+        ),
+        extra={"tags 1": "shape_distortion", "tags 2": "Something, Object merging"},
+    )
+    assert (clean.path, clean.verdict, clean.split) == ("real_videos/r1.mp4", "clean", "test")
+    assert (second.findings[0].type, second.findings[0].boxes) == ("unspecified", ())
+
+
+@pytest.mark.parametrize(
+    ("values", "column", "why"),
+    [
+        ({"video_type": "odd"}, "'video_type'", "video_type must be one of"),
+        ({"faketrace_duration": float("nan")}, "'faketrace_duration'", "must be finite"),
+        ({"faketrace_duration": 0}, "'faketrace_duration'", "must be above 0"),
+        ({"faketrace_first_frame": 40}, "'faketrace_first_frame'", "must be in the clip of 5.0 s"),
+        ({"faketrace_first_frame": 0.5}, "'faketrace_first_frame'", "must be an integer"),
+        ({"faketrace_bbox": {"left": 1}}, "'faketrace_bbox'", "must have 'top'"),
+        (
+            {"faketrace_bbox": {"left": 300, "top": 0, "width": 9, "height": 9}},
+            "'faketrace_bbox'",
+            "box must have 0 <= x1 < x2 <= 1",
+        ),
+        ({"video_frame_rate": None}, "'video_frame_rate'", "must be a number"),
+    ],
+)
+def test_deeptrace_reward_faults_keep_the_video_out(
+    values: dict[str, Any], column: str, why: str, tmp_path: Path
+) -> None:
+    path = write_json(tmp_path / "all_data.json", [trace(), trace(**values), real()])
+    sibling, bad, clip = outcomes("deeptrace_reward", path)
+    assert isinstance(clip, AnnotatedClip)
+    line = len(json.dumps([trace()], indent=2).splitlines())
+    assert (bad.line, bad.column) == (line, column)
+    assert why in bad.why
+    assert (sibling.line, sibling.why) == (
+        2,
+        f"left out with line {line}, which is of the same video",
+    )
+    (lost,) = outcomes("deeptrace_reward", write_json(path, [{"video_id": 3}]))
+    assert (lost.line, lost.column) == (2, "'video_id'")
+
+
+# UCF-Crime and UCA
+
+UCF = (
+    "Abuse028_x264.mp4  Abuse  165  240  -1  -1  \n"
+    "Arson011_x264.mp4  Arson  150  420  680  1267\t\n"
+    "Normal_Videos_003_x264.mp4  Normal  -1  -1  -1  -1  \n"
+)
+UCA = {
+    "Abuse028_x264": {
+        "duration": 47.04,
+        "timestamps": [[1.2, 8.2], [4.0, 10.0]],
+        "sentences": ["A man walks in. ", " He hits the dog."],
+    },
+    "Normal_Videos218_x264": {"duration": 9.5, "timestamps": [], "sentences": []},
+}
+
+
+def test_ucf_crime_with_sentences(tmp_path: Path) -> None:
+    path = tmp_path / "Temporal_Anomaly_Annotation_for_Testing_Videos.txt"
+    path.write_text(UCF)
+    sentences = write_json(tmp_path / "UCFCrime_Test.json", UCA)
+    settings = ImportSettings(fps=30.0, sentences=(sentences,))
+    abuse, arson, normal = outcomes("ucf_crime", path, settings)
+    assert abuse == AnnotatedClip(
+        path="Abuse028_x264.mp4",
+        source="ucf_crime",
+        source_video="ucf_crime/Abuse028_x264",
+        split="test",
+        fps=30.0,
+        duration_seconds=47.04,
+        verdict="anomalous",
+        category="Abuse",
+        findings=(Finding("abuse", TimeWindow(5.5, 8.0)),),
+        captions=(
+            Caption(TimeWindow(1.2, 8.2), "A man walks in."),
+            Caption(TimeWindow(4.0, 10.0), "He hits the dog."),
+        ),
+    )
+    assert [one.window for one in arson.findings] == [
+        TimeWindow(5.0, 14.0),
+        TimeWindow(680 / 30, 1267 / 30),
+    ]
+    assert (normal.verdict, normal.findings, normal.duration_seconds) == ("clean", (), None)
+
+
+@pytest.mark.parametrize(
+    ("line", "column", "why"),
+    [
+        ("a.mp4 Abuse 1 2 -1", None, "line must be name, class and four frames, got 5 words"),
+        ("a.mp4  Abuse  1x  2 -1 -1", "3 (character 15)", "frame must be a number from 0 on"),
+        ("a.mp4  Abuse  -1  2 -1 -1", "3 (character 15)", "frame must be a number from 0 on"),
+        ("a.mp4 Abuse 9 2 -1 -1", "4 (character 15)", "frames must be first before last, got 9"),
+        ("a.mp4 Abuze 1 2 -1 -1", "2 (character 7)", "did you mean 'Abuse'"),
+        ("a.mp4 Normal 1 2 -1 -1", "2 (character 7)", "Normal exactly where there is no frame"),
+        ("a.mp4 Abuse -1 -1 -1 -1", "2 (character 7)", "Normal exactly where there is no frame"),
+    ],
+)
+def test_ucf_crime_faults(line: str, column: str, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(UCF + "\n" + line + "\n")
+    *good, bad = outcomes("ucf_crime", path, ImportSettings(fps=30.0))
+    assert len(good) == 3
+    assert (bad.line, bad.column) == (5, column)
+    assert why in bad.why
+
+
+def test_ucf_crime_needs_a_rate(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(UCF)
+    first, second, normal = outcomes("ucf_crime", path)
+    assert "fps must be known to turn frames into seconds" in first.why
+    assert isinstance(second, Problem)
+    assert normal.verdict == "clean"
+    twice = write_json(tmp_path / "b.json", UCA)
+    with pytest.raises(ValueError, match="sentences must describe a video once, got Abuse028"):
+        outcomes("ucf_crime", path, ImportSettings(fps=30.0, sentences=(twice, twice)))
+
+
+def test_uca_alone(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "UCFCrime_Val.json", UCA)
+    abuse, normal = outcomes("uca", path)
+    assert (abuse.verdict, abuse.category, abuse.split) == ("anomalous", "Abuse", "val")
+    assert (len(abuse.captions), abuse.findings) == (2, ())
+    assert (normal.verdict, normal.category, normal.duration_seconds) == ("clean", "Normal", 9.5)
+    assert normal.source_video == "ucf_crime/Normal_Videos218_x264"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "column", "why"),
+    [
+        ("Abuse1_x264", {"timestamps": [[0, 1], [2, 2]]}, "'timestamps'[1]", "0 <= start < end"),
+        ("Abuse1_x264", {"sentences": ["a"]}, "'sentences'", "as many as windows, got 1"),
+        ("Abuse1_x264", {"sentences": ["a", " "]}, "'sentences'[1]", "caption must say something"),
+        ("Abuse1_x264", {"duration": "9"}, "'duration'", "duration must be a number"),
+        ("Abuze1_x264", {}, "name of the video", "did you mean 'Abuse'"),
+        ("Abuse1_x264", {"more": 1}, None, "Abuse1_x264 must have no key but"),
+    ],
+)
+def test_uca_faults(
+    name: str, values: dict[str, Any], column: str, why: str, tmp_path: Path
+) -> None:
+    whole = {"duration": 9, "timestamps": [[0, 1], [1, 2]], "sentences": ["a", "b"]}
+    path = write_json(tmp_path / "a.json", {"Normal1": whole, name: whole | values})
+    good, bad = outcomes("uca", path)
+    assert isinstance(good, AnnotatedClip)
+    assert bad.line == len(json.dumps({"Normal1": whole}, indent=2).splitlines())
+    assert bad.column == column
+    assert why in bad.why
+
+
+# XD-Violence
+
+
+def test_xd_violence(tmp_path: Path) -> None:
+    path = tmp_path / "annotations.txt"
+    path.write_text(
+        "Bad.Boys.1995__#01-33-51_01-34-37_label_B2-0-0.mp4 24 48 96 240\n"
+        "v=abc__#1_label_G-B2-B6 12 36\n"
+        "A.Film__#0_label_A\n"
+    )
+    shooting, several, clean = outcomes("xd_violence", path, ImportSettings(fps=24.0))
+    assert shooting.path == "Bad.Boys.1995__#01-33-51_01-34-37_label_B2-0-0.mp4"
+    assert (shooting.source_video, shooting.split) == ("xd_violence/Bad.Boys.1995", "test")
+    assert shooting.findings == (
+        Finding("shooting", TimeWindow(1.0, 2.0)),
+        Finding("shooting", TimeWindow(4.0, 10.0)),
+    )
+    assert (several.category, several.findings[0].type) == ("G-B2-B6", "unspecified")
+    assert several.source_video == "xd_violence/v=abc"
+    assert (clean.verdict, clean.category, clean.split) == ("clean", "A", None)
+
+
+def test_xd_violence_takes_in_the_videos_that_are_not_listed(tmp_path: Path) -> None:
+    for name in ("a__#1_label_B1-0-0", "b__#1_label_A", "c__#1_label_G-0-0", "odd"):
+        save_video(tmp_path / "videos" / f"{name}.mp4")
+    path = tmp_path / "annotations.txt"
+    path.write_text("a__#1_label_B1-0-0 0 4\n")
+    settings = ImportSettings(videos=VideoFolder(tmp_path / "videos"))
+    listed, clean, weak, odd = outcomes("xd_violence", path, settings)
+    # Frames count at the video's own rate, 4 a second.
+    assert listed.findings == (Finding("fighting", TimeWindow(0.0, 1.0)),)
+    assert (listed.fps, listed.duration_seconds, listed.width, listed.height) == (4, 2, 32, 16)
+    assert (clean.verdict, weak.verdict, weak.findings) == ("clean", "anomalous", ())
+    assert odd.file.endswith("odd.mp4")
+    assert "name must end in its classes" in odd.why
+
+
+@pytest.mark.parametrize(
+    ("line", "column", "why"),
+    [
+        ("a_label_B1-0-0 1 2 3", None, "frames in pairs, got 3"),
+        ("a_label_B1-0-0 5 x", "3 (character 18)", "frame must be a number"),
+        ("a_label_B9-0-0 1 2", "1 (character 1)", "class of xd_violence must be a known name"),
+        ("a_label_A 1 2", None, "must have no violent frames"),
+    ],
+)
+def test_xd_violence_faults(line: str, column: str, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n" + line)
+    (bad,) = outcomes("xd_violence", path, ImportSettings(fps=24.0))
+    assert (bad.line, bad.column) == (2, column)
+    assert why in bad.why
+
+
+# ShanghaiTech
+
+
+def test_shanghaitech_frame_masks(tmp_path: Path) -> None:
+    np.save(tmp_path / "01_0014.npy", np.array([0, 1, 1, 0, 0, 1], np.int8))
+    np.save(tmp_path / "01_0015.npy", np.zeros(4, np.int8))
+    marked, clean = outcomes("shanghaitech", tmp_path, ImportSettings(fps=2.0))
+    assert marked == AnnotatedClip(
+        path="01_0014",
+        source="shanghaitech",
+        source_video="shanghaitech/01_0014",
+        split="test",
+        fps=2.0,
+        duration_seconds=3.0,
+        findings=(
+            Finding("unspecified", TimeWindow(0.5, 1.5)),
+            Finding("unspecified", TimeWindow(2.5, 3.0)),
+        ),
+    )
+    assert (clean.verdict, clean.duration_seconds) == ("clean", 2.0)
+
+
+def test_shanghaitech_pixel_masks_give_boxes(tmp_path: Path) -> None:
+    mask = np.zeros((3, 10, 20), bool)
+    mask[1, 2:5, 4:10] = True
+    mask[1, 8, 19] = True
+    np.save(tmp_path / "a.npy", mask)
+    (clip,) = outcomes("shanghaitech", tmp_path / "a.npy", ImportSettings(fps=1.0))
+    assert (clip.width, clip.height) == (20, 10)
+    (finding,) = clip.findings
+    assert finding.window == TimeWindow(1, 2)
+    assert finding.boxes == (Box(1, 0.2, 0.2, 0.5, 0.5), Box(1, 0.95, 0.8, 1.0, 0.9))
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("a pickle was opened",))
+
+
+def test_shanghaitech_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, mask in (
+        ("a", np.array([Bomb()], object)),
+        ("b", np.array([0, 2])),
+        ("c", np.zeros((2, 2))),
+        ("d", np.array(["x"])),
+        ("e", np.zeros(0)),
+    ):
+        np.save(tmp_path / f"{name}.npy", mask, allow_pickle=True)
+    found = outcomes("shanghaitech", tmp_path, ImportSettings(fps=24.0))
+    assert "a pickle was opened" not in capsys.readouterr().out
+    for bad, name, why in zip(
+        found,
+        "abcde",
+        (
+            "without pickles",
+            "mask must be of 0 and 1, got 2",
+            "must be [frames] or [frames, height, width], got (2, 2)",
+            "mask must hold numbers, got <U1",
+            "got (0,)",
+        ),
+        strict=True,
+    ):
+        assert bad.file == str(tmp_path / f"{name}.npy")
+        assert why in bad.why
+    assert found[1].column == "frame 1"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="folder must hold masks"):
+        outcomes("shanghaitech", tmp_path / "empty")
+    np.save(tmp_path / "empty" / "f.npy", np.ones(2))
+    (bad,) = outcomes("shanghaitech", tmp_path / "empty")
+    assert "fps must be known" in bad.why
+
+
+# Annotation tools
+
+DRAWN = LabelledClip(
+    path="a.mp4",
+    width=64,
+    height=48,
+    fps=8.0,
+    num_frames=16,
+    findings=(Finding("jump", TimeWindow(0.5, 1.5), (Box(0.75, 0.1, 0.2, 0.3, 0.4),), 3, "why"),),
+)
+EMPTY = LabelledClip(path="b.mp4", width=64, height=48, fps=8.0, num_frames=16)
+
+
+def test_coco_and_cvat(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(write_coco([DRAWN, EMPTY]))
+    drawn, empty = outcomes("coco", tmp_path / "c.json", ImportSettings(split="train"))
+    assert (drawn.findings, drawn.duration_seconds, drawn.split) == (DRAWN.findings, 2.0, "train")
+    assert (drawn.verdict, empty.verdict) == ("anomalous", None)
+    settings = ImportSettings(empty_is_clean=True)
+    drawn, empty = outcomes("coco", tmp_path / "c.json", settings)
+    assert (drawn.verdict, empty.verdict) == ("anomalous", "clean")
+    (tmp_path / "c.xml").write_text(write_cvat(DRAWN))
+    settings = ImportSettings(path="x.mp4", fps=4.0)
+    (clip,) = outcomes("cvat", tmp_path / "c.xml", settings)
+    assert (clip.path, clip.fps, clip.duration_seconds) == ("x.mp4", 4.0, 4.0)
+    (clip,) = outcomes("cvat", tmp_path / "c.xml")
+    assert (clip.path, clip.findings) == ("a.mp4", DRAWN.findings)
+    (tmp_path / "c.xml").write_text("<a><b></a>")
+    with pytest.raises(ValueError, match=r"c.xml: .* line 1, column"):
+        outcomes("cvat", tmp_path / "c.xml")
+    (tmp_path / "c.json").write_text("{\n,")
+    with pytest.raises(ValueError, match=r"c.json: .* line 2 column 1"):
+        outcomes("coco", tmp_path / "c.json")
+
+
+# What they share
+
+
+def test_videos_fill_in_what_files_do_not_say(tmp_path: Path) -> None:
+    save_video(tmp_path / "v" / "deep" / "Fire_2.mp4")
+    save_video(tmp_path / "v" / "17.mp4", frames=4)
+    rows = [vau_row(), vau_row(Video_Name="ecva_17.mp4"), vau_row(Video_Name="gone.mp4")]
+    path = write_vau(tmp_path / "val.csv", rows)
+    folder = VideoFolder(tmp_path / "v")
+    found = outcomes("vau_bench", path, ImportSettings(videos=folder, split="train"))
+    assert [(one.path, one.fps, one.duration_seconds) for one in found] == [
+        ("deep/Fire_2.mp4", 4.0, 2.0),
+        ("17.mp4", 4.0, 1.0),
+        ("gone.mp4", None, None),
+    ]
+    assert {one.split for one in found} == {"train"}
+    assert found[1].source_video == "ecva/17"
+    save_video(tmp_path / "v" / "other" / "Fire_2.mp4")
+    (bad, *_) = outcomes("vau_bench", path, ImportSettings(videos=VideoFolder(tmp_path / "v")))
+    assert bad.column == "'Video Name'"
+    assert "video must be there once" in bad.why
+    with pytest.raises(FileNotFoundError, match="videos must be an existing folder"):
+        VideoFolder(tmp_path / "nowhere")
+
+
+def test_settings_that_are_not_used_are_refused(tmp_path: Path) -> None:
+    assert set(IMPORTERS) == {
+        *("vau_bench", "vif_cot_4k", "deeptrace_reward", "ucf_crime", "uca", "xd_violence"),
+        *("shanghaitech", "cvat", "coco"),
+    }
+    with pytest.raises(ValueError, match="sentences must be left out for vau_bench"):
+        import_annotations("vau_bench", [], ImportSettings(sentences=(tmp_path,)))
+    with pytest.raises(ValueError, match="fps must be left out for coco"):
+        import_annotations("coco", [], ImportSettings(fps=8.0))
+    with pytest.raises(ValueError, match="format must be one of vau_bench, .* got 'vau'"):
+        import_annotations("vau", [], NONE)
+    with pytest.raises(FileNotFoundError, match="file must exist to be imported, got .*gone"):
+        import_annotations("coco", [tmp_path / "gone"], NONE)
+
+
+@pytest.mark.parametrize(
+    ("text", "entries"),
+    [
+        ("[]", []),
+        (" {} \n", []),
+        ('[1,\n "a",\n\n{"b": [2]}]', [(1, "0", 1), (2, "1", "a"), (4, "2", {"b": [2]})]),
+        ('{"x": 1,\n"y" : {"z":\n null}}', [(1, "x", 1), (2, "y", {"z": None})]),
+    ],
+)
+def test_json_entries(text: str, entries: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    assert list(json_entries(tmp_path / "a.json")) == entries
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("3", "line 1 column 1"),
+        ("[1\n2]", "line 2 column 1"),
+        ("[1,]", "line 1 column 4"),
+        ('{"a" 1}', "line 1 column 6"),
+        ("[1] x", "line 1 column 5"),
+        ("[1", "line 1 column 3"),
+        ("", "line 1 column 1"),
+    ],
+)
+def test_json_that_is_none(text: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=place):
+        list(json_entries(tmp_path / "a.json"))

@@ -6,16 +6,16 @@ read or judged becomes a record with the reason, and the others go on.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Protocol
 
+from cac_reward.plain import read_table, read_text
 from cac_reward.records import ClipRecord
 from cac_reward.report import AnomalyReport
 from cac_reward.video import Video
@@ -105,7 +105,7 @@ def read_prompts(path: Path, clips: Sequence[Clip]) -> dict[str, str]:
     Raises:
         ValueError: If the file has another form, or a clip has no prompt in it.
     """
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text("prompts", path)
     if path.suffix == ".txt":
         lines = [line.strip() for line in text.split("\n") if line.strip()]
         if len(lines) != len(clips):
@@ -194,29 +194,30 @@ def _named_prompts(path: Path, text: str) -> dict[str, str]:
         raise ValueError(f"prompts must be in one of {PROMPT_FORMATS}, got {path}")
     pairs: list[tuple[object, object]]
     if path.suffix == ".csv":
-        table = csv.DictReader(io.StringIO(text, newline=""))
-        if not {"path", "prompt"} <= set(table.fieldnames or ()):
-            raise ValueError(
-                f"prompts in {path} must have the columns path and prompt, got {table.fieldnames}"
-            )
-        pairs = [(row["path"], row["prompt"]) for row in table]
+        rows = read_table(f"prompts in {path}", text, ("path", "prompt"))
+        pairs = [(row["path"], row["prompt"]) for _, row in rows]
     else:
         try:
             if path.suffix == ".json":
                 pairs = list(json.loads(text).items())
             else:
-                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-                pairs = [(row["path"], row["prompt"]) for row in rows]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                lines = [json.loads(line) for line in text.split("\n") if line.strip()]
+                pairs = [(line["path"], line["prompt"]) for line in lines]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"prompts in {path} must be JSON that gives each path its prompt, got {error!r}"
+                f"prompts in {path} must be JSON that gives each path its prompt, got "
+                f"{repr(error)[:200]}"
             ) from error
     prompts: dict[str, str] = {}
     for name, prompt in pairs:
         if not isinstance(name, str) or not isinstance(prompt, str):
-            raise ValueError(f"prompts in {path} must be texts, got {prompt!r} for {name!r}")
+            raise ValueError(
+                f"prompts in {path} must be texts, got {short(prompt)} for {short(name)}"
+            )
         if prompts.setdefault(name.removeprefix("./"), prompt) != prompt:
-            raise ValueError(f"prompts in {path} must give one prompt each, got two for {name!r}")
+            raise ValueError(
+                f"prompts in {path} must give one prompt each, got two for {short(name)}"
+            )
     return prompts
 
 

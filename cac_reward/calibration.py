@@ -5,15 +5,16 @@ Axes: N clips.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
 from torch import Tensor
 
+from cac_reward.plain import read_table, read_text
 from cac_reward.whole_files import whole_file
 
 FILE = "calibration.json"
@@ -64,15 +65,15 @@ class Calibration:
         if not path.is_file():
             return cls()
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = dict(json.loads(path.read_bytes()))
             version = record.pop("version")
             if version != VERSION:
-                raise ValueError(f"version {version}")
+                raise ValueError(f"version {short(version)}")
             return cls(**record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"calibration must be a file of version {VERSION} written by cac-reward "
-                f"calibrate, got {path} ({error}); delete it or calibrate again"
+                f"calibrate, got {path} ({str(error)[:200]}); delete it or calibrate again"
             ) from error
 
 
@@ -83,21 +84,16 @@ def read_labels(path: str | Path) -> dict[str, bool]:
         ValueError: The columns are others, a label is no 0 or 1, or a path comes twice.
     """
     labels: dict[str, bool] = {}
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        if not {"path", "clean"} <= set(rows.fieldnames or ()):
+    rows = read_table(f"labels in {path}", read_text("labels", path), ("path", "clean"))
+    for line, row in rows:
+        name = row["path"]
+        if not name or row["clean"] not in ("0", "1") or name in labels:
+            rule = "come once" if name in labels else "have a path and be labelled 0 or 1"
             raise ValueError(
-                f"labels must be a CSV with the columns path and clean, got {rows.fieldnames} "
-                f"in {path}"
+                f"each clip must {rule}, got {short(name)} with {short(row['clean'])} in line "
+                f"{line} of {path}"
             )
-        for row in rows:
-            if row["clean"] not in ("0", "1") or row["path"] in labels:
-                rule = "come once" if row["path"] in labels else "be labelled 0 or 1"
-                raise ValueError(
-                    f"each clip must {rule}, got {row['path']!r} with {row['clean']!r} in line "
-                    f"{rows.line_num} of {path}"
-                )
-            labels[row["path"]] = row["clean"] == "1"
+        labels[name] = row["clean"] == "1"
     return labels
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -285,7 +286,7 @@ def _check_settings(name: str, fps: object, max_frames: object, pixels: object) 
 
 def _is_number(value: object) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)  # type: ignore[arg-type]
+    return number and abs(value) <= sys.float_info.max  # type: ignore[operator]
 
 
 def _check_clip(num_frames: int, fps: float) -> None:

@@ -2,10 +2,62 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
+import os
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from reprlib import repr as short
+
+
+def read_text(name: str, path: str | os.PathLike[str]) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is in another encoding.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} must be text in UTF-8, got byte {error.object[error.start]:#04x} at "
+            f"{error.start} in {os.fspath(path)}; save it as UTF-8"
+        ) from error
+
+
+def read_json(name: str, text: str | bytes) -> object:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: If it is none, is not in UTF-8, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} must be JSON, got {short(text)}: {str(error)[:200]}") from error
+
+
+def read_table(
+    name: str, text: str, columns: Sequence[str]
+) -> list[tuple[int, dict[str, str | None]]]:
+    """The rows of a CSV text, each with the number of its line; a cell that it lacks is None.
+
+    Raises:
+        ValueError: If it is no CSV or lacks one of the columns.
+    """
+    try:
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        rows = [(table.line_num, row) for row in table]
+    except csv.Error as error:
+        raise ValueError(f"{name} must be CSV, got text of another form: {error}") from error
+    if not set(columns) <= set(table.fieldnames or ()):
+        got = table.fieldnames and short(table.fieldnames)
+        raise ValueError(f"{name} must have the columns {' and '.join(columns)}, got {got}")
+    return rows
 
 
 def set_float(owner: object, name: str) -> None:

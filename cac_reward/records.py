@@ -13,8 +13,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from types import TracebackType
 
+from cac_reward.plain import read_json
 from cac_reward.report import AnomalyReport
 from cac_reward.video import Video
 
@@ -93,9 +95,9 @@ class ClipRecord:
         Raises:
             ValueError: If the line is not JSON or no record.
         """
-        plain = json.loads(line)
+        plain = read_json("record", line)
         if not isinstance(plain, Mapping) or sorted(plain) != sorted(_KEYS):
-            got = sorted(plain) if isinstance(plain, Mapping) else type(plain).__name__
+            got = short(sorted(plain)) if isinstance(plain, Mapping) else type(plain).__name__
             raise ValueError(f"record must be an object with the keys {list(_KEYS)}, got {got}")
         report = plain["report"]
         return cls(

@@ -70,9 +70,12 @@ class TimeWindow:
 
     def frame_indices(self, num_frames: int, fps: float) -> range:
         """Frames f of the clip with start <= f / fps < end, up to `TIME_TOLERANCE`."""
-        first = math.ceil((self.start_seconds - TIME_TOLERANCE) * fps)
-        stop = math.ceil((self.end_seconds - TIME_TOLERANCE) * fps)
-        return range(min(max(first, 0), num_frames), min(max(stop, 0), num_frames))
+        # Cut before rounding: the product of two large numbers is infinite.
+        first = (self.start_seconds - TIME_TOLERANCE) * fps
+        stop = (self.end_seconds - TIME_TOLERANCE) * fps
+        return range(
+            math.ceil(min(max(first, 0), num_frames)), math.ceil(min(max(stop, 0), num_frames))
+        )
 
     def holds(self, time_seconds: float) -> bool:
         """Whether a time is in the window or at its end, both as they are written, rounded."""

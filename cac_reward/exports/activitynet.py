@@ -43,8 +43,8 @@ def read_activitynet(text: str) -> list[LabelledClip]:
     Raises:
         ValueError: If an entry is missing or has another form.
     """
-    database = get(json.loads(text), "database", "ActivityNet file")
     with reading("ActivityNet file"):
+        database = get(json.loads(text), "database", "ActivityNet file")
         return [_clip(path, entry) for path, entry in database.items()]  # type: ignore[attr-defined]
 
 

@@ -160,7 +160,7 @@ def read_note(note: str) -> tuple[int, Finding]:
         if isinstance(number, bool) or not isinstance(number, int):
             raise ValueError(f"number must be an integer, got {number!r}")
         return number, Finding.from_json(plain["finding"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"note must be as it was exported, got {note[:200]!r}: {error}; "
             "without the note the drawing counts"
@@ -206,9 +206,11 @@ def reading(what: str) -> Iterator[None]:
     """Inside this context, data of another form than documented is a ValueError that says so."""
     try:
         yield
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{what} must be JSON, got text of another form: {error}") from error
     except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
         raise ValueError(
-            f"{what} must have the documented form, got an entry of another: {error}"
+            f"{what} must have the documented form, got an entry of another: {str(error)[:200]}"
         ) from error
 
 

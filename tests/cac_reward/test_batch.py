@@ -127,6 +127,35 @@ def test_wrong_prompts_are_refused(tmp_path: Path, name: str, text: str, message
         read_prompts(tmp_path / name, CLIPS)
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.txt", b"", "one line for each of 3 clips, got 0; name the clips"),
+        ("p.json", b"", "must be JSON that gives each path its prompt, got JSONDecodeError"),
+        ("p.jsonl", b"", r"must name every clip, got none for 'a/1.mp4' \(3 of 3 clips\)"),
+        (
+            "p.txt",
+            b"a cup\xff\nb\nc",
+            r"must be text in UTF-8, got byte 0xff at 5 in .*p\.txt; sav",
+        ),
+        (
+            "p.csv",
+            "path,prompt\n".encode("utf-16"),
+            r"text in UTF-8, got byte 0xff at 0 in .*p\.csv",
+        ),
+        ("p.json", b"[" * 100_000, "must be JSON that gives each path its prompt, got Recursion"),
+        ("p.csv", b"path,prompt\na," + b"x" * 200_000, "must be CSV, got text of another form: f"),
+    ],
+)
+def test_empty_and_damaged_prompt_files_are_named(
+    tmp_path: Path, name: str, data: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_prompts(tmp_path / name, CLIPS)
+    assert len(str(caught.value)) < 600
+
+
 @pytest.mark.parametrize("num_shards", [1, 2, 16])
 def test_shards_hold_every_clip_once_and_are_even(num_shards: int) -> None:
     names = [f"clips/{number:05}.mp4" for number in range(1600)]

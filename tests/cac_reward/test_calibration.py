@@ -185,8 +185,8 @@ def test_the_command_stores_what_it_fits_and_says_what_it_changes(
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("file,clean\n", "must be a CSV with the columns path and clean, got ['file', 'clean']"),
-        ("path,clean\n0.mp4,yes\n", "must be labelled 0 or 1, got '0.mp4' with 'yes' in line 2"),
+        ("file,clean\n", "must have the columns path and clean, got ['file', 'clean']"),
+        ("path,clean\n0.mp4,yes\n", "be labelled 0 or 1, got '0.mp4' with 'yes' in line 2"),
         ("path,clean\n0.mp4,1\n0.mp4,1\n", "must come once, got '0.mp4' with '1' in line 3"),
         ("path,clean\nno.mp4,1\n", "must hold every labelled clip, got none of 'no.mp4' (1 in"),
         ("path,clean\n0.mp4,1\n", "at least 10 judged clips, got 1"),

@@ -139,7 +139,7 @@ def _check(options: argparse.Namespace) -> int:
     if options.show < 0:
         raise ValueError(f"show must be at least 0, got {options.show}")
     records = _progress(iterate_records(options.file))
-    report = check_annotations(records, videos=videos, keep=options.show)
+    report = check_annotations(options.file, records, videos=videos, keep=options.show)
     print(json.dumps(report.to_dict(), indent=1) if options.json else format_report(report))
     return FAULTS if report.has_faults else 0
 

@@ -35,7 +35,12 @@ _UNVERSIONED_KEYS = ("path", "width", "height", "fps", "num_frames", "findings")
 
 
 class SchemaError(ValueError):
-    """An annotation of another schema version."""
+    """An annotation of another schema version, `version`."""
+
+    def __init__(self, version: int, where: str = "", remedy: str = "") -> None:
+        self.version = version
+        start, end = (f"{where}: " if where else ""), (f"; {remedy}" if remedy else "")
+        super().__init__(f"{start}schema_version must be {SCHEMA_VERSION}, got {version}{end}")
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,7 @@ class AnnotatedClip:
         record = read_record("clip", value, None)
         version = schema_version(record)
         if version != SCHEMA_VERSION:
-            raise SchemaError(f"schema_version must be {SCHEMA_VERSION}, got {version}")
+            raise SchemaError(version)
         _check_keys(record)
         values = {
             name: one
@@ -301,7 +306,7 @@ def conversion_hint(version: int, path: str) -> str:
     if version > SCHEMA_VERSION:
         return "a newer cac_reward wrote it; update with: pip install --upgrade cac-reward"
     place = PurePosixPath(path)
-    converted = place.with_name(f"{place.stem}.v{SCHEMA_VERSION}{place.suffix}")
+    converted = place.with_name(f"{place.stem}.v{SCHEMA_VERSION}{place.suffix or '.jsonl'}")
     return f"convert it with: cac-reward annotate convert {path} --output {converted}"
 
 

@@ -6,6 +6,7 @@ a temporary table on the disk.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import tarfile
 from collections import Counter
@@ -17,7 +18,7 @@ from types import MappingProxyType
 
 from cac_reward.data.annotations import AnnotatedClip, SchemaError
 from cac_reward.data.shards import read_shard
-from cac_reward.data.storage import Record
+from cac_reward.data.storage import Record, iterate_records, refusal
 from cac_reward.report import TIME_TOLERANCE, UNSPECIFIED, Box, TimeWindow
 from cac_reward.taxonomy import EVENT_TYPES, LEAF_TYPES
 
@@ -87,30 +88,45 @@ class CheckReport:
 
     def to_dict(self) -> dict[str, object]:
         """A tree of plain JSON values."""
-        return {**asdict(self), "has_faults": self.has_faults}
+        return {
+            **vars(self),
+            "splits": {name: asdict(one) for name, one in self.splits.items()},
+            "first": [asdict(one) for one in self.first],
+            "has_faults": self.has_faults,
+        }
 
 
 def check_annotations(
-    records: Iterable[Record], *, videos: Path | None, keep: int = 20
+    path: str | os.PathLike[str],
+    records: Iterable[Record] | None = None,
+    *,
+    videos: Path | None,
+    keep: int = 20,
 ) -> CheckReport:
     """Check every entry of an annotation file.
 
     Args:
-        records: From `iterate_records`.
+        path: Of the file, or of a folder of files of one kind.
+        records: What `iterate_records` gives for it, for example through a progress bar.
         videos: Root of the clips' relative paths; None looks for no files.
         keep: Faults to keep in words; all are counted.
 
     Raises:
-        SchemaError: If an entry is of another schema version.
+        FileNotFoundError: If there is no such file.
+        SchemaError: If an entry is of another schema version; the message has the command that
+            converts the file.
+        ValueError: If the file is broken as a whole.
     """
     report = CheckReport(files_checked=videos is not None)
     with _Memory() as memory:
-        for record in records:
+        for record in iterate_records(path) if records is None else records:
             report.clips += 1
-            for fault in _faults(record, report, memory, videos):
-                report.counts[fault.rule] += 1
-                if len(report.first) < keep:
-                    report.first.append(fault)
+            try:
+                faults = list(_faults(record, report, memory, videos))
+            except SchemaError as error:
+                raise refusal(error, path, record.place) from error
+            report.counts.update(fault.rule for fault in faults)
+            report.first += faults[: keep - len(report.first)]
     return report
 
 

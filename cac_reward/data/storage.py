@@ -12,12 +12,10 @@ from cac_reward.data.annotations import (
     AnnotatedClip,
     SchemaError,
     conversion_hint,
-    schema_version,
     upgrade,
 )
 from cac_reward.data.lines import line_writer, parse_record, read_lines
 from cac_reward.data.shards import ShardLimits, read_shard, shard_writer
-from cac_reward.plain import read_record
 
 SUFFIXES = (".jsonl", ".parquet", ".tar")
 
@@ -113,6 +111,13 @@ def annotation_writer(
     return line_writer(path)
 
 
+def refusal(error: SchemaError, path: str | os.PathLike[str], place: str) -> SchemaError:
+    """The error with the place and with the command that converts the file."""
+    return SchemaError(
+        error.version, f"{path}: {place}", conversion_hint(error.version, os.fspath(path))
+    )
+
+
 def _clips(
     path: str | os.PathLike[str], read: Callable[[object], AnnotatedClip]
 ) -> Iterator[tuple[str, AnnotatedClip]]:
@@ -122,9 +127,7 @@ def _clips(
         try:
             clip = read(record.plain)
         except SchemaError as error:
-            version = schema_version(read_record("clip", record.plain, None))
-            hint = conversion_hint(version, os.fspath(path))
-            raise SchemaError(f"{path}: {record.place}: {error}; {hint}") from error
+            raise refusal(error, path, record.place) from error
         except ValueError as error:
             raise ValueError(f"{path}: {record.place}: {error}") from error
         yield record.place, clip

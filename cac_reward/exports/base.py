@@ -17,6 +17,8 @@ from cac_reward.report import Box, Finding, TimeWindow
 Corners = tuple[float, float, float, float]
 
 WHOLE_FRAME: Corners = (0.0, 0.0, 1.0, 1.0)
+MAX_MESSAGE = 800
+"""Characters of an error; some quote the entry that is wrong, however long it is."""
 PIXEL_TOLERANCE = 0.01
 """Tools write two decimals of a pixel; a box that is off by less has not been moved."""
 
@@ -203,11 +205,15 @@ def make_box(time_seconds: float, corners: Corners) -> Box:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Inside this context, data of another form than documented is a ValueError that says so."""
+    """Inside this context, data of another form than documented is a short ValueError."""
     try:
         yield
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{what} must be JSON, got text of another form: {error}") from error
+    except (json.JSONDecodeError, UnicodeError, RecursionError) as error:
+        raise ValueError(f"{what} must be text of its format, got another: {error}") from error
+    except ValueError as error:
+        if len(str(error)) <= MAX_MESSAGE:
+            raise
+        raise ValueError(f"{str(error)[:MAX_MESSAGE]}...") from error
     except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
         raise ValueError(
             f"{what} must have the documented form, got an entry of another: {str(error)[:200]}"

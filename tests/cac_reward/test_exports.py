@@ -440,3 +440,24 @@ def test_json_with_entries_of_other_kinds_is_refused_or_read(name: str) -> None:
             owner[key] = other
             with contextlib.suppress(ValueError):
                 assert isinstance(read(json.dumps(plain)), list)
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "text", ["", "[" * 100_000, '{"a": "\ud800"', "<annotations>\ud800</annotations>"]
+)
+def test_what_is_of_no_format_is_refused(name: str, text: str) -> None:
+    with pytest.raises(ValueError, match="file must be text of its format, got|file must be XML"):
+        FORMATS[name][1](text)
+
+
+@EVERY
+def test_an_error_about_a_long_entry_stays_short(name: str) -> None:
+    write, read = FORMATS[name]
+    long = write([CLIP]).replace("jump", "x" * 9000)
+    with pytest.raises(
+        ValueError, match="type must have at most 64 characters|note must be"
+    ) as one:
+        read(long)
+    assert type(one.value) is ValueError
+    assert len(str(one.value)) < 1000

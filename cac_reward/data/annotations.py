@@ -31,6 +31,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """How the options of a question are called, in their order."""
 
 MAX_PATH_CHARACTERS = 4096
+MAX_PIXELS = 1_000_000
+"""Widest and highest frame."""
 _UNVERSIONED_KEYS = ("path", "width", "height", "fps", "num_frames", "findings")
 
 
@@ -170,8 +172,9 @@ class AnnotatedClip:
                 if value <= 0:
                     raise ValueError(f"{name} must be above 0, got {value}")
         for name in ("width", "height"):
-            if getattr(self, name) is not None and read_integer(name, getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1 pixel, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 1 <= read_integer(name, value) <= MAX_PIXELS:
+                raise ValueError(f"{name} must be 1 to {MAX_PIXELS} pixels, got {short(value)}")
         if (self.width is None) != (self.height is None):
             raise ValueError(
                 f"width and height must be known together, got {self.width} and {self.height}"

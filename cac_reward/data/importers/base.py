@@ -98,6 +98,11 @@ class VideoFolder:
             last = Path(name).name
             found = self._named.get(last) or self._named.get(Path(last).stem) or []
             if len(found) > 1:
+                # The same name in several folders: the one whose folder is called the same.
+                folder = Path(name).parent.name.casefold()
+                alike = [one for one in found if one.parent.name.casefold() == folder]
+                found = alike if len(alike) == 1 else found
+            if len(found) > 1:
                 raise ValueError(
                     f"video must be there once, got {found[0]} and {found[1]} for {name!r}"
                 )
@@ -203,7 +208,10 @@ def json_entries(path: Path) -> Iterator[tuple[int, str, Any]]:
         if not is_list:
             name, position = decoder.raw_decode(text, position)
             position = expect(skip(position), ":")
-        value, position = decoder.raw_decode(text, position)
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except RecursionError as error:
+            raise ValueError(f"line {line} must be JSON of a few levels, got too many") from error
         yield line, str(name), value
         number += 1
         position = skip(position)
@@ -235,8 +243,8 @@ def frame_window(start: tuple[str, str], end: tuple[str, str], fps: float | None
     frames = []
     for column, word in (start, end):
         with in_column(column):
-            if not word.isascii() or not word.isdigit():
-                raise ValueError(f"frame must be a number from 0 on, got {word!r}")
+            if not re.fullmatch("[0-9]{1,9}", word):
+                raise ValueError(f"frame must be a number from 0 on, got {word[:80]!r}")
             frames.append(int(word))
     with in_column(end[0]):
         if frames[0] >= frames[1]:

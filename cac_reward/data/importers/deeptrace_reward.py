@@ -128,7 +128,8 @@ def _clip(rows: list[Row], findings: list[Finding], settings: ImportSettings) ->
 def _finding(row: Mapping[str, Any]) -> Finding:
     fps, duration = _positive(row, "video_frame_rate"), _positive(row, "video_duration")
     with in_column("'faketrace_first_frame'"):
-        first = read_integer("faketrace_first_frame", _plain_int(row.get("faketrace_first_frame")))
+        name = "faketrace_first_frame"
+        first = read_number(name, read_integer(name, _plain_int(row.get(name))))
         if not 0 <= first / fps < duration:
             raise ValueError(
                 f"first frame must be in the clip of {duration} s at {fps} fps, got {first}"

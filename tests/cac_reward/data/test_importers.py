@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,8 @@ THINK = (
     "A street. The cup <type>Abnormal Object Disappearance</type> in <t>[0.50, 1.00]</t> at "
     "<bbox>[0.2, 0.4, 0.4, 0.9]</bbox> is gone! Then a "
     "<type>Camera Motion Inconsistency</type> in <t>[1.75, 1.75]</t> at <bbox>[0.0, 0.0, 0.0, 0.0]"
-    "</bbox> shows. Also <type>Text Distortion</type> in <t>[1, 1]</t> at <bbox>[0,0,1,0.5]</bbox>."
+    "</bbox> shows. Also <type>Text Distortion</type> in <t>[0.5, 0.50]</t> at "
+    "<bbox>[0,0,1,0.5]</bbox>."
 )
 
 
@@ -240,15 +242,17 @@ def test_vif_cot_4k_chat(layout: str, tmp_path: Path) -> None:
         ),
         Finding(
             "text",
-            TimeWindow(1.0, 1.75),
-            (Box(1.375, 0, 0, 1, 0.5),),
-            why="Also Text Distortion in [1, 1] at [0,0,1,0.5].",
+            TimeWindow(0.5, 1.0),
+            (Box(0.75, 0, 0, 1, 0.5),),
+            why="Also Text Distortion in [0.5, 0.50] at [0,0,1,0.5].",
         ),
     )
 
 
 def test_vif_cot_4k_real_clips_have_no_faults(tmp_path: Path) -> None:
-    think = "I looked at <t>[0.5, 1.0]</t> at <bbox>[0.1, 0.1, 0.5, 0.5]</bbox>: fine."
+    think = (
+        f"I looked at <t>[0.5, 1.0]</t> at <bbox>[0.1, 0.1, 0.5, 0.5]</bbox>: fine. {FAULT}? No."
+    )
     (clip,) = outcomes("vif_cot_4k", write_json(tmp_path / "a.json", [vif_chat(think, "Real")]))
     assert (clip.verdict, clip.findings, clip.reasoning) == ("clean", (), think)
 
@@ -364,6 +368,7 @@ def test_deeptrace_reward_videos(tmp_path: Path) -> None:
         ({"faketrace_duration": float("nan")}, "'faketrace_duration'", "must be finite"),
         ({"faketrace_duration": 0}, "'faketrace_duration'", "must be above 0"),
         ({"faketrace_first_frame": 40}, "'faketrace_first_frame'", "must be in the clip of 5.0 s"),
+        ({"faketrace_first_frame": 10**400}, "'faketrace_first_frame'", "must be finite"),
         ({"faketrace_first_frame": 0.5}, "'faketrace_first_frame'", "must be an integer"),
         ({"faketrace_bbox": {"left": 1}}, "'faketrace_bbox'", "must have 'top'"),
         (
@@ -441,6 +446,7 @@ def test_ucf_crime_with_sentences(tmp_path: Path) -> None:
     [
         ("a.mp4 Abuse 1 2 -1", None, "line must be name, class and four frames, got 5 words"),
         ("a.mp4  Abuse  1x  2 -1 -1", "3 (character 15)", "frame must be a number from 0 on"),
+        ("a.mp4  Abuse  1 " + "9" * 400 + " -1 -1", "4 (character 17)", "frame must be a number"),
         ("a.mp4  Abuse  -1  2 -1 -1", "3 (character 15)", "frame must be a number from 0 on"),
         ("a.mp4 Abuse 9 2 -1 -1", "4 (character 15)", "frames must be first before last, got 9"),
         ("a.mp4 Abuze 1 2 -1 -1", "2 (character 7)", "did you mean 'Abuse'"),
@@ -603,17 +609,19 @@ def test_shanghaitech_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("e", np.zeros(0)),
     ):
         np.save(tmp_path / f"{name}.npy", mask, allow_pickle=True)
+    (tmp_path / "f.npy").write_bytes(pickle.dumps(Bomb()))
     found = outcomes("shanghaitech", tmp_path, ImportSettings(fps=24.0))
     assert "a pickle was opened" not in capsys.readouterr().out
     for bad, name, why in zip(
         found,
-        "abcde",
+        "abcdef",
         (
             "without pickles",
             "mask must be of 0 and 1, got 2",
             "must be [frames] or [frames, height, width], got (2, 2)",
             "mask must hold numbers, got <U1",
             "got (0,)",
+            "without pickles",
         ),
         strict=True,
     ):
@@ -681,6 +689,9 @@ def test_videos_fill_in_what_files_do_not_say(tmp_path: Path) -> None:
     assert {one.split for one in found} == {"train"}
     assert found[1].source_video == "ecva/17"
     save_video(tmp_path / "v" / "other" / "Fire_2.mp4")
+    assert VideoFolder(tmp_path / "v").find(["frames/Deep/Fire_2"]) == (
+        tmp_path / "v" / "deep" / "Fire_2.mp4"
+    )
     (bad, *_) = outcomes("vau_bench", path, ImportSettings(videos=VideoFolder(tmp_path / "v")))
     assert bad.column == "'Video Name'"
     assert "video must be there once" in bad.why
@@ -727,6 +738,7 @@ def test_json_entries(text: str, entries: list[Any], tmp_path: Path) -> None:
         ("[1] x", "line 1 column 5"),
         ("[1", "line 1 column 3"),
         ("", "line 1 column 1"),
+        ("[1,\n" + "[" * 100_000, "line 2 must be JSON of a few levels"),
     ],
 )
 def test_json_that_is_none(text: str, place: str, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def _add_part(
                 "category_id": category,
                 "bbox": [x1 * clip.width, y1 * clip.height, wide, high],
                 "area": wide * high,
+                "segmentation": [],  # Boxes only; readers of COCO want the field all the same.
                 "iscrowd": 0,
             }
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -47,6 +48,38 @@ def serving(*options: str) -> Iterator[str]:
             yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
         finally:
             process.terminate()
+
+
+@contextmanager
+def transformers_serve(folder: Path) -> Iterator[str]:
+    """`transformers serve` with a copy of the toy judge that samples; its address.
+
+    The server takes from the model's own folder whether a temperature above 0 draws samples.
+    """
+    model = folder / "judge"
+    shutil.copytree(JUDGE, model)
+    generation = json.loads((model / "generation_config.json").read_text(encoding="utf-8"))
+    text = json.dumps({**generation, "do_sample": True})
+    (model / "generation_config.json").write_text(text, encoding="utf-8")
+    program = "from transformers.cli.transformers import main; main()"
+    asked = ["serve", str(model), "--device", "cpu", "--host", "127.0.0.1", "--port", "0"]
+    log = folder / "log"
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [sys.executable, "-c", program, *asked], stdout=output, stderr=output
+        ) as process,
+    ):
+        try:
+            deadline = time.monotonic() + 240
+            while "running on " not in log.read_text(encoding="utf-8"):
+                assert process.poll() is None, log.read_text(encoding="utf-8")
+                assert time.monotonic() < deadline, log.read_text(encoding="utf-8")
+                time.sleep(0.1)
+            address = log.read_text(encoding="utf-8").partition("running on ")[2].split()[0]
+            yield f"{address}/v1"
+        finally:
+            process.kill()
 
 
 @contextmanager
@@ -135,6 +168,34 @@ def test_a_server_that_only_chats_is_asked_for_votes(caplog: pytest.LogCaptureFi
         assert report.judge_id.endswith("(share of 2 votes)")
         # This server does not sample: its votes agree with each other.
         assert report.score in (0.0, 1.0)
+
+
+def test_transformers_serve_is_asked_for_votes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = JudgeSettings.load(JUDGE)
+    local = CaCScorer.from_pretrained(JUDGE, mode="fast")
+    broken, clean = world_clips(2)
+    (expected,) = local.inspect([clean], fps=8.0)
+    times = [index / 8 for index in range(len(broken))]
+    scan = [scan_message(broken, times, "brief")]
+    written = local.judge.generate(scan, max_new_tokens=48)
+    assert written[0].startswith("<tool_call>")
+    with transformers_serve(tmp_path) as address, caplog.at_level(logging.WARNING):
+        elsewhere = CaCScorer.from_endpoint(
+            address,
+            str(tmp_path / "judge"),
+            options=EndpointOptions(patch_factor=8, num_votes=2, concurrency=1),
+            settings=settings,
+            mode="fast",
+        )
+        (found,) = elsewhere.inspect([clean], fps=8.0)
+        assert elsewhere.judge.generate(scan, max_new_tokens=48) == written
+    # It refuses to go on with an answer that has begun, and gives no log-probabilities.
+    assert "verdicts are shares of votes" in caplog.text
+    assert found.judge_id.endswith("(share of 2 votes)")
+    assert expected.reward > 0.99
+    assert (found.verdict, found.score) == ("clean", 1.0)
 
 
 def chooser(top: dict[str, dict[str, float]]) -> Callable[[dict[str, Any]], tuple[int, Any]]:

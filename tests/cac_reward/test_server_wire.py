@@ -67,6 +67,9 @@ def test_frames_and_safetensors_need_a_rate() -> None:
             own_clips({"videos": [video]}, SETTINGS)
         clips, _, _ = own_clips({"videos": [video]}, ServerSettings(frames_fps=16.0))
         assert clips[0].fps == 16.0
+        stated = {**video, "fps": 8.0}
+        clips, _, _ = own_clips({"videos": [stated]}, ServerSettings(frames_fps=16.0))
+        assert clips[0].fps == 8.0
 
 
 @pytest.mark.parametrize(

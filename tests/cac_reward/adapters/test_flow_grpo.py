@@ -106,9 +106,7 @@ def test_a_running_server_named_by_the_environment(reward_server, monkeypatch) -
     assert scores["cac"] == pytest.approx([60 / 255, float("nan"), 180 / 255], nan_ok=True)
     monkeypatch.setenv("CAC_REWARD_ON_FAILURE", "raise")
     reward = multi_score(torch.device("cpu"), cac_score, 0.5)
-    with pytest.raises(
-        RuntimeError, match="1 of 3 videos .*: the reward returned nan"
-    ):
+    with pytest.raises(RuntimeError, match="1 of 3 videos .*: the reward returned nan"):
         reward(videos, [*PROMPTS, "a pond"], [{}] * 3)
 
 

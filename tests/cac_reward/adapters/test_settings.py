@@ -162,3 +162,9 @@ def test_the_toy_judge_loads_from_settings(toy_judge_folder: Path) -> None:
     scorer = settings.load()
     assert isinstance(scorer, CaCScorer)
     assert scorer.judge.judge_id == str(toy_judge_folder)
+
+
+def test_what_does_not_change_the_judge_loads_no_second_one(loaded) -> None:
+    first = ScorerSettings(judge="some/judge", fps=8, on_failure="mask").load()
+    assert ScorerSettings(judge="some/judge", fps=16, on_failure=0.5).load() is first
+    assert ScorerSettings(judge="some/judge", device="cpu").load() is not first

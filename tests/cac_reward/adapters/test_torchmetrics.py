@@ -89,6 +89,13 @@ def test_failures() -> None:
         metric.update(batch(UNJUDGED, 51))
 
 
+def test_the_sum_keeps_small_scores_beside_a_large_total() -> None:
+    metric = module.CaCMetric(StubScorer(), fps=FPS)
+    metric.total += 2**24  # Float32 has no number between this and the next integer.
+    metric.update(batch(51))
+    assert metric.total.item() - 2**24 == pytest.approx(0.2)
+
+
 def test_a_missing_rate_is_refused() -> None:
     with pytest.raises(ValueError, match="fps must be above 0, got None"):
         module.CaCMetric(StubScorer(), fps=None)

@@ -107,6 +107,8 @@ def test_sampled_frames_are_those_on_screen(fps: float, wanted: float, num_frame
 
 def test_at_least_two_frames_are_left() -> None:
     assert sample_indices(4, 16.0, 4.0, None) == ([0, 3], pytest.approx(16 / 3))
+    # 125 frames are 30 steps of 10 / 2.4 frames, but for rounding.
+    assert sample_indices(126, 10.0, 2.4, None)[0][-1] == 125
     assert sample_indices(2, 24.0, 16.0, None) == ([0, 1], 24.0)
 
 

@@ -40,11 +40,12 @@ class LocalJudge(AbstractJudge):
         judge_id: folder or hub id, for the reports.
         revision: commit of the weights where they came from a hub.
         settings: how the judge wants to be asked.
-        votes: how many sampled answers decide in the place of log-probabilities; None for none.
         max_batch_tokens: most tokens read in one forward pass; one conversation may be longer.
         max_memory_bytes: most bytes of key-value cache kept inside `remembering()`.
     """
 
+    votes: Votes | None = None
+    """How sampled answers decide in the place of log-probabilities; None where they do not."""
     _origin: LocalJudge | None = None
 
     def __init__(
@@ -55,7 +56,6 @@ class LocalJudge(AbstractJudge):
         judge_id: str,
         revision: str | None = None,
         settings: JudgeSettings | None = None,
-        votes: Votes | None = None,
         max_batch_tokens: int = 8192,
         max_memory_bytes: int = 2**30,
     ) -> None:
@@ -64,7 +64,6 @@ class LocalJudge(AbstractJudge):
         self.revision = revision
         self.settings = settings or JudgeSettings()
         self.attention = model.config._attn_implementation
-        self._adopt(votes)
         self._tokenizer = processor.tokenizer
         self._never_written = self._tokenizer.convert_tokens_to_ids(list(self.family.never_written))
         self._stops = _stop_ids(model, self._tokenizer)
@@ -137,13 +136,9 @@ class LocalJudge(AbstractJudge):
         twin = copy.copy(self)
         twin._origin = self  # Keeps it findable for the next one who loads these files.
         twin.settings = settings or self.settings
-        twin._adopt(votes or self.votes)
-        return twin
-
-    def _adopt(self, votes: Votes | None) -> None:
-        self.votes = votes
         if votes is not None:
-            self.decoder = votes.decoder
+            twin.votes, twin.decoder = votes, votes.decoder
+        return twin
 
     @torch.inference_mode()
     def generate(

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,3 +283,27 @@ def test_findings_are_taught_in_the_units_they_are_read_in() -> None:
 def test_unknown_families_are_refused() -> None:
     with pytest.raises(ValueError, match="family in .*qwen2_5_vl.*, got 'llava'"):
         find_family("llava")
+
+
+def test_a_server_s_calls_are_written_out_as_the_family_writes_them() -> None:
+    endpoint = pytest.importorskip("cac_reward.judges.endpoint", reason="serve is not installed")
+
+    def written(arguments: str) -> str:
+        call = SimpleNamespace(function=SimpleNamespace(name="inspect", arguments=arguments))
+        return endpoint.message_text(SimpleNamespace(content=None, tool_calls=[call]), "xml")
+
+    call = written('{"windows": [[0.25, 1.0]]}')
+    assert parse_tool_call(call, 2.0, "xml") == (TimeWindow(0.25, 1.0),)
+    for wrong in ('{"windows"', "[]", '{"frames": 3}'):
+        with pytest.raises(AnswerError):
+            parse_tool_call(written(wrong), 2.0, "xml")
+
+
+def test_the_family_of_a_server_sets_its_conventions() -> None:
+    endpoint = pytest.importorskip("cac_reward.judges.endpoint", reason="serve is not installed")
+    options = endpoint.EndpointOptions(probabilities="votes", family="qwen2_5_vl", seed=7)
+    judge = endpoint.EndpointJudge("http://127.0.0.1:9/v1", "m", options=options)
+    assert (judge.family.box_units, judge.patch_factor) == ("pixels", 28)
+    assert judge.decoder == "verdict by 8 sampled votes at temperature 1, seed 7; texts greedy"
+    with pytest.raises(ValueError, match="family in .*, got 'llava'"):
+        endpoint.EndpointOptions(family="llava")

@@ -4,8 +4,9 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from cac_reward.cache import ReportCache
 from cac_reward.calibration import Calibration
 from cac_reward.frames import InspectSettings, JudgeSettings, ScanSettings, inspect_indices
 from cac_reward.judges.base import AbstractJudge, Conversation
+from cac_reward.judges.families import FAMILIES
 from cac_reward.judges.local import LocalJudge
 from cac_reward.questions import (
     FINDINGS_PREFIX,
@@ -453,3 +455,114 @@ def test_loading_by_path_is_all_a_configuration_needs(folder: Path) -> None:
     result = scorer(torch.rand(1, 13, 3, 32, 32), ["x"], fps=FPS)
     assert result["score"].shape == (1,)
     assert json.loads(result["reports"][0].to_json())["judge_id"] == str(folder)
+
+
+@dataclass
+class Work:
+    """What went through a real model, by hooks on the vision encoder and on the model."""
+
+    encoder_calls: int = 0
+    pictures: list[bytes] = field(default_factory=list)
+    """The pixels of every picture encoded."""
+    passes: list[tuple[int, int]] = field(default_factory=list)
+    """Rows and pictures of every pass of the model."""
+    tokens: int = 0
+    """Tokens read, without padding."""
+    picture_tokens: int = 0
+
+
+@contextmanager
+def counted_work(judge: LocalJudge) -> Iterator[Work]:
+    work, model = Work(), judge._reader.model
+
+    def encode(_: object, inputs: tuple, options: dict) -> None:
+        work.encoder_calls += 1
+        named = dict(zip(("hidden_states", "grid_thw"), inputs, strict=False)) | options
+        sizes = named["grid_thw"].prod(dim=1).tolist()
+        parts = named["hidden_states"].split(sizes)
+        work.pictures += [part.numpy().tobytes() for part in parts]
+
+    def read(_: object, __: tuple, options: dict) -> None:
+        ids, mask = options["input_ids"], options["attention_mask"]
+        new = torch.ones_like(ids) if mask is None else mask[:, -ids.shape[1] :]
+        work.tokens += int(new.sum())
+        work.picture_tokens += int(((ids == model.config.image_token_id) & new.bool()).sum())
+        work.passes.append((len(ids), len(options.get("image_grid_thw", ()))))
+
+    hooks = [
+        model.model.visual.register_forward_pre_hook(encode, with_kwargs=True),
+        model.register_forward_pre_hook(read, with_kwargs=True),
+    ]
+    yield work
+    for hook in hooks:
+        hook.remove()
+
+
+class HalfSuspiciousJudge(CallingJudge):
+    """Every other clip of a batch looks suspicious to it; all passes of the model are real."""
+
+    def generate(
+        self, conversations: Sequence[Conversation], *, prefix: str = "", **rest: object
+    ) -> list[str]:
+        answers = super().generate(conversations, prefix=prefix, **rest)
+        if prefix == TOOL_CALL_PREFIX:
+            return [CALLS[self.family.call_format]] * len(answers)
+        pixels = self.family.box_units == "pixels"
+        return [
+            one.replace("500, 0, 1000, 500", "24, 0, 48, 24") if pixels else one for one in answers
+        ]
+
+    def choice_log_probs(self, conversations: Sequence[Conversation], **rest: object) -> Tensor:
+        found = super().choice_log_probs(conversations, **rest).clone()
+        if tuple(rest["choices"]) == SCAN_CHOICES:
+            found[0::2, 0] = 0.0
+            found[1::2, 1] = 0.0
+        return found
+
+
+CALLS = {
+    "json": CALL,
+    "xml": "<tool_call>\n<function=inspect>\n<parameter=windows>\n[[0.50, 1.00]]\n</parameter>\n"
+    "</function>\n</tool_call>",
+}
+
+
+@pytest.mark.parametrize("mode", ["full", "fast"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_frame_is_encoded_twice_and_clean_clips_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, mode: str
+) -> None:
+    build_tiny_judge(tmp_path, family=family, patch_size=4, merge_size=2)
+    replace(BRIEF, scan=ScanSettings(fps=4.0, max_frames=5, pixels=1024)).save(tmp_path)
+    judge = HalfSuspiciousJudge.from_pretrained(tmp_path)
+    scorer = CaCScorer(judge, mode=mode, max_call_tokens=2, max_findings_tokens=2)
+    videos = torch.rand(6, 13, 3, 32, 32)
+    with counted_work(judge) as work:
+        result = scorer(videos, ["x"] * 6, fps=FPS)
+    reports = result["reports"]
+    assert [report.error for report in reports] == [None] * 6
+    assert [len(report.windows) for report in reports] == [0, 1] * 3
+
+    scanned = sum(len(report.scan_frames) for report in reports)
+    inspected = sum(len(report.inspect_frames) for report in reports)
+    assert (scanned, inspected) == (6 * 5, 3 * len(reports[1].inspect_frames))
+    assert len(work.pictures) == len(set(work.pictures)) == scanned + inspected
+    assert work.encoder_calls == 2, "one for the scans, one for the second looks, re-batched"
+    assert [one for one in work.passes if one[1]] == [(6, scanned), (3, inspected)]
+    assert work.picture_tokens == scanned * 16 + inspected * 36
+    after = work.passes[work.passes.index((6, scanned)) + 1 :]
+    assert [rows for rows, _ in after].count(6) == 1, (
+        "the rest of 'Verdict:' for the scan's choices"
+    )
+    assert {rows for rows, _ in after} == {6, 3}, "clean clips are not read again"
+
+    monkeypatch.setattr(HalfSuspiciousJudge, "remembering", nullcontext)
+    with counted_work(judge) as naive:
+        again = scorer(videos, ["x"] * 6, fps=FPS)
+    torch.testing.assert_close(again["score"], result["score"])
+    # Naively turn 1 is read anew for the call, and both turns for findings and verdict.
+    looks = {"full": 2, "fast": 1}[mode]
+    extra = 3 * 5 + looks * 3 * 5 + (looks - 1) * inspected
+    assert len(naive.pictures) == scanned + inspected + extra
+    assert len(set(naive.pictures)) == scanned + inspected
+    assert work.tokens < 0.75 * naive.tokens

@@ -183,6 +183,16 @@ def test_clips_without_a_score_say_why(tmp_path: Path, clip: Path) -> None:
     assert "No findings." in page.texts
 
 
+def test_the_summary_counts_as_the_clips_say(tmp_path: Path, clip: Path) -> None:
+    even = [record(clip, score=score) for score in (0.5, 0.4999, 0.9)]
+    twice = (Finding("jump", TimeWindow(0.0, 0.5)), Finding("jump", TimeWindow(0.5, 1.0)))
+    page = written(tmp_path / "p.html", [*even, record(clip, findings=twice)])
+    verdicts = [one["data-verdict"] for one in page.all("article")]
+    assert verdicts == ["clean", "anomalous", "clean", "anomalous"]
+    assert any("2 of 4 judged anomalous (50.0%)" in text for text in page.texts)
+    assert "jump (1)" in page.texts  # One clip, however many findings it has.
+
+
 def test_a_page_without_clips_is_a_page(tmp_path: Path) -> None:
     page = written(tmp_path / "p.html", [])
     assert "0 clips" in page.texts

@@ -286,7 +286,7 @@ def _check_settings(name: str, fps: object, max_frames: object, pixels: object) 
 
 def _is_number(value: object) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max  # type: ignore[operator]
+    return number and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def _check_clip(num_frames: int, fps: float) -> None:

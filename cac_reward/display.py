@@ -57,6 +57,21 @@ def upright(picture: Tensor, matrix: tuple[int, ...] | None, name: str) -> Tenso
     )
 
 
+def fit_size(height: int, width: int, longest_side: int | None) -> dict[str, Any]:
+    """PyAV's arguments that shrink a frame to a longest side in one pass; none for small frames.
+
+    Example:
+        >>> fit_size(752, 1360, 480)["height"], fit_size(240, 320, 480)
+        (265, {})
+    """
+    if longest_side is None or max(height, width) <= longest_side:
+        return {}
+    scale = longest_side / max(height, width)
+    # Every pixel of the large frame counts.
+    size = {"height": max(2, round(height * scale)), "width": max(2, round(width * scale))}
+    return {**size, "interpolation": "AREA"}
+
+
 def even_order(
     times: Sequence[float | None], fps: float, name: str, check_count: Callable[[int], None]
 ) -> Sequence[int]:

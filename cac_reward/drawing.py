@@ -20,7 +20,10 @@ COLOURS = ("#e6194b", "#ffb000", "#00b4d8", "#8ac926", "#c77dff", "#ff7f51")
 """One for each finding of a clip, in turn; the same in frames, timeline and table."""
 
 _LEAST_SIDE = 192
-_MOST_SIDE = 480
+# Half the time of x264's default for 1 dB; what is embedded is looked at, not judged.
+_PRESET = "veryfast"
+MOST_SIDE = 480
+"""Pixels; what is embedded to be looked at is no wider or higher."""
 
 
 def draw_findings(frames: Tensor, findings: Sequence[Finding], fps: float) -> Tensor:
@@ -55,7 +58,8 @@ def draw_findings(frames: Tensor, findings: Sequence[Finding], fps: float) -> Te
 
 def video_uri(video: Video) -> str:
     """A clip as an mp4 inside a data URI; odd sides are padded by repeating the edge."""
-    return "data:video/mp4;base64," + base64.b64encode(_even(video).encode()).decode("ascii")
+    data = _even(video).encode(preset=_PRESET)
+    return "data:video/mp4;base64," + base64.b64encode(data).decode("ascii")
 
 
 def write_overlay(path: str | Path, video: Video, findings: Sequence[Finding]) -> None:
@@ -75,13 +79,13 @@ def write_overlay(path: str | Path, video: Video, findings: Sequence[Finding]) -
 def fit_for_display(video: Video) -> Video:
     """Bring a clip to a size to look at: tiny ones grow by whole pixels, large ones shrink."""
     height, width = video.height, video.width
-    if min(height, width) < _LEAST_SIDE and max(height, width) * 2 <= _MOST_SIDE:
-        times = min(-(-_LEAST_SIDE // min(height, width)), _MOST_SIDE // max(height, width))
+    if min(height, width) < _LEAST_SIDE and max(height, width) * 2 <= MOST_SIDE:
+        times = min(-(-_LEAST_SIDE // min(height, width)), MOST_SIDE // max(height, width))
         grown = video.frames.repeat_interleave(times, 2).repeat_interleave(times, 3)
         return Video(grown, video.fps, video.source)
-    if max(height, width) <= _MOST_SIDE:
+    if max(height, width) <= MOST_SIDE:
         return video
-    scale = _MOST_SIDE / max(height, width)
+    scale = MOST_SIDE / max(height, width)
     size = (max(2, round(height * scale)), max(2, round(width * scale)))
     small = torch.stack([_shrink(frame, size) for frame in video.frames])
     return Video(small, video.fps, video.source)

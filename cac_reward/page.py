@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from cac_reward.drawing import COLOURS, fit_for_display, video_uri
+from cac_reward.drawing import COLOURS, MOST_SIDE, fit_for_display, video_uri
 from cac_reward.page_assets import SCRIPT, STYLE
 from cac_reward.records import ClipRecord
 from cac_reward.report import AnomalyReport, Finding, TimeWindow
@@ -81,7 +81,7 @@ def _parts(path: Path, records: Sequence[ClipRecord], videos: str, title: str) -
             yield _unreadable(record, number)
             continue
         if videos == "embed":
-            uri = video_uri(fit_for_display(record.decode()))
+            uri = video_uri(fit_for_display(record.decode(longest_side=MOST_SIDE)))
         else:
             uri = quote(os.path.relpath(record.path, path.resolve().parent).replace(os.sep, "/"))
         yield _article(record, record.report, number, uri)

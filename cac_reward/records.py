@@ -18,7 +18,7 @@ from types import TracebackType
 
 from cac_reward.plain import read_json
 from cac_reward.report import AnomalyReport
-from cac_reward.video import Video
+from cac_reward.video import Video, VideoHeader
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,11 @@ class ClipRecord:
         """Why there is no score, whatever the reason; None where there is one."""
         return self.error if self.report is None else self.report.error
 
-    def decode(self) -> Video:
+    def decode(self, *, longest_side: int | None = None) -> Video:
         """The clip's frames again, as they were judged.
+
+        Args:
+            longest_side: Pixels to which larger frames are shrunk; None keeps their size.
 
         Raises:
             FileNotFoundError: If the file is gone.
@@ -71,14 +74,15 @@ class ClipRecord:
         """
         if self.report is None:
             raise ValueError(f"clip must have been readable to be shown, got {self.path}")
-        video = Video.decode(self.path)
-        if video.fps != self.report.fps:
-            video = Video.decode(self.path, fps=self.report.fps)
+        header = VideoHeader.read(self.path)
+        fps = None if header.fps == self.report.fps else self.report.fps
+        video = Video.decode(self.path, fps=fps, longest_side=longest_side)
         was = (self.report.num_frames, self.height, self.width)
-        if (video.num_frames, video.height, video.width) != was:
+        if (video.num_frames, header.height, header.width) != was:
             raise ValueError(
                 f"clip must still have its {was[0]} frames of {was[2]}x{was[1]}, got "
-                f"{video.num_frames} of {video.width}x{video.height} in {self.path}; judge it again"
+                f"{video.num_frames} of {header.width}x{header.height} in {self.path}; judge it "
+                "again"
             )
         return video
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from cac_reward.display import display_matrix, even_order, upright
+from cac_reward.display import display_matrix, even_order, fit_size, upright
 from cac_reward.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
@@ -139,6 +139,7 @@ class Video:
         *,
         fps: float | None = None,
         limits: VideoLimits = VideoLimits(),
+        longest_side: int | None = None,
     ) -> Video:
         """Read a video file.
 
@@ -150,6 +151,8 @@ class Video:
             source: A local file, or an open binary file that can seek.
             fps: Frames per second to believe instead of the file's own.
             limits: Checked on the header before decoding, and while decoding.
+            longest_side: Pixels to which larger frames are shrunk while they are decoded, for
+                looking at them; None keeps their size.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -158,14 +161,14 @@ class Video:
         """
         name = _name_of(source)
         if hasattr(source, "read"):
-            return _decode(source, name, fps, limits)
+            return _decode(source, name, fps, limits, longest_side)
         path = Path(source)
         if not path.exists():
             raise FileNotFoundError(f"video must be an existing file, got {path}")
         if not path.is_file():
             raise ValueError(f"video must be a file, got {path}, which is not one")
         with path.open("rb") as opened:
-            return _decode(opened, name, fps, limits)
+            return _decode(opened, name, fps, limits, longest_side)
 
     @property
     def num_frames(self) -> int:
@@ -188,11 +191,12 @@ class Video:
         frames = self.frames if indices is None else self.frames[list(indices)]
         return frames.float() / 255
 
-    def encode(self, *, crf: int = 18) -> bytes:
+    def encode(self, *, crf: int = 18, preset: str = "medium") -> bytes:
         """The clip as an mp4 that browsers play (h264, 4:2:0).
 
         Args:
             crf: x264's quality, 0 (best) to 51 (worst).
+            preset: x264's effort, from 'ultrafast' to 'veryslow'.
 
         Raises:
             ValueError: If `crf` is out of range, or height or width is odd.
@@ -208,7 +212,8 @@ class Video:
         buffer = io.BytesIO()
         with av.open(buffer, "w", format="mp4") as container:
             rate = Fraction(self.fps).limit_denominator(100_000)
-            stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+            effort = {"crf": str(crf), "preset": preset}
+            stream = container.add_stream("libx264", rate=rate, options=effort)
             stream.height, stream.width, stream.pix_fmt = self.height, self.width, "yuv420p"
             for frame in self.frames:
                 picture = frame.permute(1, 2, 0).contiguous().cpu().numpy()
@@ -296,12 +301,14 @@ def _opened_video(source: Any, name: str) -> Iterator[tuple[Any, Any]]:
         ) from error
 
 
-def _decode(source: Any, name: str, fps: float | None, limits: VideoLimits) -> Video:
+def _decode(
+    source: Any, name: str, fps: float | None, limits: VideoLimits, longest_side: int | None
+) -> Video:
     with _opened_video(source, name) as (container, stream):
         rate = _checked_fps(stream.average_rate if fps is None else fps, name)
         announced = _announced_frames(stream, container, rate)
         limits.check(name, announced, stream.height, stream.width)
-        pictures, times = _read_frames(container, stream, name, limits)
+        pictures, times = _read_frames(container, stream, name, limits, longest_side)
         _check_whole(container, stream, times, name)
     _check_length(len(pictures), name)
     order: Sequence[int] = range(len(pictures))
@@ -321,7 +328,7 @@ def _announced_frames(stream: Any, container: Any, rate: float) -> int:
 
 
 def _read_frames(
-    container: Any, stream: Any, name: str, limits: VideoLimits
+    container: Any, stream: Any, name: str, limits: VideoLimits, longest_side: int | None = None
 ) -> tuple[list[Tensor], list[float | None]]:
     """Every frame [3 H W] uint8, upright, and the time at which it is shown."""
     pictures: list[Tensor] = []
@@ -329,7 +336,8 @@ def _read_frames(
     matrices: dict[int, tuple[int, ...] | None] = {}
     for frame in container.decode(stream):
         limits.check(name, len(pictures) + 1, frame.height, frame.width)
-        picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+        shrunk = fit_size(frame.height, frame.width, longest_side)
+        picture = torch.from_numpy(frame.to_ndarray(format="rgb24", **shrunk)).permute(2, 0, 1)
         # A frame asked for its matrix stays in memory until the garbage is collected.
         if frame.rotation not in matrices:
             matrices[frame.rotation] = display_matrix(frame)

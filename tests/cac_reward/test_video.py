@@ -422,6 +422,26 @@ def test_notes_in_another_encoding_do_no_harm() -> None:
     assert Video.decode(io.BytesIO(data)).num_frames == clip.num_frames
 
 
+@pytest.mark.parametrize(
+    ("size", "longest", "wanted"),
+    [((64, 96), 48, (32, 48)), ((96, 64), 48, (48, 32)), ((64, 96), 96, (64, 96))],
+)
+def test_frames_shrink_while_they_are_decoded(
+    size: tuple[int, int], longest: int, wanted: tuple[int, int]
+) -> None:
+    height, width = size
+    frames = torch.full((4, 3, height, width), 30, dtype=torch.uint8)
+    frames[:, :, : height // 2, width // 4 : width // 2] = 230
+    data = Video(frames, 8.0).encode(crf=1, preset="veryfast")
+    small = Video.decode(io.BytesIO(data), longest_side=longest)
+    whole = Video.decode(io.BytesIO(data))
+    assert small.frames.shape[2:] == wanted
+    averaged = torch.nn.functional.adaptive_avg_pool2d(whole.frames.float(), wanted)
+    # The scaler rounds dark grey two levels down.
+    assert (small.frames.float() - averaged).abs().mean() < 3
+    assert (small.num_frames, small.fps) == (whole.num_frames, whole.fps)
+
+
 def test_a_clip_must_keep_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [np.zeros((4, 6, 3), np.uint8), np.zeros((6, 4, 3), np.uint8)]
     frames = [

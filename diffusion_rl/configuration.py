@@ -18,9 +18,10 @@ from diffusion_rl.algorithms import ALGORITHMS, algorithm
 from diffusion_rl.finetune import FinetuneSettings
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.lora import LoraSettings
+from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import RewardSettings
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.updates import SETTINGS, AlgorithmSettings, GrpoSettings, OptimizerSettings
+from diffusion_rl.updates import SETTINGS, AlgorithmSettings, GrpoSettings
 
 FAMILIES = {"wan": "diffusion_rl.generators.wan:WanGenerator.from_pretrained"}
 """Where each generator family is loaded from."""

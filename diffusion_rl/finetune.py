@@ -23,6 +23,7 @@ from diffusion_rl.lora import (
     update_average,
     update_old_policy,
 )
+from diffusion_rl.optimizers import build_optimizer
 from diffusion_rl.progress import FinetuneSettings, FinetuneState, StepReport
 from diffusion_rl.rewards import JudgedBatch, Reward, judge_videos
 from diffusion_rl.rollout import Trajectory
@@ -31,7 +32,6 @@ from diffusion_rl.updates import (
     AlgorithmSettings,
     NftSettings,
     UpdateStatistics,
-    build_optimizer,
     update_policy,
 )
 

@@ -9,8 +9,9 @@ import torch
 
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.guards import GuardSettings
+from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.updates import AlgorithmSettings, GrpoSettings, OptimizerSettings
+from diffusion_rl.updates import AlgorithmSettings, GrpoSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,8 @@ LAYERS = {
     ],
     "diffusion_rl": [
         *("shapes", "transitions", "advantages", "credit", "losses", "algorithms", "guards"),
-        *("rewards", "generators/base", "generators/", "lora", "rollout", "updates"),
+        *("rewards", "generators/base", "generators/", "lora", "rollout"),
+        *("optimizers", "updates"),
         *(
             "self_check",
             "progress",

@@ -31,9 +31,10 @@ from diffusion_rl.lora import (
     load_lora,
     lora_state,
 )
+from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.updates import AlgorithmSettings, GrpoSettings, NftSettings, OptimizerSettings
+from diffusion_rl.updates import AlgorithmSettings, GrpoSettings, NftSettings
 from tests.toy_gaussian import LORA, ToyGenerator
 
 

@@ -21,13 +21,13 @@ from diffusion_rl.finetune import (
 )
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.lora import OLD, attach_lora, load_lora, lora_state, save_lora, saved_policy
+from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, Trajectory, sample_videos
 from diffusion_rl.updates import (
     AlgorithmSettings,
     GrpoSettings,
     NftSettings,
-    OptimizerSettings,
     UpdateStatistics,
     update_policy,
 )

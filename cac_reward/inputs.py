@@ -115,6 +115,12 @@ def check_videos(videos: Tensor, fps: float | None) -> None:
     if not videos.is_floating_point():
         raise ValueError(f"videos must be float in [0, 1], got {videos.dtype}; divide by 255")
     low, high = (videos.min().item(), videos.max().item()) if len(videos) else (0.0, 1.0)
+    if math.isnan(low):
+        broken = videos.isnan().flatten(1).any(dim=1).nonzero().flatten().tolist()
+        raise ValueError(
+            f"videos must hold no NaN, got {int(videos.isnan().sum())} NaN pixels in videos "
+            f"{broken[:10]}; the generator or its decoder overflowed (try float32 or bfloat16)"
+        )
     if not (low >= 0 and high <= 1):
         raise ValueError(
             f"videos must be in [0, 1], got min={low:.2f}, max={high:.2f}; "

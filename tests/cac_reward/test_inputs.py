@@ -8,7 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cac_reward.inputs import VALUE_RANGES, frames_to_clip, open_clip, to_batch, to_clip
+from cac_reward.inputs import (
+    VALUE_RANGES,
+    check_videos,
+    frames_to_clip,
+    open_clip,
+    to_batch,
+    to_clip,
+)
 from cac_reward.video import Video
 
 # Three frames of three pixels' height with three channels: sizes tell nothing about the layout.
@@ -104,3 +111,11 @@ def test_forms_and_rates_that_cannot_be_are_refused(
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing.mp4"):
         open_clip(tmp_path / "nothing.mp4", None)
+
+
+def test_videos_with_nan_are_counted_and_named() -> None:
+    videos = torch.zeros(4, 3, 3, 8, 8)
+    videos[1, 0, 0, 0, 0] = float("nan")
+    videos[3, 2, :, 1, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"no NaN, got 4 NaN pixels in videos \[1, 3\]; the gen"):
+        check_videos(videos, 8.0)

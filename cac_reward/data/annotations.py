@@ -7,7 +7,7 @@ not known is left out, never made up.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import PurePosixPath
 from reprlib import repr as short
@@ -229,14 +229,10 @@ class AnnotatedClip:
     def to_dict(self) -> dict[str, object]:
         """A tree of plain JSON values that `from_dict` reads back to an equal clip.
 
-        Fields that hold their default are left out.
+        What is empty or not known is left out; no field can be empty but by its default.
         """
         plain: dict[str, object] = {"schema_version": SCHEMA_VERSION}
-        for one in fields(self):
-            value = getattr(self, one.name)
-            default = one.default if one.default_factory is MISSING else one.default_factory()
-            if value != default:
-                plain[one.name] = value
+        plain.update({name: value for name, value in vars(self).items() if value})
         for name in ("findings", "captions"):
             if name in plain:
                 plain[name] = [each.to_json() for each in getattr(self, name)]

@@ -296,7 +296,9 @@ def _check_missing(name: str, judgement: Judgement, limit: float) -> None:
         return
     last = ""
     if judgement.reports is not None:
-        last = f'; last report: "{str(judgement.reports[int(missing.nonzero()[-1])])[:200]}"'
+        report = judgement.reports[int(missing.nonzero()[-1])]
+        reason = getattr(report, "error", None) or report  # A report may be text, or CaC's own.
+        last = f'; last report: "{str(reason)[:200]}"'
     if count > limit * total:
         raise RuntimeError(
             f"reward '{name}' returned NaN for {count} of {total} videos, more than "

@@ -99,6 +99,18 @@ def test_too_many_unjudged_videos_stop_the_run():
     assert judge(scores, missing_limit=0.8).score.isnan().sum() == 3
 
 
+def test_a_report_that_holds_its_error_is_quoted_by_it():
+    class Report:
+        error = "tool call: must be JSON"
+
+        def __str__(self):
+            return "y" * 300
+
+    scores = constant(NAN, NAN, 1.0, NAN, reports=[Report()] * 4)
+    with pytest.raises(RuntimeError, match='last report: "tool call: must be JSON"; '):
+        judge(scores)
+
+
 def test_nothing_judged_at_all_always_stops_the_run():
     with pytest.raises(RuntimeError, match="returned NaN for 4 of 4 videos, more than"):
         judge(constant(NAN, NAN, NAN, NAN), missing_limit=0.99)

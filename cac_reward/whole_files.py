@@ -22,8 +22,12 @@ def whole_file(path: str | os.PathLike[str], mode: str = "w", **options: Any) ->
         **options: More arguments of `open`, for example `newline`.
 
     Example:
-        >>> with whole_file("scores.txt") as opened:  # doctest: +SKIP
-        ...     opened.write("0.5")
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with whole_file(folder / "scores.txt") as opened:
+        ...     _ = opened.write("0.5")
+        >>> [path.name for path in folder.iterdir()]
+        ['scores.txt']
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")

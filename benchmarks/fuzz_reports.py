@@ -49,6 +49,7 @@ def some_report(chance: random.Random) -> AnomalyReport:
         scan_frames=tuple(range(0, 96, 12)),
         judge_text=chance.choice((None, some_line(chance))),
         prompt=some_line(chance),
+        settings=chance.choice((None, {"family": "qwen3_vl", "scan.fps": 2.0, "domain": None})),
         timings={"scan": chance.random()},
         error="no answer" if score is None else None,
     )

@@ -17,10 +17,12 @@ from cac_reward.batch import Clip, find_clips, in_shard, judge_clips, read_promp
 from cac_reward.calibration import FILE as CALIBRATION_FILE
 from cac_reward.calibration import fit_calibration, read_labels
 from cac_reward.exporting import SOURCES, TARGETS, export_clips, export_records, read_clips
+from cac_reward.judge_options import add_judge_arguments, judge_options
+from cac_reward.judges.base import JudgeUnreachableError
 from cac_reward.page import VIDEOS, write_page
 from cac_reward.records import ClipRecord, RecordWriter, read_records
-from cac_reward.report import AnomalyReport
-from cac_reward.scorer import MODES, CaCScorer
+from cac_reward.report import NOT_RECORDED, AnomalyReport
+from cac_reward.scorer import CaCScorer
 from cac_reward.tables import write_overlays, write_table
 from cac_reward.video import Video
 
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return int(options.run(options))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, JudgeUnreachableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -66,12 +68,9 @@ def _parser(wanted: str) -> argparse.ArgumentParser:
         help="one for each clip: .txt in the order of the clips; .json, .jsonl or .csv by path",
     )
     score.add_argument("--judge", required=True, metavar="FOLDER_OR_ID", help="folder, or hub id")
-    score.add_argument("--revision", help="branch, tag or commit of the hub id")
-    score.add_argument("--mode", choices=MODES, default=MODES[0], help="full writes its findings")
     score.add_argument("--fps", type=float, help="believe this rate instead of the files'")
-    score.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    score.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     score.add_argument("--cache", type=Path, metavar="FILE", help="keep and find reports here")
+    add_judge_arguments(score)
     many = score.add_argument_group("many clips")
     many.add_argument("--output", type=Path, metavar="OUT.jsonl", help="a report per line")
     many.add_argument("--shard", type=_shard, default=(1, 1), metavar="K/N", help="share 1 to N")
@@ -209,7 +208,7 @@ def _score(options: argparse.Namespace) -> int:
 def _score_one(options: argparse.Namespace) -> int:
     """Judge one file; exits with 3 where the judge gave no usable answer."""
     video = Video.decode(options.clips[0], fps=options.fps)
-    report = _load(options).inspect([video], [options.prompt])[0]
+    report = judge_options(options).load(cache=options.cache).inspect([video], [options.prompt])[0]
     print(_summary(video, report))
     if options.json is not None:
         options.json.write_text(report.to_json() + "\n", encoding="utf-8")
@@ -238,7 +237,7 @@ def _score_many(options: argparse.Namespace) -> int:
     logging.getLogger("libav").setLevel(logging.CRITICAL)
     with RecordWriter(options.output) as writer:
         records = read_records(options.output)
-        scorer = _load(options)
+        scorer = judge_options(options).load(cache=options.cache)
         for clip in clips:
             _check_same(records.get(clip.path), clip, scorer, options)
         waiting = [c for c in clips if c.path not in records or records[c.path].report is None]
@@ -287,12 +286,18 @@ def _check_same(
     if record is None or record.report is None:
         return
     report = record.report
-    for name, was, now in (
+    asked: list[tuple[str, object, object]] = [
         ("judge", report.judge_id, scorer.judge.name),
         ("mode", report.mode, scorer.mode),
         ("prompt", report.prompt, clip.prompt),
         ("fps", report.fps, report.fps if options.fps is None else options.fps),
-    ):
+    ]
+    # Reports of an older schema do not say how the judge was asked.
+    if report.decoder != NOT_RECORDED:
+        asked.append(("decoder", report.decoder, scorer.judge.decoder))
+    if report.settings is not None:
+        asked += [(name, report.settings.get(name), now) for name, now in scorer.settings.items()]
+    for name, was, now in asked:
         if was != now:
             raise ValueError(
                 f"{name} must be as in {options.output}, where it is {was!r} for {clip.path}, "
@@ -319,17 +324,6 @@ def _export(options: argparse.Namespace) -> int:
         export_clips(clips, options.to, options.output)
     print(f"{options.to}: {options.output}")
     return 0
-
-
-def _load(options: argparse.Namespace) -> CaCScorer:
-    return CaCScorer.from_pretrained(
-        options.judge,
-        device=options.device,
-        dtype=options.dtype,
-        revision=options.revision,
-        mode=options.mode,
-        cache=options.cache,
-    )
 
 
 def _write_views(options: argparse.Namespace, records: Sequence[ClipRecord], videos: str) -> None:

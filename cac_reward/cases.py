@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -64,7 +64,13 @@ def note_seconds(cases: Sequence[Case], stage: str, began: float) -> None:
         case.timings[stage] = (time.perf_counter() - began) / len(cases)
 
 
-def freeze(case: Case, judge: AbstractJudge, mode: str, score: float | None) -> AnomalyReport:
+def freeze(
+    case: Case,
+    judge: AbstractJudge,
+    mode: str,
+    settings: Mapping[str, object],
+    score: float | None,
+) -> AnomalyReport:
     """All that is known of a case, as its report."""
     return AnomalyReport(
         score=score,
@@ -80,6 +86,7 @@ def freeze(case: Case, judge: AbstractJudge, mode: str, score: float | None) -> 
         inspect_frames=tuple(case.inspect_frames),
         scan_text=case.scan_text,
         judge_text=case.judge_text,
+        settings=settings,
         prompt=case.prompt,
         mode=mode,
         timings=case.timings,

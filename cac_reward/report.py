@@ -25,14 +25,18 @@ from cac_reward.plain import (
     set_float,
 )
 
-SCHEMA_VERSION = 2
-ADDED_IN_2 = {
-    "revision": None,
-    "decoder": "not recorded",
-    "attention": None,
-    "prompt_sha256": None,
+SCHEMA_VERSION = 3
+MODES = ("full", "fast")
+"""How the judge is asked; see `AnomalyReport.mode`."""
+NOT_RECORDED = "not recorded"
+_LATER: Mapping[int, Mapping[str, object]] = {
+    1: {
+        **{"revision": None, "decoder": NOT_RECORDED, "attention": None, "prompt_sha256": None},
+        "settings": None,
+    },
+    2: {"settings": None},
 }
-"""What reports of schema 1 lack, and what stands for it when they are read."""
+"""What reports of an older schema lack, and what stands for it when they are read."""
 SEVERITIES = (1, 2, 3)
 VERDICTS = ("clean", "anomalous")
 UNSPECIFIED = "unspecified"
@@ -236,6 +240,9 @@ class AnomalyReport:
     """Raw answer of turn 1."""
     judge_text: str | None = None
     """Raw answer of turn 2; None where there was none."""
+    settings: Mapping[str, object] | None = None
+    """How the judge was asked, numbers and texts by name, such as 'scan.max_frames'; None where
+    that was not recorded."""
     prompt: str = ""
     """What the clip was generated from, as given."""
     mode: str = "full"
@@ -251,6 +258,8 @@ class AnomalyReport:
         for name in ("findings", "windows", "scan_frames", "inspect_frames"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "timings", dict(self.timings))
+        if self.settings is not None:
+            object.__setattr__(self, "settings", dict(self.settings))
         set_float(self, "fps")
         if self.fps <= 0:
             raise ValueError(f"fps must be above 0, got {self.fps}")
@@ -305,27 +314,29 @@ class AnomalyReport:
         plain["scan_frames"] = list(self.scan_frames)
         plain["inspect_frames"] = list(self.inspect_frames)
         plain["timings"] = dict(self.timings)
+        plain["settings"] = None if self.settings is None else dict(self.settings)
         return plain
 
     @classmethod
     def from_dict(cls, value: object) -> AnomalyReport:
-        """Read what `to_dict` wrote, now or under schema 1.
+        """Read what `to_dict` wrote, now or under an older schema.
 
         Raises:
             ValueError: If the schema is another one, a key is missing or unknown, or a value
                 breaks its rule.
         """
         version = value.get("schema_version") if isinstance(value, Mapping) else SCHEMA_VERSION
-        if version not in (1, SCHEMA_VERSION):
+        if isinstance(version, bool) or version not in (1, 2, SCHEMA_VERSION):
             raise ValueError(
-                f"schema_version must be 1 or {SCHEMA_VERSION}, got {short(version)}; "
+                f"schema_version must be 1, 2 or {SCHEMA_VERSION}, got {short(version)}; "
                 "read this report with the version of cac_reward that wrote it"
             )
         names = [one.name for one in fields(cls)]
         keys = ("schema_version", "verdict", "prompt_sha256", *names)
-        if version == 1:
-            known = read_record("report", value, [key for key in keys if key not in ADDED_IN_2])
-            value = {**ADDED_IN_2, **known}
+        later = _LATER.get(version, {})
+        if later:
+            known = read_record("report", value, [key for key in keys if key not in later])
+            value = {**later, **known}
         record = read_record("report", value, keys)
         values = {name: record[name] for name in names}
         for name in ("scan_frames", "inspect_frames"):
@@ -342,6 +353,7 @@ class AnomalyReport:
             values[name] = None if record[name] is None else read_string(name, record[name])
         timings = read_record("timings", record["timings"], None)
         values["timings"] = {name: read_number("timings", one) for name, one in timings.items()}
+        values["settings"] = _read_settings(record["settings"])
         report = cls(**values)  # type: ignore[arg-type]
         if record["verdict"] != report.verdict:
             raise ValueError(
@@ -365,3 +377,18 @@ class AnomalyReport:
             ValueError: If the text is not JSON or not a report.
         """
         return cls.from_dict(read_json("report", text))
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _read_settings(value: object) -> Mapping[str, object] | None:
+    """Plain values by name, or None."""
+    if value is None:
+        return None
+    record = read_record("settings", value, None)
+    for name, one in record.items():
+        if not (one is None or isinstance(one, str | int) or _is_finite(one)):
+            raise ValueError(f"settings must hold numbers and texts, got {short(one)} for {name}")
+    return record

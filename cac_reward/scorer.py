@@ -10,7 +10,6 @@ Axes: B videos, F frames, C channels (3), H height, W width.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import os
 import threading
@@ -58,14 +57,12 @@ from cac_reward.questions import (
     inspect_message,
     scan_message,
 )
-from cac_reward.report import UNSPECIFIED, AnomalyReport, Finding
+from cac_reward.report import MODES, UNSPECIFIED, AnomalyReport, Finding
 
 if TYPE_CHECKING:
     from cac_reward.judges.endpoint import EndpointOptions
 
 logger = logging.getLogger(__name__)
-
-MODES = ("full", "fast")
 
 
 class Judgement(TypedDict):
@@ -191,6 +188,14 @@ class CaCScorer:
         """Share of all clips so far that could not be judged."""
         return self.num_failed / max(1, self.num_judged)
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """What its scores depend on besides weights, decoder, mode and clip; kept in reports."""
+        return {
+            **self.judge.plain_settings,
+            "calibration.temperature": self.calibration.temperature,
+        }
+
     def __call__(self, videos: Tensor, prompts: Sequence[str], *, fps: float) -> Judgement:
         """Score a batch of videos.
 
@@ -270,11 +275,10 @@ class CaCScorer:
         return {
             "judge": self.judge.name,
             "files": self.judge.fingerprint,
-            "settings": dataclasses.asdict(self.judge.settings),
+            "settings": self.settings,
             "decoder": self.judge.decoder,
             "mode": self.mode,
             "tokens": [self.max_call_tokens, self.max_findings_tokens],
-            "temperature": self.calibration.temperature,
         }
 
     def _judge(self, cases: Sequence[Case]) -> list[AnomalyReport]:
@@ -383,4 +387,4 @@ class CaCScorer:
         if case.error is not None:
             logger.warning("a clip could not be judged: %s", case.error)
         score = None if case.error is not None else self.calibration.apply(case.p_clean)
-        return freeze(case, self.judge, self.mode, score)
+        return freeze(case, self.judge, self.mode, self.settings, score)

@@ -28,6 +28,7 @@ LAYERS = {
             "scorer",
             "alignment",
         ),
+        "judge_options",
         *("client", "adapters/base", "adapters/settings", "adapters/texts", "adapters/"),
         *("server/settings", "server/lines", "server/children", "server/metrics"),
         *("server/wire", "server/decoding", "server/judging", "server/pipeline", "server/app"),

@@ -1,4 +1,4 @@
-"""Stock Qwen3-VL, Qwen2.5-VL and Qwen3.5 folders with random weights, small enough for a test."""
+"""Stock folders of every family with random weights, small enough for a test."""
 
 import importlib.util
 import json
@@ -15,7 +15,11 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
@@ -30,8 +34,10 @@ logger = logging.getLogger(__name__)
 
 PUBLISHED_TEMPLATES = {
     "qwen3_vl": "qwen3_vl",
+    "qwen3_vl_moe": "qwen3_vl",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen3_5": "qwen3_5_think",
+    "qwen3_5_moe": "qwen3_5_think",
 }
 """TRL keeps the chat templates of published checkpoints, to know them again."""
 
@@ -75,7 +81,7 @@ def build_tiny_judge(
             (seven tokens otherwise), which makes prompts shorter and the judge faster.
         seed: of the random weights; torch's global generator is left as it was.
         settings: written as `cac_judge.json` when given.
-        family: 'qwen3_vl', or 'qwen2_5_vl' or 'qwen3_5' with their published chat templates.
+        family: 'qwen3_vl', or another of `PUBLISHED_TEMPLATES` with its published chat template.
 
     Returns:
         `folder` as a Path.
@@ -93,7 +99,7 @@ def build_tiny_judge(
         patch_size=patch_size,
         merge_size=merge_size,
     )
-    if family == "qwen3_5":
+    if family in ("qwen3_5", "qwen3_5_moe"):
         tokenizer = processor.tokenizer = _qwen3_5_tokenizer(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -154,6 +160,15 @@ def _build_model(family: str, config: object) -> PreTrainedModel:
                 text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
             )
         )
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    if family == "qwen3_vl_moe":
+        text |= experts
+        vision["deepstack_visual_indexes"] = [0]
+        return Qwen3VLMoeForConditionalGeneration(
+            Qwen3VLMoeConfig(
+                text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
+            )
+        )
     head_size = text["head_dim"]
     text |= {
         "layer_types": ["linear_attention", "full_attention"] * (text["num_hidden_layers"] // 2),
@@ -163,6 +178,14 @@ def _build_model(family: str, config: object) -> PreTrainedModel:
         "linear_num_value_heads": 2 * text["num_key_value_heads"],
     }
     text["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    if family == "qwen3_5_moe":
+        text.pop("intermediate_size")
+        text |= {**experts, "shared_expert_intermediate_size": 16}
+        return Qwen3_5MoeForConditionalGeneration(
+            Qwen3_5MoeConfig(
+                text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
+            )
+        )
     return Qwen3_5ForConditionalGeneration(
         Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
     )

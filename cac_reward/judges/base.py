@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from cac_reward.judges.families import FAMILIES, Family
 from cac_reward.questions import INSPECT_TOOL, Message
 
 Conversation = Sequence[Message]
+
+
+class JudgeUnreachableError(RuntimeError):
+    """A judge elsewhere answers nobody, or refuses key, address or model."""
 
 
 class NoAnswer(str):
@@ -48,6 +53,8 @@ class AbstractJudge(ABC):
     """How its answers are chosen; greedy unless votes decide."""
     attention: str | None = None
     """The attention kernel it runs on, where that is known."""
+    quantization: str | None = None
+    """How coarse its weights were loaded, where they were not loaded as they are."""
     fingerprint: str = ""
     """Changes with the judge's files and with how they are run; for finding reports again."""
     calibration: Calibration = Calibration()
@@ -57,6 +64,15 @@ class AbstractJudge(ABC):
     def name(self) -> str:
         """What goes into reports: the id, with the revision where there is one."""
         return self.judge_id if self.revision is None else f"{self.judge_id}@{self.revision}"
+
+    @property
+    def plain_settings(self) -> dict[str, object]:
+        """What its answers depend on besides weights, decoder and clip; plain values by name."""
+        plain: dict[str, object] = {"family": self.family.name, "quantization": self.quantization}
+        for name, value in asdict(self.settings).items():
+            parts = value if isinstance(value, dict) else {"": value}
+            plain |= {f"{name}.{key}".rstrip("."): one for key, one in parts.items()}
+        return plain
 
     @property
     def tools(self) -> list[dict[str, object]]:

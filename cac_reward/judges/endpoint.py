@@ -30,6 +30,7 @@ from cac_reward.frames import JudgeSettings
 from cac_reward.judges.base import (
     AbstractJudge,
     Conversation,
+    JudgeUnreachableError,
     NoAnswer,
     check_conversations,
     one_prefix_each,
@@ -105,7 +106,7 @@ class EndpointJudge(AbstractJudge):
         api_key: None takes it from the environment variable OPENAI_API_KEY, where there is one.
 
     Raises:
-        RuntimeError: The server cannot be reached, or refuses key or model.
+        JudgeUnreachableError: The server cannot be reached, or refuses key or model.
     """
 
     revision = None
@@ -229,7 +230,7 @@ class EndpointJudge(AbstractJudge):
         """Do all jobs side by side; what only one clip failed at stands in its place.
 
         Raises:
-            RuntimeError: The server refuses key, address or model, or answers nobody.
+            JudgeUnreachableError: The server refuses key, address or model, or answers nobody.
         """
 
         def attempt(job: int) -> _Result | openai.OpenAIError:
@@ -240,7 +241,7 @@ class EndpointJudge(AbstractJudge):
                 openai.PermissionDeniedError,
                 openai.NotFoundError,
             ) as error:
-                raise RuntimeError(self._complaint(error)) from error
+                raise JudgeUnreachableError(self._complaint(error)) from error
             except openai.OpenAIError as error:
                 logger.warning("%s gave no answer: %s", self.judge_id, error)
                 return error
@@ -249,7 +250,7 @@ class EndpointJudge(AbstractJudge):
             results = list(pool.map(attempt, range(count)))
         lost = [one for one in results if isinstance(one, openai.APIConnectionError)]
         if results and len(lost) == len(results):
-            raise RuntimeError(self._complaint(lost[0])) from lost[0]
+            raise JudgeUnreachableError(self._complaint(lost[0])) from lost[0]
         return results
 
     def _complaint(self, error: Exception) -> str:
@@ -267,7 +268,7 @@ class EndpointJudge(AbstractJudge):
         except (openai.BadRequestError, openai.UnprocessableEntityError):
             return "votes"
         except openai.OpenAIError as error:
-            raise RuntimeError(self._complaint(error)) from error
+            raise JudgeUnreachableError(self._complaint(error)) from error
         return "log_probs" if _top_log_probs(answer) else "votes"
 
     def _weigh(

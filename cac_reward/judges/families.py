@@ -25,6 +25,8 @@ VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision
 class Family:
     """The conventions of one model family."""
 
+    name: str
+    """`model_type` of the model's config."""
     box_units: str = "thousandths"
     """One of `questions.BOX_UNITS`: of the frame, or pixels of the frame as it is shown."""
     call_format: str = "json"
@@ -54,11 +56,18 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "qwen3_vl": Family(),
-    "qwen2_5_vl": Family(box_units="pixels", template_knows_tools=False, factor=28),
-    "qwen3_5": Family(call_format="xml", template_options={"enable_thinking": False}),
+    one.name: one
+    for one in (
+        Family(name="qwen3_vl"),
+        Family(name="qwen3_vl_moe"),
+        Family(name="qwen2_5_vl", box_units="pixels", template_knows_tools=False, factor=28),
+        *(
+            Family(name=name, call_format="xml", template_options={"enable_thinking": False})
+            for name in ("qwen3_5", "qwen3_5_moe")
+        ),
+    )
 }
-"""By the `model_type` of a model's config."""
+"""By name. Qwen2.5-VL has no mixture of experts."""
 
 
 def find_family(model_type: str) -> Family:

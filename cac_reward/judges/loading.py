@@ -55,7 +55,7 @@ class LoadOptions:
         if self.quantization and importlib.util.find_spec("bitsandbytes") is None:
             raise ImportError(
                 f"quantization {self.quantization!r} needs bitsandbytes; install it with: "
-                "pip install bitsandbytes, or leave quantization out"
+                "pip install 'cac-reward[quantization]', or leave quantization out"
             )
         prepare_attention(self.attention, self.device, self.dtype)
 

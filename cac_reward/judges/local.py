@@ -125,6 +125,7 @@ class LocalJudge(AbstractJudge):
             )
             judge.fingerprint = fingerprint(files, options)
             judge.calibration = Calibration.load(files.folder)
+            judge.quantization = quantization
             logger.info("judge %s runs on %s, attention %s", judge.name, device, judge.attention)
             _LOADED[key] = judge
         return judge

@@ -8,10 +8,11 @@ import logging
 import os
 import signal
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from cac_reward.judge_options import add_judge_arguments, given_judge_options, judge_options
 from cac_reward.server.children import TOKEN_VARIABLE, ChildDiedError, ChildTimeoutError
 from cac_reward.server.metrics import Metrics
 from cac_reward.server.pipeline import Pipeline
@@ -26,19 +27,13 @@ _LIMIT_FLAGS = {one.name: "--" + one.name.replace("_", "-") for one in fields(Se
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments that `run_server` takes."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--judge", metavar="FOLDER_OR_ID", help="folder, or hub id, of the judge")
+    what.add_argument("--judge", metavar="FOLDER_OR_ID", help="folder or hub id")
     what.add_argument(
         "--scorer",
         metavar="MODULE:CALLABLE",
         help="a function without arguments that returns a scorer or a reward, in place of a judge",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of the hub id")
-    parser.add_argument(
-        "--mode", choices=("full", "fast"), default="full", help="full writes findings"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    parser.add_argument("--attention", default="sdpa", help="how the judge attends")
+    add_judge_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="other than loopback needs a token")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument(
@@ -72,11 +67,11 @@ def run_server(options: argparse.Namespace) -> int:
         0 after a clean end, 1 where a process could not be started.
 
     Raises:
-        ValueError: A setting breaks its rule.
+        ValueError: A setting breaks its rule, or two do not go together.
         ImportError: fastapi or uvicorn is missing.
         OSError: The token file cannot be read, or the port is taken.
     """
-    settings = settings_from(options, os.environ)
+    settings, scorer = settings_from(options, os.environ), scorer_from(options)
     try:
         import fastapi  # noqa: F401 - the error must come before a model is loaded.
         import uvicorn  # noqa: F401
@@ -85,7 +80,7 @@ def run_server(options: argparse.Namespace) -> int:
             "cac-reward serve needs fastapi and uvicorn; install them with: "
             "pip install 'cac-reward[serve]'"
         ) from error
-    return asyncio.run(_serve(settings, scorer_from(options)))
+    return asyncio.run(_serve(settings, scorer))
 
 
 def settings_from(options: argparse.Namespace, environment: Mapping[str, str]) -> ServerSettings:
@@ -109,10 +104,19 @@ def settings_from(options: argparse.Namespace, environment: Mapping[str, str]) -
 
 
 def scorer_from(options: argparse.Namespace) -> dict[str, object]:
-    """What the model process loads."""
-    names = ("judge", "revision", "mode", "device", "dtype", "attention")
-    judge = {} if options.scorer else {name: getattr(options, name) for name in names}
-    return {"scorer": options.scorer, **judge}
+    """What the model process loads, as JSON has it.
+
+    Raises:
+        ValueError: Options do not go together.
+    """
+    if options.scorer is None:
+        return {"scorer": None, "judge": asdict(judge_options(options))}
+    for name in given_judge_options(options):
+        raise ValueError(
+            f"{name} must be left out with scorer, got {getattr(options, name)!r}; the function "
+            f"{options.scorer} decides it"
+        )
+    return {"scorer": options.scorer}
 
 
 async def _serve(settings: ServerSettings, scorer: Mapping[str, object]) -> int:

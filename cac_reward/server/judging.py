@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
+from cac_reward.judge_options import JudgeOptions
+from cac_reward.judges.base import JudgeUnreachableError
 from cac_reward.report import AnomalyReport
 from cac_reward.server.lines import Message, answer_lines, claim_stdout, say
 from cac_reward.video import Video
@@ -32,18 +34,17 @@ class _Inspecting(Protocol):
 
 
 def load_scorer(settings: Message) -> Any:
-    """Load the judge that the settings name, or call the factory given as 'module:name'.
+    """Load the judge of `JudgeOptions`, or call the factory given as 'module:name'.
 
     Raises:
-        ValueError: The factory's name is malformed or it returns nothing that can score.
+        ValueError: An option breaks its rule; the factory's name is malformed or it returns
+            nothing that can score.
         ImportError: Its module cannot be imported.
         AttributeError: The module has no such name.
     """
     path = settings.pop("scorer")
     if path is None:
-        from cac_reward.scorer import CaCScorer
-
-        return CaCScorer.from_pretrained(settings.pop("judge"), **settings)
+        return JudgeOptions(**settings["judge"]).load()
     module, colon, name = path.partition(":")
     if not (module and colon and name):
         raise ValueError(f"scorer must be 'module:name', got {path!r}")
@@ -112,7 +113,11 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     settings = json.loads(sys.argv[1])
     spool = settings.pop("spool")
-    scorer = load_scorer(settings)
+    try:
+        scorer = load_scorer(settings)
+    except (ValueError, OSError, ImportError, JudgeUnreachableError) as error:
+        logger.error("%s", error)
+        sys.exit(2)
     name = getattr(getattr(scorer, "judge", scorer), "name", type(scorer).__name__)
     say(answers, {"ready": True, "judge": str(name)})
     answer_lines(answers, lambda message: judge_clips(scorer, message["clips"]))

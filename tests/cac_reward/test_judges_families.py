@@ -116,7 +116,8 @@ CALLS = {
     "qwen3_5": "<tool_call>\n<function=inspect>\n<parameter=windows>\n[[0.5, 1.0]]\n</parameter>\n"
     "</function>\n</tool_call>",
 }
-CALLS["qwen2_5_vl"] = CALLS["qwen3_vl"]
+CALLS |= {"qwen2_5_vl": CALLS["qwen3_vl"], "qwen3_vl_moe": CALLS["qwen3_vl"]}
+CALLS["qwen3_5_moe"] = CALLS["qwen3_5"]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cac_reward.judges.base import AbstractJudge
+from cac_reward.judges.families import FAMILIES
 from cac_reward.judges.local import LocalJudge
 from cac_reward.questions import (
     INSPECT_TOOL,
@@ -25,7 +26,7 @@ CALL = '<tool_call>\n{"name": "inspect", "arguments": {"windows": [[0.25, 1.00]]
 ONE_TOKEN_CHOICES = ("Yes", "No", "<tool_call>")
 
 
-KINDS = [("qwen3_vl", 8, 1), ("qwen3_vl", 4, 2), ("qwen2_5_vl", 4, 2), ("qwen3_5", 4, 2)]
+KINDS = [("qwen3_vl", 8, 1)] + [(name, 4, 2) for name in FAMILIES]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]} merge {kind[2]}")
@@ -69,7 +70,7 @@ def stock_inputs(judge: LocalJudge, one: Sequence[Message], prefix: str) -> dict
     if family == "qwen2_5_vl":  # Its template has no turns for tools.
         around = lambda content: ("<tool_response>\n", *content, "\n</tool_response>")  # noqa: E731
         one = [Message("user", around(m.content)) if m.role == "tool" else m for m in one]
-    switch = {"enable_thinking": False} if family == "qwen3_5" else {}
+    switch = {"enable_thinking": False} if family.startswith("qwen3_5") else {}
     messages = [
         {
             "role": message.role,

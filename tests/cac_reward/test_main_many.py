@@ -20,8 +20,9 @@ class StubScorer:
     """Finds a fault in clips of at most four frames; can be stopped like a person would."""
 
     def __init__(self, judge: str, mode: str) -> None:
-        self.judge = SimpleNamespace(name=judge)
+        self.judge = SimpleNamespace(name=judge, decoder="greedy")
         self.mode = mode
+        self.settings = {"family": "stub", "scan.max_frames": 24}
         self.prompts: list[str] = []
         self.stop_before = -1
 
@@ -40,6 +41,8 @@ class StubScorer:
                 AnomalyReport(
                     score=0.125 if broken else 0.875,
                     judge_id=self.judge.name,
+                    decoder=self.judge.decoder,
+                    settings=self.settings,
                     fps=video.fps,
                     num_frames=video.num_frames,
                     findings=(finding,) if broken else (),
@@ -172,6 +175,27 @@ def test_several_files_and_one_prompt(folder: Path, scorers: Scorers) -> None:
     assert main(["score", *files, *rest]) == 0
     assert scorers[0].prompts == ["p", "p"]
     assert list(read_records(output)) == files
+
+
+@pytest.mark.parametrize("kind", ["family", "scan.max_frames", "decoder"])
+def test_a_judge_asked_in_another_way_does_not_go_on(
+    folder: Path, scorers: Scorers, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    main(arguments(folder))
+    output = folder.parent / "r.jsonl"
+    was, now = {
+        "family": ('"family": "stub"', '"family": "other"'),
+        "scan.max_frames": ('"scan.max_frames": 24', '"scan.max_frames": 25'),
+        "decoder": ('"decoder": "greedy"', '"decoder": "8 votes"'),
+    }[kind]
+    output.write_text(output.read_text().replace(was, now))
+    assert main(arguments(folder)) == 2
+    assert f"error: {kind} must be as in {output}, where it is " in capsys.readouterr().err
+    # What older reports do not say is no reason to refuse them.
+    old = output.read_text().replace(now, was)
+    output.write_text(old.replace('"decoder": "greedy"', '"decoder": "not recorded"'))
+    assert main(arguments(folder)) == 3
+    assert scorers[-1].prompts == []
 
 
 @pytest.mark.usefixtures("scorers")

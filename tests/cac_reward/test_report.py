@@ -193,7 +193,11 @@ FINDING = {"type": "text", "window": [0, 1], "boxes": [], "severity": 1, "why": 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 3}, "schema_version must be 1 or 2, got 3; read this report with"),
+        ({"schema_version": 4}, "schema_version must be 1, 2 or 3, got 4; read this report with"),
+        ({"schema_version": True}, "schema_version must be 1, 2 or 3, got True"),
+        ({"settings": {"scan.fps": [2]}}, r"settings must hold numbers and texts, got \[2\] for"),
+        ({"settings": {"scan.fps": math.inf}}, "settings must hold numbers and texts, got inf for"),
+        ({"settings": 3}, "settings must be"),
         ({"schema_version": 1}, "report must have no key but .*, got 'prompt_sha256'"),
         ({"prompt_sha256": "0"}, "prompt_sha256 must be the hash of the prompt, [0-9a-f]{64}, got"),
         ({"prompt_sha256": None}, "prompt_sha256 must be the hash of the prompt"),
@@ -219,20 +223,29 @@ def test_a_stored_report_is_checked(changes: dict[str, Any], message: str) -> No
         AnomalyReport.from_dict({**stored, **changes})
 
 
-def test_reports_of_schema_1_are_read() -> None:
-    stored = small_report().to_dict()
+def test_reports_of_older_schemas_are_read() -> None:
+    stored = small_report(settings={"scan.fps": 2.0, "family": "qwen3_vl"}).to_dict()
+    del stored["settings"]
+    found = AnomalyReport.from_dict({**stored, "schema_version": 2})
+    assert found == small_report(settings=None)
     for name in ("revision", "decoder", "attention", "prompt_sha256"):
         del stored[name]
+    with pytest.raises(ValueError, match="report must have "):
+        AnomalyReport.from_dict({**stored, "schema_version": 2})
     found = AnomalyReport.from_dict({**stored, "schema_version": 1})
     assert found == small_report(decoder="not recorded")
-    assert found.to_dict()["schema_version"] == 2
+    assert found.to_dict()["schema_version"] == 3
     with pytest.raises(ValueError, match="report must have "):
         AnomalyReport.from_dict(stored)
 
 
 def test_how_the_judge_ran_and_the_prompts_hash_are_kept() -> None:
     report = small_report(
-        revision="abc", decoder="8 votes", attention="sdpa", prompt="a cup \ud800"
+        revision="abc",
+        decoder="8 votes",
+        attention="sdpa",
+        prompt="a cup \ud800",
+        settings={"family": "qwen3_vl", "quantization": None, "scan.fps": 2.0},
     )
     assert AnomalyReport.from_json(report.to_json()) == report
     digest = hashlib.sha256(b"a cup").hexdigest()

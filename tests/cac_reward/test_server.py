@@ -253,15 +253,19 @@ def test_the_toy_judge_over_http_says_what_it_says_here(toy_judge_folder: Path) 
     videos = torch.rand(2, 13, 3, 32, 32)
     videos = (videos * 255).round() / 255
     prompts = ["a red square", "a blue circle"]
-    here = CaCScorer.from_pretrained(toy_judge_folder, mode="fast")(videos, prompts, fps=8.0)
-    with running_server("--judge", str(toy_judge_folder), "--mode", "fast") as server:
+    asked = {"mode": "fast", "scan": {"max_frames": 5}, "attention": "eager"}
+    here = CaCScorer.from_pretrained(toy_judge_folder, **asked)(videos, prompts, fps=8.0)
+    options = ["--mode", "fast", "--scan", "max_frames=5", "--attention", "eager"]
+    with running_server("--judge", str(toy_judge_folder), *options) as server:
         there = RewardClient(server.url)(videos, prompts, fps=8.0)
+    assert len(here["reports"][0].scan_frames) == 5
     torch.testing.assert_close(there["score"], here["score"])
     torch.testing.assert_close(there["blame"], here["blame"])
     for one, other in zip(there["reports"], here["reports"], strict=True):
         assert one is not None
         assert one.findings == other.findings
         assert one.judge_id == other.judge_id
+        assert (one.settings, one.attention) == (other.settings, "eager")
 
 
 @pytest.mark.parametrize(
@@ -270,6 +274,10 @@ def test_the_toy_judge_over_http_says_what_it_says_here(toy_judge_folder: Path) 
         (["--scorer", "no_such_module:x", "--num-decoders", "1"], 1, "could not start"),
         (["--scorer", "a:b", "--host", "0.0.0.0"], 2, "host must be a loopback address"),
         (["--scorer", "a:b", "--max-frames", "0"], 2, "max_frames must be above 0, got 0"),
+        (["--scorer", "a:b", "--mode", "fast"], 2, "mode must be left out with scorer, got 'fast'"),
+        (["--scorer", "a:b", "--scan", "fps=2"], 2, "scan must be left out with scorer"),
+        (["--judge", "x", "--seed", "1"], 2, "seed must be left out without num_votes"),
+        (["--judge", "/no/x", "--num-decoders", "1"], 1, "judge '/no/x' is no folder here"),
         (["--scorer", "a:b", "--token-file", "/no/file"], 2, "No such file"),
         ([], 2, "one of the arguments --judge --scorer is required"),
     ],
@@ -279,4 +287,5 @@ def test_a_server_that_cannot_serve_says_why(arguments: list[str], status: int, 
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == status, run.stderr
     assert text in run.stderr
-    assert ("No module named 'no_such_module'" in run.stderr) == (status == 1)
+    assert ("No module named 'no_such_module'" in run.stderr) == ("no_such_module:x" in arguments)
+    assert "Traceback" not in run.stderr

@@ -105,11 +105,29 @@ _TOY_WORLD = {
     "flicker": "flicker",
 }
 
+_SYNTHESIS = {
+    "vanish": "disappearance",
+    "appear": "appearance",
+    "duplicate": "splitting",
+    "teleport": "jump",
+    "deform": "deformation",
+    "melt": "deformation",
+    "texture_flicker": "texture",
+    "freeze": "motion",
+    "time_jump": "jump",
+    "identity": "identity",
+    "recolour": "colour",
+    "cross": "interpenetration",
+    "text_scramble": "text",
+    "blur": "texture",
+}
+
 SOURCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "vif_cot_4k": MappingProxyType(_VIF_COT_4K),
         "deeptrace_reward": MappingProxyType(_DEEPTRACE_REWARD),
         "toy_world": MappingProxyType(_TOY_WORLD),
+        "synthesis": MappingProxyType(_SYNTHESIS),
     }
 )
 

@@ -5,6 +5,7 @@ Axes: B videos. A score of NaN is a video that could not be judged.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from diffusion_rl.shapes import check_shape
 
-Spread = Literal["group", "batch"]
+Spread = Literal["group", "batch", "largest"]
+
+History = Mapping[int, Sequence[float]]
+"""The latest judged scores of each prompt, oldest first, by the prompt's number."""
 
 
 def group_advantages(
@@ -32,7 +36,7 @@ def group_advantages(
         scores: [B] higher is better; NaN takes no part in any mean or spread.
         group: [B] integer, equal for the videos of one prompt.
         std: "group" divides by the spread of the video's own group, "batch" by that of all
-            judged scores together.
+            judged scores together, "largest" by the largest spread of any group.
         unbiased: Divide the squares by n - 1 instead of n.
         clip: Largest size of an advantage, above 0.
         min_std: Spreads below it count as it, so that rounding in near-equal scores is not blown
@@ -49,27 +53,139 @@ def group_advantages(
         >>> group_advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), torch.tensor([0, 0, 1, 1]))
         tensor([-1.,  1.,  0.,  0.])
     """
-    if std not in ("group", "batch"):
-        raise ValueError(f"std must be 'group' or 'batch', got '{std}'")
-    if not clip > 0:
-        raise ValueError(f"clip must be above 0, got {clip}")
-    if not min_std > 0:
-        raise ValueError(f"min_std must be above 0, got {min_std}")
+    if std not in ("group", "batch", "largest"):
+        raise ValueError(f"std must be 'group', 'batch' or 'largest', got '{std}'")
+    _check_limits(clip, min_std)
     scores, group = _check(scores, group)
 
     # Ties are looked for, not computed: the mean of equal scores may differ from them by a rounding
     # error, which a small spread would turn into an advantage.
     advantages = torch.zeros_like(scores)
     judged = ~scores.isnan()
-    batch_spread = _spread(scores[judged], unbiased)
+    shared = {
+        "batch": _spread(scores[judged], unbiased),
+        "largest": max(_spread(scores[judged & (group == i)], unbiased) for i in group.unique()),
+    }
     for index in group.unique():
         members = judged & (group == index)
         values = scores[members]
         if len(values) < 2 or bool((values == values[0]).all()):
             continue
-        spread = batch_spread if std == "batch" else _spread(values, unbiased)
+        spread = _spread(values, unbiased) if std == "group" else shared[std]
         advantages[members] = (values - values.mean()) / spread.clamp_min(min_std)
     return advantages.clamp(-clip, clip).float()
+
+
+def history_advantages(
+    scores: Tensor,
+    prompt: Tensor,
+    history: History,
+    *,
+    capacity: int = 16,
+    min_count: int = 16,
+    clip: float = 5.0,
+    min_std: float = 1e-4,
+) -> tuple[Tensor, dict[int, list[float]]]:
+    """Compare every video with what its prompt scored lately, this update's videos included.
+
+    advantage = clamp((scores - mean of the history) / max(its spread, min_std), -clip, clip)
+
+    A prompt with fewer than min_count scores in its history is compared with all judged scores of
+    the batch instead.
+
+    Args:
+        scores: [B] higher is better; NaN takes no part and is not remembered.
+        prompt: [B] integer, the number of the prompt that each video shows.
+        history: before these scores.
+        capacity: A prompt's latest scores that are remembered, at least min_count.
+        min_count: At least 2.
+        clip: Largest size of an advantage, above 0.
+        min_std: Spreads below it count as it, above 0.
+
+    Returns:
+        [B] float32, no gradient, exactly 0 for unjudged videos and where all compared scores are
+        equal; and the history after these scores.
+
+    Raises:
+        ValueError: A shape is wrong, a score is infinite or an option is outside its range.
+
+    Source:
+        DDPO, arXiv:2305.13301, PerPromptStatTracker of its published code.
+
+    Example:
+        >>> history_advantages(
+        ...     torch.tensor([3.0]), torch.tensor([0]), {0: [1.0]}, capacity=2, min_count=2
+        ... )
+        (tensor([1.]), {0: [1.0, 3.0]})
+    """
+    if min_count < 2:
+        raise ValueError(f"min_count must be at least 2, got {min_count}")
+    if capacity < min_count:
+        raise ValueError(f"capacity must be at least min_count={min_count}, got {capacity}")
+    _check_limits(clip, min_std)
+    scores, prompt = _check(scores, prompt)
+
+    advantages = torch.zeros_like(scores)
+    after = {number: list(past) for number, past in history.items()}
+    judged = ~scores.isnan()
+    for number in prompt[judged].unique().tolist():
+        members = judged & (prompt == number)
+        after[number] = [*after.get(number, []), *scores[members].tolist()][-capacity:]
+        enough = len(after[number]) >= min_count
+        compared = scores.new_tensor(after[number]) if enough else scores[judged]
+        if bool((compared == compared[0]).all() and (scores[members] == compared[0]).all()):
+            continue
+        spread = _spread(compared, unbiased=False).clamp_min(min_std)
+        advantages[members] = (scores[members] - compared.mean()) / spread
+    return advantages.clamp(-clip, clip).float(), after
+
+
+def separate_advantages(
+    scores: Tensor,
+    weights: Sequence[float],
+    group: Tensor,
+    *,
+    clip: float = 5.0,
+    min_std: float = 1e-4,
+    std: Spread = "group",
+    unbiased: bool = False,
+) -> Tensor:
+    """Give every reward the same say before weighting, whatever the spread of its scores.
+
+    summed    = sum over R of  weights * group_advantages(scores, group)
+    advantage = clamp(summed / max(spread of summed over the batch, min_std), -clip, clip)
+
+    Args:
+        scores: [R B] of R rewards; a video that one reward could not judge counts as not judged.
+        weights: R factors, not all 0.
+        group: [B] integer, equal for the videos of one prompt.
+        clip: Largest size of an advantage, above 0.
+        min_std: Spreads below it count as it, above 0.
+        std: As in `group_advantages`, for each reward.
+        unbiased: As in `group_advantages`, for each reward.
+
+    Returns:
+        [B] float32, no gradient; exactly 0 for unjudged videos and where all rewards tie.
+
+    Raises:
+        ValueError: A shape is wrong, a score is infinite or an option is outside its range.
+
+    Source:
+        GDPO, arXiv:2601.05242. Its mean over the batch is not taken off: that of each group is 0.
+    """
+    _check_limits(clip, min_std)
+    axes = check_shape("scores", scores, "R B")
+    if len(weights) != axes["R"] or not any(weights):
+        raise ValueError(f"weights must be {axes['R']} factors, not all 0, got {list(weights)}")
+    judged = ~scores.isnan().any(dim=0)
+    summed = torch.zeros(axes["B"], dtype=torch.float64, device=scores.device)
+    for own, weight in zip(scores.double(), weights, strict=True):
+        own = own.masked_fill(~judged, torch.nan)
+        summed += weight * group_advantages(
+            own, group, std=std, unbiased=unbiased, clip=torch.inf, min_std=min_std
+        )
+    spread = _spread(summed[judged], unbiased=False).clamp_min(min_std)
+    return (summed / spread).clamp(-clip, clip).float()
 
 
 def tied_share(scores: Tensor, group: Tensor) -> float:
@@ -114,6 +230,13 @@ def _check(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     if bool(scores.isinf().any()):
         raise ValueError("scores must be finite, or NaN for a video not judged, got infinity")
     return scores, group.to(scores.device)
+
+
+def _check_limits(clip: float, min_std: float) -> None:
+    if not clip > 0:
+        raise ValueError(f"clip must be above 0, got {clip}")
+    if not min_std > 0:
+        raise ValueError(f"min_std must be above 0, got {min_std}")
 
 
 def _spread(values: Tensor, unbiased: bool) -> Tensor:

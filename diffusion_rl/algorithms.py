@@ -5,13 +5,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import Tensor
-
-from diffusion_rl.advantages import group_advantages
-from diffusion_rl.losses import clipped_surrogate_loss, nft_loss
-from diffusion_rl.transitions import TransitionFunction, flow_sde, ode
+from diffusion_rl.advantages import group_advantages, history_advantages
+from diffusion_rl.losses import awm_surrogate, nft_loss
+from diffusion_rl.surrogates import (
+    clipped_surrogate,
+    divergence_masked_surrogate,
+    guarded_surrogate,
+)
+from diffusion_rl.transitions import (
+    TransitionFunction,
+    dance_sde,
+    ddim,
+    flow_sde,
+    ode,
+)
 
 
 @dataclass(frozen=True)
@@ -20,27 +29,52 @@ class Algorithm:
 
     transition: TransitionFunction
     """The step taken where the rollout explores."""
-    advantages: Callable[..., Tensor]
-    """(scores [B], group [B], *, std, clip) -> [B]."""
-    loss: Callable[..., Tensor]
-    """What is minimised; a scalar."""
+    advantages: Callable[..., Any]
+    """`group_advantages` or `history_advantages`: scores [B] to advantages [B]."""
+    loss: Callable[..., Any]
+    """What is minimised: of replayed steps (`surrogates`), or of noised videos (a scalar, or a
+    Surrogate where there are ratios)."""
     learning_steps: Literal["recorded", "forward_process"]
     """Which steps learn: those the rollout recorded, or fresh noisings of the final latents."""
+    old_policy: Literal["none", "draws", "anchors"] = "none"
+    """What a slowly following copy of the policy does: it draws the videos, or the policy is held
+    near it."""
+    needs_density: bool = False
+    """Whether the loss relies on log_prob being the Gaussian's log-density, which `cps` is not."""
 
     @property
     def uses_old_policy(self) -> bool:
-        """Whether a slowly following copy of the policy draws the videos."""
-        return self.learning_steps == "forward_process"
+        """Whether a slowly following copy of the policy is kept."""
+        return self.old_policy != "none"
+
+    @property
+    def uses_history(self) -> bool:
+        """Whether videos are compared with what their prompt scored in earlier updates."""
+        return self.advantages is history_advantages
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "grpo": Algorithm(flow_sde, group_advantages, clipped_surrogate_loss, "recorded"),
-    "nft": Algorithm(ode, group_advantages, nft_loss, "forward_process"),
+    "ddpo": Algorithm(ddim, history_advantages, clipped_surrogate, "recorded"),
+    "grpo": Algorithm(flow_sde, group_advantages, clipped_surrogate, "recorded"),
+    "dance_grpo": Algorithm(dance_sde, group_advantages, clipped_surrogate, "recorded"),
+    "mix_grpo": Algorithm(flow_sde, group_advantages, clipped_surrogate, "recorded"),
+    "grpo_guard": Algorithm(
+        flow_sde, group_advantages, guarded_surrogate, "recorded", needs_density=True
+    ),
+    "dppo": Algorithm(
+        flow_sde, group_advantages, divergence_masked_surrogate, "recorded", needs_density=True
+    ),
+    "nft": Algorithm(ode, group_advantages, nft_loss, "forward_process", "draws"),
+    "awm": Algorithm(ode, group_advantages, awm_surrogate, "forward_process", "anchors"),
 }
-"""By name. A new algorithm is one function and one row.
+"""By name. A new algorithm is at most one pure function, one row here and one class in
+`row_settings`; docs/algorithms.md describes each.
 
 Source:
-    grpo: Flow-GRPO, arXiv:2505.05470. nft: DiffusionNFT, arXiv:2509.16117.
+    ddpo: DDPO, arXiv:2305.13301. grpo: Flow-GRPO, arXiv:2505.05470. dance_grpo: DanceGRPO,
+    arXiv:2505.07818. mix_grpo: MixGRPO, arXiv:2507.21802. grpo_guard: GRPO-Guard,
+    arXiv:2510.22319. dppo: Flow-DPPO, arXiv:2606.11025. nft: DiffusionNFT, arXiv:2509.16117.
+    awm: Advantage weighted matching, arXiv:2509.25050.
 """
 
 

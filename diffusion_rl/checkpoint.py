@@ -60,6 +60,7 @@ def take_snapshot(generator: AbstractVideoGenerator, state: FinetuneState) -> Sn
     record = {name: getattr(state, name) for name in COUNTS}
     for name in LEVELS:
         record[name] = dict(getattr(state, name))
+    record["history"] = {prompt: list(past) for prompt, past in state.history.items()}
     record["optimizer"] = state.optimizer.state_dict()
     for adapter, name in COPIES.items():
         record[name] = (
@@ -105,6 +106,8 @@ def restore(generator: AbstractVideoGenerator, state: FinetuneState, snapshot: S
         group.update(own)
     for name in (*COUNTS, *LEVELS):
         setattr(state, name, record[name])
+    # Checkpoints of this version were written before there was a row with a history.
+    state.history = record.get("history", {})
     _set_random_state(record["random"])
 
 

@@ -17,6 +17,7 @@ from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbedding
 from diffusion_rl.lora import old_policy
 from diffusion_rl.progress import FinetuneSettings
 from diffusion_rl.rollout import Trajectory, rollout
+from diffusion_rl.row_settings import MixGrpoSettings, RecordedSettings
 
 # Seeds of training videos start here, so that small seeds stay unseen for evaluation.
 FIRST_TRAINING_SEED = 1 << 31
@@ -45,12 +46,14 @@ def collect(
     chosen = choose_prompts(len(embeddings), groups, settings.seed, step)
     group = torch.arange(groups).repeat_interleave(members)
     seeds = torch.randint(1 << 31, (groups * members,), generator=source) + FIRST_TRAINING_SEED
+    if options.shared_noise:
+        seeds = seeds[::members].repeat_interleave(members)
     row = algorithm(settings.algorithm.name)
-    steps: list[int] = []
-    if row.learning_steps == "recorded":
-        order = torch.randperm(options.num_eligible, generator=source)
-        steps = sorted(order[: options.stochastic_steps].tolist())
-    slow = row.uses_old_policy and step > 0
+    slow = row.old_policy == "draws" and step > 0
+    transition, steps = row.transition, list[int]()
+    if isinstance(settings.algorithm, RecordedSettings):
+        transition = settings.algorithm.transition_function
+        steps = choose_steps(settings, step, source)
     with old_policy(generator.transformer) if slow else nullcontext():
         trajectory = rollout(
             generator,
@@ -58,10 +61,27 @@ def collect(
             chosen[group],
             seeds.tolist(),
             options,
-            transition=row.transition,
+            transition=transition,
             stochastic=steps,
         )
     return Batch(trajectory, group)
+
+
+def choose_steps(settings: FinetuneSettings, step: int, source: torch.Generator) -> list[int]:
+    """Places of update `step`'s stochastic steps, ascending; there are always as many."""
+    eligible, count = settings.rollout.num_eligible, settings.rollout.stochastic_steps
+    own = settings.algorithm
+    if not isinstance(own, MixGrpoSettings):
+        return sorted(torch.randperm(eligible, generator=source)[:count].tolist())
+    last = eligible - count
+    turn = max(step - 1, 0) // own.updates_per_window
+    if own.window == "random":
+        source = update_source(settings.seed, turn, purpose=3)
+        first = int(torch.randint(last + 1, (), generator=source))
+    else:
+        starts = [*range(0, last, own.window_stride), last]
+        first = starts[turn % len(starts)]
+    return list(range(first, first + count))
 
 
 def update_source(seed: int, step: int, purpose: int = 0) -> torch.Generator:

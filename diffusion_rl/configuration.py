@@ -21,13 +21,13 @@ from diffusion_rl.lora import LoraSettings
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import RewardSettings
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.updates import SETTINGS, AlgorithmSettings, GrpoSettings
+from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings
 
 FAMILIES = {"wan": "diffusion_rl.generators.wan:WanGenerator.from_pretrained"}
 """Where each generator family is loaded from."""
 
 # Only recorded steps explore; elsewhere these would be read and do nothing.
-ONLY_RECORDED = ("stochastic_steps", "eligible_steps", "noise_level")
+ONLY_RECORDED = ("stochastic_steps", "eligible_steps", "noise_level", "shared_noise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     """`value` as `kind`, or an error that opens with the path."""
     if kind is Any:
         return value
-    if kind == AlgorithmSettings:
+    if kind is AlgorithmSettings:
         return _convert(_row_of(value, path), value, path)
     if dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, path)

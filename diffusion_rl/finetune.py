@@ -9,10 +9,12 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from typing import cast
 
+import torch
 from torch import Tensor
 
-from diffusion_rl.advantages import missing_share, tied_share
+from diffusion_rl.advantages import missing_share, separate_advantages, tied_share
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.collect import Batch, collect, update_source
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
@@ -27,13 +29,9 @@ from diffusion_rl.optimizers import build_optimizer
 from diffusion_rl.progress import FinetuneSettings, FinetuneState, StepReport
 from diffusion_rl.rewards import JudgedBatch, Reward, judge_videos
 from diffusion_rl.rollout import Trajectory
+from diffusion_rl.row_settings import ForwardProcessSettings, GroupSettings
 from diffusion_rl.self_check import self_check
-from diffusion_rl.updates import (
-    AlgorithmSettings,
-    NftSettings,
-    UpdateStatistics,
-    update_policy,
-)
+from diffusion_rl.updates import UpdateStatistics, update_policy
 
 __all__ = ["FinetuneSettings", "FinetuneState", "StepReport", "begin", "finetune"]
 
@@ -86,7 +84,7 @@ def finetune(
         judged, guarded = judge(generator, rewards, batch, texts, settings, state)
         judged_at = time.monotonic()
         score = judged.score - guarded.penalty
-        advantages = compare(score, batch.group, settings.algorithm)
+        advantages = compare(score, rewards, judged, guarded, batch, settings, state)
         statistics = update(generator, batch.trajectory, score, advantages, settings, state)
         ended = time.monotonic()
         state.step += 1
@@ -155,11 +153,34 @@ def judge(
     return judged, guarded
 
 
-def compare(score: Tensor, group: Tensor, settings: AlgorithmSettings) -> Tensor:
-    """Advantages [B] the way the row forms them; 0 for videos not judged."""
-    return algorithm(settings.name).advantages(
-        score, group, std=settings.advantage_std, clip=settings.advantage_clip
-    )
+def compare(
+    score: Tensor,
+    rewards: Sequence[Reward],
+    judged: JudgedBatch,
+    guarded: GuardReport,
+    batch: Batch,
+    settings: FinetuneSettings,
+    state: FinetuneState,
+) -> Tensor:
+    """Advantages [B] the way the row forms them; 0 for videos not judged.
+
+    The score is what the rewards sum up to without what the guards take off.
+    """
+    row, options = algorithm(settings.algorithm.name), settings.algorithm.advantage_options
+    if row.uses_history:
+        advantages, state.history = row.advantages(
+            score, batch.trajectory.prompt_index, state.history, **options
+        )
+        return cast(Tensor, advantages)
+    own = settings.algorithm
+    if isinstance(own, GroupSettings) and own.advantage_rewards == "separate":
+        weighted = [reward for reward in rewards if reward.weight]
+        scores = [judged.judgements[reward.name].score for reward in weighted]
+        weights = [*(reward.weight for reward in weighted), 1.0]
+        return separate_advantages(
+            torch.stack([*scores, -guarded.penalty]), weights, batch.group, **options
+        )
+    return cast(Tensor, row.advantages(score, batch.group, **options))
 
 
 def update(
@@ -186,7 +207,7 @@ def update(
         state.optimizer,
         update_source(settings.seed, state.step + 1, purpose=1),
     )
-    if isinstance(settings.algorithm, NftSettings):
+    if isinstance(settings.algorithm, ForwardProcessSettings):
         decay = settings.algorithm.old_decay(state.step + 1)
         update_old_policy(generator.transformer, decay)
     update_average(generator.transformer, settings.optimizer.average_decay, state.step + 1)

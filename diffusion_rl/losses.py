@@ -5,6 +5,8 @@ Axes: B videos, K denoising steps; "..." are the axes of a latent.
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,60 +15,78 @@ from diffusion_rl.shapes import check_shape
 MIN_NORMALISER = 1e-5
 """Smallest mean error that DiffusionNFT divides by."""
 
+AwmWeighting = Literal["uniform", "t", "t**2", "huber", "ghuber"]
+AWM_WEIGHTINGS = ("uniform", "t", "t**2", "huber", "ghuber")  # The first three by their power of t.
+AWM_FLOOR = 1e-10
+"""Added to AWM's mean squared error, whose root has no slope at 0."""
+
+
+class Surrogate(NamedTuple):
+    """A loss of ratios, and the ratios."""
+
+    loss: Tensor
+    """Scalar to minimise."""
+    log_ratios: Tensor
+    """[B K] logarithm of the ratio that the loss compares with 1; no gradient."""
+    outside: Tensor
+    """[B K] bool: whether it has left the range in which it may go on learning."""
+
 
 def clipped_surrogate_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
 ) -> Tensor:
     """Keep the policy near the one that sampled the videos while raising advantage.
 
     ratio = exp(log_probs - old_log_probs)
-    loss  = mean over B, K of  -min(ratio * A, clip(ratio, 1 - e, 1 + e) * A),  e = clip_range
+    loss  = mean over B, K of  -min(ratio * A, clip(ratio, 1 - e, 1 + h) * A),
+            e = clip_range, h = clip_range_high
 
     Args:
         log_probs: [B K] under the policy being trained; carries the gradient.
         old_log_probs: [B K] recorded while sampling; no gradient.
         advantages: [B] one per video, shared by its K steps.
-        clip_range: e above; must be in (0, 1). Log-probabilities are means over the elements of a
+        clip_range: e above; must be in (0, 1]. Log-probabilities are means over the elements of a
             latent, so useful ranges are small (1e-4 to 1e-2).
+        clip_range_high: h above, more than 0; None takes clip_range for both.
 
     Returns:
         Scalar loss to minimise.
 
     Source:
-        PPO, arXiv:1707.06347, eq. 7.
+        PPO, arXiv:1707.06347, eq. 7; with two bounds DAPO, arXiv:2503.14476.
 
     Example:
         >>> step = torch.zeros(1, 1)
         >>> clipped_surrogate_loss(step + 0.5, step, torch.ones(1), clip_range=0.2)
         tensor(-1.2000)
     """
-    _check_clip_range(clip_range)
     axes = check_shape("log_probs", log_probs, "B K")
     check_shape("old_log_probs", old_log_probs, "B K", **axes)
     check_shape("advantages", advantages, "B", B=axes["B"])
+    log_ratios = log_probs - old_log_probs.detach()
+    return clipped_terms(log_ratios, advantages, clip_range, clip_range_high).mean()
 
-    ratio = torch.exp(log_probs - old_log_probs.detach())
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+
+def clipped_terms(
+    log_ratios: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float | None
+) -> Tensor:
+    """[B K] what each step adds to the surrogate."""
+    low, high = _check_clip_range(clip_range, clip_range_high)
+    ratio = torch.exp(log_ratios)
+    clipped = ratio.clamp(1 - low, 1 + high)
     advantage = advantages.detach()[:, None]
-    return -torch.minimum(ratio * advantage, clipped * advantage).mean()
+    return -torch.minimum(ratio * advantage, clipped * advantage)
 
 
-def clip_fraction(log_probs: Tensor, old_log_probs: Tensor, clip_range: float) -> float:
-    """Say what share of the ratios has left the range, where the surrogate may stop learning.
-
-    Args:
-        log_probs: [B K] under the policy being trained.
-        old_log_probs: [B K] recorded while sampling.
-        clip_range: In (0, 1).
-
-    Returns:
-        In [0, 1].
-    """
-    _check_clip_range(clip_range)
-    axes = check_shape("log_probs", log_probs, "B K")
-    check_shape("old_log_probs", old_log_probs, "B K", **axes)
-    ratio = torch.exp(log_probs.detach() - old_log_probs.detach())
-    return ((ratio - 1).abs() > clip_range).double().mean().item()
+def has_left_range(log_ratios: Tensor, clip_range: float, clip_range_high: float | None) -> Tensor:
+    """[B K] whether a ratio has left its range."""
+    low, high = _check_clip_range(clip_range, clip_range_high)
+    change = torch.exp(log_ratios) - 1
+    return (change < -low) | (change > high)
 
 
 def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
@@ -161,15 +181,8 @@ def nft_loss(
     """
     if not beta > 0:
         raise ValueError(f"beta must be above 0, got {beta}")
-    if not advantage_limit > 0:
-        raise ValueError(f"advantage_limit must be above 0, got {advantage_limit}")
-    axes = check_shape("advantages", advantages, "B")
-    check_shape("prediction", prediction, "B ...", **axes)
-    for name, value in (("old_prediction", old_prediction), ("latent", latent), ("data", data)):
-        _check_same_shape(name, value, "prediction", prediction)
-    if sigma.ndim:
-        check_shape("sigma", sigma, "B", **axes)
-        sigma = sigma.reshape(-1, *[1] * (prediction.ndim - 1))
+    _check_advantage_limit(advantage_limit)
+    sigma = _check_noised(prediction, old_prediction, latent, data, sigma, advantages)
 
     old_prediction = old_prediction.detach()
     good = beta * prediction + (1 - beta) * old_prediction
@@ -181,15 +194,108 @@ def nft_loss(
     return advantage_limit * per_video.mean()
 
 
+def awm_surrogate(
+    prediction: Tensor,
+    old_prediction: Tensor,
+    latent: Tensor,
+    data: Tensor,
+    sigma: Tensor,
+    advantages: Tensor,
+    *,
+    weighting: AwmWeighting = "ghuber",
+    clip_range: float = 1.0,
+    advantage_limit: float = 5.0,
+) -> Surrogate:
+    """Take how well a velocity explains a noised video for its log-probability.
+
+    error     = mean over elements of (prediction - (latent - data) / sigma)^2
+    log_prob  = -w,  w = error | sigma error | sigma^2 error | sigma (sqrt(error + 1e-10) - 1e-5)
+                | 4 sigma ((error + 1e-10)^(1/4) - 1e-10^(1/4))
+                for weighting "uniform" | "t" | "t**2" | "huber" | "ghuber"
+    loss      = clipped surrogate of exp(log_prob - old log_prob) and advantages / advantage_limit
+
+    Args:
+        prediction: [B ...] velocity of the policy being trained; carries the gradient.
+        old_prediction: [B ...] velocity of the policy before the update; no gradient.
+        latent: [B ...] the video's latent with noise: (1 - sigma) * data + sigma * noise.
+        data: [B ...] the video's final latent.
+        sigma: [] or [B] in (0, 1].
+        advantages: [B] one per video.
+        weighting: How log-probabilities at different noise levels compare.
+        clip_range: As in `clipped_surrogate_loss`.
+        advantage_limit: Advantage that counts as 1, above 0.
+
+    Returns:
+        The loss, and ratios [B 1].
+
+    Raises:
+        ValueError: A shape is wrong or an option is outside its range.
+
+    Source:
+        Advantage weighted matching, arXiv:2509.25050, compute_log_prob_awm of its published code.
+    """
+    if weighting not in AWM_WEIGHTINGS:
+        known = ", ".join(AWM_WEIGHTINGS)
+        raise ValueError(f"weighting must be one of {known}, got {weighting}")
+    level = _check_noised(prediction, old_prediction, latent, data, sigma, advantages)
+    _check_advantage_limit(advantage_limit)
+    target = ((latent - data) / level).double()
+    log_probs = [
+        _matching_log_prob(velocity.double() - target, level.double().flatten(), weighting)
+        for velocity in (prediction, old_prediction.detach())
+    ]
+    log_ratios = (log_probs[0] - log_probs[1])[:, None]
+    terms = clipped_terms(log_ratios, advantages.double() / advantage_limit, clip_range, None)
+    outside = has_left_range(log_ratios.detach(), clip_range, None)
+    return Surrogate(terms.mean().to(prediction.dtype), log_ratios.detach(), outside)
+
+
+def _matching_log_prob(error: Tensor, level: Tensor, weighting: str) -> Tensor:
+    """[B] from errors [B ...] in float64 and noise levels [B] or [1]."""
+    square = (error**2).flatten(1).mean(dim=1)
+    if weighting == "huber":
+        return -(torch.sqrt(square + AWM_FLOOR) - AWM_FLOOR**0.5) * level
+    if weighting == "ghuber":
+        return -((square + AWM_FLOOR) ** 0.25 - AWM_FLOOR**0.25) * level / 0.25
+    return -square * level ** AWM_WEIGHTINGS.index(weighting)
+
+
 def _normalised_error(error: Tensor) -> Tensor:
     """[B] squared error of each video over its own mean error, which carries no gradient."""
     normaliser = error.detach().double().abs().flatten(1).mean(dim=1).clamp_min(MIN_NORMALISER)
     return (error**2).flatten(1).mean(dim=1) / normaliser.to(error.dtype)
 
 
-def _check_clip_range(clip_range: float) -> None:
-    if not 0 < clip_range < 1:
-        raise ValueError(f"clip_range must be in (0, 1), got {clip_range}")
+def _check_clip_range(clip_range: float, clip_range_high: float | None) -> tuple[float, float]:
+    """Both bounds, checked."""
+    if not 0 < clip_range <= 1:
+        raise ValueError(f"clip_range must be in (0, 1], got {clip_range}")
+    if clip_range_high is not None and not clip_range_high > 0:
+        raise ValueError(f"clip_range_high must be above 0, got {clip_range_high}")
+    return clip_range, clip_range if clip_range_high is None else clip_range_high
+
+
+def _check_advantage_limit(limit: float) -> None:
+    if not limit > 0:
+        raise ValueError(f"advantage_limit must be above 0, got {limit}")
+
+
+def _check_noised(
+    prediction: Tensor,
+    old_prediction: Tensor,
+    latent: Tensor,
+    data: Tensor,
+    sigma: Tensor,
+    advantages: Tensor,
+) -> Tensor:
+    """The noise level as [B 1 ...] or [1 ...], everything checked."""
+    axes = check_shape("advantages", advantages, "B")
+    check_shape("prediction", prediction, "B ...", **axes)
+    for name, value in (("old_prediction", old_prediction), ("latent", latent), ("data", data)):
+        _check_same_shape(name, value, "prediction", prediction)
+    if sigma.ndim:
+        check_shape("sigma", sigma, "B", **axes)
+    return sigma.reshape(-1, *[1] * (prediction.ndim - 1))
 
 
 def _check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diffusion_rl.algorithms import algorithm
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.updates import AlgorithmSettings, GrpoSettings
+from diffusion_rl.row_settings import AlgorithmSettings, GrpoSettings, RecordedSettings
+from diffusion_rl.transitions import DETERMINISTIC_AT_THE_END, TRANSITIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,10 @@ class FinetuneSettings:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if not 0 <= self.missing_limit < 1:
             raise ValueError(f"missing_limit must be in [0, 1), got {self.missing_limit}")
-        if algorithm(self.algorithm.name).learning_steps != "recorded":
-            return
+        if isinstance(self.algorithm, RecordedSettings):
+            self._check_recorded_steps(self.algorithm)
+
+    def _check_recorded_steps(self, row: RecordedSettings) -> None:
         if self.rollout.stochastic_steps > self.rollout.num_eligible:
             raise ValueError(
                 f"rollout.stochastic_steps must be at most the {self.rollout.num_eligible} "
@@ -49,8 +51,17 @@ class FinetuneSettings:
             )
         if self.rollout.learning_guidance != self.rollout.guidance_scale:
             raise ValueError(
-                f"rollout.train_guidance must be left out with algorithm '{self.algorithm.name}', "
+                f"rollout.train_guidance must be left out with algorithm '{row.name}', "
                 f"got {self.rollout.train_guidance}; a step can only be replayed as it was taken"
+            )
+        transition = next(
+            name for name, one in TRANSITIONS.items() if one is row.transition_function
+        )
+        last = self.rollout.num_inference_steps
+        if transition in DETERMINISTIC_AT_THE_END and self.rollout.num_eligible == last:
+            raise ValueError(
+                f"rollout.eligible_steps must be below num_inference_steps={last} with transition "
+                f"'{transition}', got {self.rollout.num_eligible}; its last step adds no noise"
             )
 
 
@@ -66,6 +77,8 @@ class FinetuneState:
     """The base policy's level of every guarded statistic."""
     running_levels: dict[str, float] = field(default_factory=dict)
     """The trained policy's, as a running mean over updates."""
+    history: dict[int, list[float]] = field(default_factory=dict)
+    """The latest scores of each prompt by its number, for rows that compare with them."""
     videos_generated: int = 0
     """Since the first start, those for the guards' reference levels included."""
     reward_calls: int = 0

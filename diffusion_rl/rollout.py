@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
-from diffusion_rl.transitions import TransitionFunction, flow_sde, ode
+from diffusion_rl.transitions import Transition, TransitionFunction, flow_sde, ode
 
 # A video's exploration noise must not repeat the initial noise of another video's seed.
 NOISE_SEED_OFFSET = 1 << 40
@@ -41,6 +41,9 @@ class RolloutSettings:
     """Groups in an update, at least 1."""
     videos_per_prompt: int = 8
     """Videos in a group, at least 2."""
+    shared_noise: bool = False
+    """Whether a group starts from the same noise; what comes before its first stochastic step is
+    then denoised once for all of it."""
     micro_batch: int = 16
     """Most videos in one pass of the transformer; bounds memory, not results."""
 
@@ -91,6 +94,8 @@ class Trajectory:
     """[S B C T H W] before each stochastic step."""
     next_latents: Tensor
     """[S B C T H W] after it."""
+    means: Tensor
+    """[S B C T H W] centre of each recorded step's Gaussian."""
     log_probs: Tensor
     """[B S] of each recorded step under the policy that took it."""
     steps: tuple[int, ...]
@@ -123,6 +128,7 @@ class Trajectory:
             self,
             latents=self.latents[:, at],
             next_latents=self.next_latents[:, at],
+            means=self.means[:, at],
             log_probs=self.log_probs[at],
             final_latent=self.final_latent[at],
             videos=self.videos[rows.to(self.videos.device)],
@@ -173,6 +179,9 @@ def rollout(
 ) -> Trajectory:
     """Draw one video for each (prompt, seed) with the generator's active policy.
 
+    Videos of equal prompt and seed start from the same noise and explore each on its own; what
+    comes before the first stochastic step is denoised once for all of them.
+
     Args:
         generator: the policy; runs without gradient.
         embeddings: [N ...] of the prompts.
@@ -184,12 +193,16 @@ def rollout(
     """
     sigmas = generator.sigmas(settings.num_inference_steps).to(generator.device)
     text = embeddings[prompt_index]
-    latent = generator.initial_latents(seeds)
-    sources = [torch.Generator().manual_seed(int(s) + NOISE_SEED_OFFSET) for s in seeds]
-    before, after, log_probs = [], [], []
+    trunks, places, sources = _find_trunks(prompt_index, seeds)
+    latent = generator.initial_latents([seeds[row] for row in trunks.tolist()])
+    shared = text[trunks]
+    recorded: list[tuple[Tensor, Transition]] = []
+    branching = min(stochastic, default=settings.num_inference_steps)
     for step in range(settings.num_inference_steps):
+        if step == branching:
+            latent, shared = latent[places.to(latent.device)], text
         prediction = predict_in_chunks(
-            generator, latent, sigmas[step], text, settings.guidance_scale, settings.micro_batch
+            generator, latent, sigmas[step], shared, settings.guidance_scale, settings.micro_batch
         )
         explores = step in stochastic
         result = (transition if explores else ode)(
@@ -202,15 +215,15 @@ def rollout(
             generator=sources,
         )
         if explores:
-            before.append(latent)
-            after.append(result.next_latent)
-            log_probs.append(result.log_prob)
+            recorded.append((latent, result))
         latent = result.next_latent
-    empty = latent.new_zeros((0, *latent.shape))
+    if branching == settings.num_inference_steps:
+        latent = latent[places.to(latent.device)]
     return Trajectory(
-        latents=torch.stack(before) if before else empty,
-        next_latents=torch.stack(after) if after else empty,
-        log_probs=torch.stack(log_probs, 1) if log_probs else latent.new_zeros(len(latent), 0),
+        latents=_stack([before for before, _ in recorded], latent),
+        next_latents=_stack([result.next_latent for _, result in recorded], latent),
+        means=_stack([result.mean for _, result in recorded], latent),
+        log_probs=_stack([result.log_prob for _, result in recorded], latent[:, 0, 0, 0, 0]).T,
         steps=tuple(sorted(stochastic)),
         sigmas=sigmas,
         final_latent=latent,
@@ -222,6 +235,34 @@ def rollout(
         seeds=tuple(int(seed) for seed in seeds),
         transition=transition,
     )
+
+
+def _find_trunks(
+    prompt_index: Tensor, seeds: Sequence[int]
+) -> tuple[Tensor, Tensor, list[torch.Generator]]:
+    """Rows [U] that differ in prompt or seed, each video's place [B] among them, and its noise.
+
+    The n-th video of a trunk explores with a noise of its own.
+    """
+    rows: list[int] = []
+    found: dict[tuple[int, int], int] = {}
+    members: dict[int, int] = {}
+    places, sources = [], []
+    for row, key in enumerate(zip(prompt_index.tolist(), map(int, seeds), strict=True)):
+        if key not in found:
+            found[key] = len(rows)
+            rows.append(row)
+        place = found[key]
+        places.append(place)
+        members[place] = members.get(place, 0) + 1
+        noise_seed = key[1] + members[place] * NOISE_SEED_OFFSET
+        sources.append(torch.Generator().manual_seed(noise_seed))
+    return torch.tensor(rows), torch.tensor(places), sources
+
+
+def _stack(recorded: list[Tensor], like: Tensor) -> Tensor:
+    """[S ...] of recorded tensors; with none of them empty, in the shape of `like`."""
+    return torch.stack(recorded) if recorded else like.new_zeros((0, *like.shape))
 
 
 def sample_videos(

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from diffusion_rl.algorithms import algorithm
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.rollout import RolloutSettings, rollout
-from diffusion_rl.updates import AlgorithmSettings, GrpoSettings, replay
+from diffusion_rl.row_settings import AlgorithmSettings, ClippedSettings, RecordedSettings
+from diffusion_rl.updates import replay, surrogate_of
 
 # Rounding may differ between a pass with and one without gradient, never by this much.
 MAX_NOISE = 0.05
@@ -44,7 +44,7 @@ def self_check(
         ValueError: The clip range is below the noise, so numerics alone would clip.
         RuntimeError: The replay is another step altogether.
     """
-    if not isinstance(settings, GrpoSettings):
+    if not isinstance(settings, RecordedSettings):
         return SelfCheck(0.0, 0.0, 0)
     count = min(options.micro_batch, options.prompts_per_update * options.videos_per_prompt)
     stochastic = range(options.num_eligible)[-options.stochastic_steps :]
@@ -54,24 +54,36 @@ def self_check(
         torch.arange(count) % len(embeddings),
         range(count),
         options,
-        transition=algorithm(settings.name).transition,
+        transition=settings.transition_function,
         stochastic=stochastic,
     )
-    replayed = [
-        replay(generator, trajectory, index, slice(0, count), options).log_prob.detach()
+    whole, ones = slice(0, count), torch.ones(count)
+    checked = [
+        surrogate_of(
+            replay(generator, trajectory, index, whole, options),
+            *(trajectory, index, whole, ones, settings),
+        )
         for index in range(len(trajectory.steps))
     ]
-    deviation = (torch.exp(torch.stack(replayed, 1) - trajectory.log_probs) - 1).abs()
+    deviation = (torch.exp(torch.cat([one.log_ratios for one in checked], 1)) - 1).abs()
     noise = deviation.max().item()
     if not noise < MAX_NOISE:
         raise RuntimeError(
             f"replaying a step must give ratio 1 at unchanged weights, got {1 + noise:.3g}; the "
             "generator's predict must not depend on anything but its arguments (dropout on?)"
         )
-    if settings.clip_range <= noise:
+    if isinstance(settings, ClippedSettings):
+        narrowest = min(settings.clip_range, settings.clip_range_high or settings.clip_range)
+        if narrowest <= noise:
+            raise ValueError(
+                f"clip_range must be above the numerical noise of the ratio, {noise:.1e}, got "
+                f"{narrowest}; raise algorithm.clip_range or use generator.dtype=float32"
+            )
+    clipped = torch.cat([one.outside for one in checked], 1).double().mean().item()
+    if clipped:
         raise ValueError(
-            f"clip_range must be above the numerical noise of the ratio, {noise:.1e}, got "
-            f"{settings.clip_range}; raise algorithm.clip_range or use generator.dtype=float32"
+            f"divergence_limit must be above the numerical noise of a replay, got a limit that "
+            f"{clipped:.0%} of the steps pass at unchanged weights; raise algorithm."
+            "divergence_limit or use generator.dtype=float32"
         )
-    clipped = (deviation > settings.clip_range).float().mean().item()
     return SelfCheck(noise, clipped, count)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,98 +16,12 @@ from torch import Tensor
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.lora import old_policy, reference_policy
-from diffusion_rl.losses import clip_fraction, gaussian_kl, velocity_kl
+from diffusion_rl.losses import Surrogate, gaussian_kl, velocity_kl
 from diffusion_rl.optimizers import take_step
-from diffusion_rl.rollout import RolloutSettings, Trajectory, chunks
+from diffusion_rl.rollout import RolloutSettings, Trajectory, chunks, predict_in_chunks
+from diffusion_rl.row_settings import AlgorithmSettings, ForwardProcessSettings
+from diffusion_rl.surrogates import ReplayedSteps
 from diffusion_rl.transitions import Transition
-
-
-@dataclass(frozen=True, kw_only=True)
-class GrpoSettings:
-    """Options of the row `grpo`."""
-
-    name: str = "grpo"
-    """The row."""
-    clip_range: float = 1e-3
-    """Ratios further from 1 stop learning, in (0, 1); far smaller than for text, since the
-    log-probabilities are means over the latent's elements."""
-    kl_weight: float = 0.0
-    """Weight of the divergence from the reference policy, at least 0; 0 does not compute it."""
-    inner_steps: int = 1
-    """Optimiser steps of an update, at least 1; its videos are split over them."""
-    advantage_std: str = "group"
-    """Advantages are divided by the spread of the `group` or of the whole `batch`."""
-    advantage_clip: float = 5.0
-    """Largest size of an advantage, above 0."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.clip_range < 1:
-            raise ValueError(f"clip_range must be in (0, 1), got {self.clip_range}")
-        _check_common(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NftSettings:
-    """Options of the row `nft`."""
-
-    name: str = "nft"
-    """The row."""
-    beta: float = 1.0
-    """How far the implicit good and bad policies reach past the old one; above 0."""
-    kl_weight: float = 0.01
-    """Weight of the squared velocity distance from the reference policy, at least 0; 0 does not
-    compute it."""
-    inner_steps: int = 4
-    """Optimiser steps of an update, at least 1; each sees all videos at fresh noise levels."""
-    old_decay_rate: float = 1e-3
-    """After update n the old policy keeps min(old_decay_rate * n, old_decay_limit) of itself;
-    at least 0."""
-    old_decay_limit: float = 0.5
-    """In [0, 1)."""
-    advantage_std: str = "batch"
-    """Advantages are divided by the spread of the `group` or of the whole `batch`."""
-    advantage_clip: float = 5.0
-    """Size of advantage at which a video counts as wholly good or bad, above 0."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.beta < math.inf:
-            raise ValueError(f"beta must be above 0, got {self.beta}")
-        if not 0 <= self.old_decay_rate < math.inf:
-            raise ValueError(f"old_decay_rate must be at least 0, got {self.old_decay_rate}")
-        if not 0 <= self.old_decay_limit < 1:
-            raise ValueError(f"old_decay_limit must be in [0, 1), got {self.old_decay_limit}")
-        _check_common(self)
-
-    def old_decay(self, update: int) -> float:
-        """What the old policy keeps of itself after update `update`, counted from 1.
-
-        Source:
-            DiffusionNFT, arXiv:2509.16117, return_decay of its published code.
-        """
-        return min(self.old_decay_rate * update, self.old_decay_limit)
-
-
-AlgorithmSettings = GrpoSettings | NftSettings
-SETTINGS: dict[str, type[GrpoSettings] | type[NftSettings]] = {
-    "grpo": GrpoSettings,
-    "nft": NftSettings,
-}
-"""The options that each row of ALGORITHMS takes."""
-
-
-def _check_common(settings: AlgorithmSettings) -> None:
-    if SETTINGS.get(settings.name) is not type(settings):
-        raise ValueError(
-            f"name must be the row that {type(settings).__name__} belongs to, got {settings.name}"
-        )
-    if not 0 <= settings.kl_weight < math.inf:
-        raise ValueError(f"kl_weight must be at least 0, got {settings.kl_weight}")
-    if settings.inner_steps < 1:
-        raise ValueError(f"inner_steps must be at least 1, got {settings.inner_steps}")
-    if settings.advantage_std not in ("group", "batch"):
-        raise ValueError(f"advantage_std must be group or batch, got {settings.advantage_std}")
-    if not 0 < settings.advantage_clip < math.inf:
-        raise ValueError(f"advantage_clip must be above 0, got {settings.advantage_clip}")
 
 
 @dataclass(frozen=True)
@@ -117,9 +31,11 @@ class UpdateStatistics:
     loss: float
     """Mean over the update's optimiser steps of the minimised loss, KL term included."""
     ratio_deviation: float
-    """Largest |ratio - 1| over videos and recorded steps; NaN without recorded steps."""
+    """Largest |ratio - 1| over videos and steps, the ratio as the row's loss uses it; NaN for rows
+    without ratios."""
     clip_fraction: float
-    """Share of ratios outside the clip range; NaN without recorded steps."""
+    """Share of ratios that have left the range in which they may learn; NaN for rows without
+    ratios."""
     kl: float
     """Mean divergence from the reference policy; 0 where kl_weight is 0 (not computed)."""
     grad_norm: float
@@ -153,10 +69,10 @@ def update_policy(
     statistics: list[LossTerms] = []
     norms: list[float] = []
     parts = (generator, trajectory, advantages)
-    if isinstance(settings, GrpoSettings):
-        steps = recorded_losses(*parts, settings, rollout)
-    else:
+    if isinstance(settings, ForwardProcessSettings):
         steps = forward_process_losses(*parts, settings, rollout, source)
+    else:
+        steps = recorded_losses(*parts, settings, rollout)
     for losses in steps:
         for terms in losses:
             (terms.loss * terms.share).backward()
@@ -175,16 +91,16 @@ class LossTerms(NamedTuple):
     kl: Tensor
     """Divergence from the reference policy; 0 where not computed."""
     log_ratio: Tensor | None
-    """[B] of a recorded step, without gradient."""
+    """[B 1] as the loss uses it, without gradient; None where it uses none."""
     clip_fraction: float
-    """NaN without recorded steps."""
+    """NaN without ratios."""
 
 
 def recorded_losses(
     generator: AbstractVideoGenerator,
     trajectory: Trajectory,
     advantages: Tensor,
-    settings: GrpoSettings,
+    settings: AlgorithmSettings,
     rollout: RolloutSettings,
 ) -> Iterator[Iterator[LossTerms]]:
     """For each optimiser step its micro batches, every recorded step of them in turn."""
@@ -199,7 +115,7 @@ def _replayed_losses(
     generator: AbstractVideoGenerator,
     trajectory: Trajectory,
     advantages: Tensor,
-    settings: GrpoSettings,
+    settings: AlgorithmSettings,
     rollout: RolloutSettings,
     parts: list[slice],
 ) -> Iterator[LossTerms]:
@@ -211,12 +127,8 @@ def _replayed_losses(
                 with torch.no_grad(), reference_policy(generator.transformer):
                     reference = replay(generator, trajectory, index, part, rollout)
             step = replay(generator, trajectory, index, part, rollout)
-            old_log_prob = trajectory.log_probs[part, index]
-            ratios = (step.log_prob[:, None], old_log_prob[:, None])
-            loss = algorithm(settings.name).loss(
-                *ratios, advantages[part].to(old_log_prob), settings.clip_range
-            )
-            kl = torch.zeros(())
+            value = surrogate_of(step, trajectory, index, part, advantages, settings)
+            loss, kl = value.loss, torch.zeros(())
             if reference is not None:
                 kl = gaussian_kl(step.mean, reference.mean, step.std)
                 loss = loss + settings.kl_weight * kl
@@ -224,8 +136,8 @@ def _replayed_losses(
                 loss=loss,
                 share=(part.stop - part.start) / total,
                 kl=kl.detach(),
-                log_ratio=step.log_prob.detach() - old_log_prob,
-                clip_fraction=clip_fraction(*ratios, settings.clip_range),
+                log_ratio=value.log_ratios,
+                clip_fraction=value.outside.double().mean().item(),
             )
 
 
@@ -252,58 +164,126 @@ def replay(
     )
 
 
+def surrogate_of(
+    step: Transition,
+    trajectory: Trajectory,
+    index: int,
+    part: slice,
+    advantages: Tensor,
+    settings: AlgorithmSettings,
+) -> Surrogate:
+    """The row's loss of one replayed step, without the KL term."""
+    place = trajectory.steps[index]
+    shift = (step.mean - trajectory.means[index, part]) ** 2
+    steps = ReplayedSteps(
+        log_probs=step.log_prob[:, None],
+        old_log_probs=trajectory.log_probs[part, index][:, None],
+        mean_shifts=shift.flatten(1).mean(dim=1)[:, None],
+        stds=step.std.flatten()[:, None],
+        durations=(trajectory.sigmas[place] - trajectory.sigmas[place + 1]).expand(len(shift), 1),
+    )
+    own = advantages[part].to(step.log_prob)
+    return cast(Surrogate, algorithm(settings.name).loss(steps, own, **settings.loss_options))
+
+
+class NoisedVideos(NamedTuple):
+    """Final latents with noise, as flow matching adds it."""
+
+    latent: Tensor
+    """[B C T H W] (1 - sigma) * data + sigma * noise."""
+    sigma: Tensor
+    """[B]."""
+
+
 def forward_process_losses(
     generator: AbstractVideoGenerator,
     trajectory: Trajectory,
     advantages: Tensor,
-    settings: NftSettings,
+    settings: ForwardProcessSettings,
     rollout: RolloutSettings,
     source: torch.Generator,
 ) -> Iterator[Iterator[LossTerms]]:
-    """For each optimiser step all videos in micro batches, each video at its own noise level."""
-    for _ in range(settings.inner_steps):
-        yield _noised_losses(generator, trajectory, advantages, settings, rollout, source)
+    """For each optimiser step all videos in micro batches, each video at its own noise levels."""
+    levels, count = settings.noise_levels, settings.noise_levels * settings.inner_steps
+    before: list[Tensor | None] = [None] * count
+    if algorithm(settings.name).old_policy == "anchors" and count > levels:
+        # Later optimiser steps compare with the policy before the first, so it is asked now.
+        state = source.get_state()
+        draws = [noise_videos(trajectory, source) for _ in range(count)]
+        source.set_state(state)
+        with torch.no_grad():
+            before[levels:] = [
+                predict_in_chunks(
+                    *(generator, *draw, trajectory.embeddings),
+                    *(rollout.learning_guidance, rollout.micro_batch),
+                )
+                for draw in draws[levels:]
+            ]
+    for first in range(0, count, levels):
+        yield (
+            terms
+            for old_prediction in before[first : first + levels]
+            for terms in _noised_losses(
+                *(generator, trajectory, advantages, settings, rollout),
+                *(noise_videos(trajectory, source), old_prediction),
+            )
+        )
 
 
 def _noised_losses(
     generator: AbstractVideoGenerator,
     trajectory: Trajectory,
     advantages: Tensor,
-    settings: NftSettings,
+    settings: ForwardProcessSettings,
     rollout: RolloutSettings,
-    source: torch.Generator,
+    noised: NoisedVideos,
+    before: Tensor | None,
 ) -> Iterator[LossTerms]:
-    data = trajectory.final_latent
-    noise = torch.randn(data.shape, generator=source).to(data)
-    sigma = draw_sigmas(trajectory.sigmas, len(data), source)
-    level = sigma.view(-1, *[1] * (data.ndim - 1))
-    latent = (1 - level) * data + level * noise
+    row, data = algorithm(settings.name), trajectory.final_latent
     for part in chunks(len(data), rollout.micro_batch):
         text = trajectory.embeddings[torch.arange(part.start, part.stop)]
-        inputs = (latent[part], sigma[part], text, rollout.learning_guidance)
-        reference = None
+        latent, sigma = noised.latent[part], noised.sigma[part]
+        inputs = (latent, sigma, text, rollout.learning_guidance)
+        slow, reference = None, None
         with torch.no_grad():
-            with old_policy(generator.transformer):
-                old_prediction = generator.predict(*inputs)
+            if row.old_policy == "draws" or settings.anchor_weight:
+                with old_policy(generator.transformer):
+                    slow = generator.predict(*inputs)
             if settings.kl_weight:
                 with reference_policy(generator.transformer):
                     reference = generator.predict(*inputs)
         prediction = generator.predict(*inputs)
-        loss = algorithm(settings.name).loss(
+        old = prediction.detach() if before is None else before[part]
+        value = row.loss(
             prediction,
-            old_prediction,
-            latent[part],
+            slow if row.old_policy == "draws" else old,
+            latent,
             data[part],
-            sigma[part],
+            sigma,
             advantages[part].to(data),
-            beta=settings.beta,
-            advantage_limit=settings.advantage_clip,
+            **settings.loss_options,
         )
-        kl = torch.zeros(())
+        loss, kl = value.loss if isinstance(value, Surrogate) else value, torch.zeros(())
+        if slow is not None and settings.anchor_weight:
+            loss = loss + settings.anchor_weight * velocity_kl(prediction, slow)
         if reference is not None:
             kl = velocity_kl(prediction, reference)
             loss = loss + settings.kl_weight * kl
-        yield LossTerms(loss, len(text) / len(data), kl.detach(), None, math.nan)
+        share = len(text) / len(data) / settings.noise_levels
+        if isinstance(value, Surrogate):
+            clipped = value.outside.double().mean().item()
+            yield LossTerms(loss, share, kl.detach(), value.log_ratios, clipped)
+        else:
+            yield LossTerms(loss, share, kl.detach(), None, math.nan)
+
+
+def noise_videos(trajectory: Trajectory, source: torch.Generator) -> NoisedVideos:
+    """Every video at a noise level of its own."""
+    data = trajectory.final_latent
+    noise = torch.randn(data.shape, generator=source).to(data)
+    sigma = draw_sigmas(trajectory.sigmas, len(data), source)
+    level = sigma.view(-1, *[1] * (data.ndim - 1))
+    return NoisedVideos((1 - level) * data + level * noise, sigma)
 
 
 def draw_sigmas(schedule: Tensor, count: int, source: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # no row of its own; such files do not import one another.
 LAYERS = {
     "cac_reward": [
-        *("plain", "whole_files", "display"),
+        *("plain", "whole_files", "display", "pixels"),
         *("report", "taxonomy", "overlap", "video", "records", "frames", "questions", "answers"),
         *("cache", "calibration"),
         *(
@@ -40,7 +40,8 @@ LAYERS = {
         *("data/", "training/", "evaluation/", "__main__"),
     ],
     "diffusion_rl": [
-        *("shapes", "transitions", "advantages", "credit", "losses", "algorithms", "guards"),
+        *("shapes", "transitions", "advantages", "credit", "losses", "surrogates"),
+        *("algorithms", "row_settings", "guards"),
         *("rewards", "generators/base", "generators/", "lora", "rollout"),
         *("optimizers", "updates"),
         *(
@@ -83,8 +84,13 @@ RECIPE_HEAD = ["Purpose", "Source", "Launch", "Memory and hardware", "Override"]
 TOO_MANY_ARGUMENTS_BECAUSE = {
     "cac_reward.adapters.verl_omni.compute_score": "verl-omni fills arguments in by their names",
     "cac_reward.scorer.CaCScorer.from_pretrained": "the one call that names every setting",
+    "diffusion_rl.losses.awm_surrogate": "the formula has these symbols",
     "diffusion_rl.losses.nft_loss": "the formula has these symbols",
+    "diffusion_rl.transitions.cps": "every transition has this one signature",
+    "diffusion_rl.transitions.dance_sde": "every transition has this one signature",
+    "diffusion_rl.transitions.ddim": "every transition has this one signature",
     "diffusion_rl.transitions.flow_sde": "every transition has this one signature",
+    "diffusion_rl.transitions.flow_sde_wan": "every transition has this one signature",
     "diffusion_rl.transitions.ode": "every transition has this one signature",
     "diffusion_rl.transitions.TransitionFunction.__call__": "every transition has this signature",
 }

@@ -13,7 +13,7 @@ from diffusion_rl.lora import attach_lora
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, sample_videos
-from diffusion_rl.updates import GrpoSettings, NftSettings
+from diffusion_rl.row_settings import GrpoSettings, NftSettings
 from tests.toy_gaussian import LORA, ToyGenerator
 
 TARGET = 0.6

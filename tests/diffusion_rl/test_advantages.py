@@ -141,7 +141,7 @@ def test_shares_are_counted():
         (torch.zeros(3), torch.zeros(3), {}, "group must hold integers, got torch.float32"),
         (torch.zeros(0), torch.zeros(0).long(), {}, "scores must hold at least one video"),
         (torch.tensor([1.0, torch.inf]), torch.zeros(2).long(), {}, "scores must be finite"),
-        (torch.zeros(2), torch.zeros(2).long(), {"std": "all"}, "std must be 'group' or 'batch'"),
+        (torch.zeros(2), torch.zeros(2).long(), {"std": "all"}, "std must be 'group', 'batch' or"),
         (torch.zeros(2), torch.zeros(2).long(), {"clip": 0.0}, "clip must be above 0, got 0.0"),
         (torch.zeros(2), torch.zeros(2).long(), {"min_std": 0.0}, "min_std must be above 0"),
     ],

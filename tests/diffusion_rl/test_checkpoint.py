@@ -34,7 +34,7 @@ from diffusion_rl.lora import (
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.updates import AlgorithmSettings, GrpoSettings, NftSettings
+from diffusion_rl.row_settings import AlgorithmSettings, GrpoSettings, NftSettings
 from tests.toy_gaussian import LORA, ToyGenerator
 
 

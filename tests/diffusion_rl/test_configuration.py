@@ -15,7 +15,7 @@ from diffusion_rl.configuration import (
     save_config,
     to_tree,
 )
-from diffusion_rl.updates import GrpoSettings, NftSettings
+from diffusion_rl.row_settings import GrpoSettings, NftSettings
 
 SMALLEST = """
 generator: {path: some/folder, height: 16, width: 32, num_frames: 5, fps: 8}
@@ -107,13 +107,16 @@ def test_saving_and_loading_gives_the_same_settings(
         ("updates=0", "^updates must be at least 1, got 0"),
         ("save_every=0", "^save_every must be at least 1, got 0"),
         ("rewards=[]", "^rewards must be at least one, got none"),
-        ("algorithm.clip_range=2", r"^algorithm.clip_range must be in \(0, 1\), got 2"),
+        ("algorithm.clip_range=2", r"^algorithm.clip_range must be in \(0, 1\], got 2"),
         ("lora.rank=0", "^lora.rank must be at least 1, got 0"),
         ("rollout.videos_per_prompt=1", "^rollout.videos_per_prompt must be at least 2, got 1"),
         ("generator.fps=0", "^generator.fps must be above 0, got 0"),
         ("generator.family=wam", "^generator.family must be one of wan, got wam; did you mean wan"),
         ("generator.max_sequence_length=0", "^generator.max_sequence_length must be at least 1"),
-        ("algorithm.name=nfd", "^algorithm.name must be one of grpo, nft, got nfd; did you mean"),
+        (
+            "algorithm.name=nfd",
+            "^algorithm.name must be one of ddpo, .*, got nfd; did you mean",
+        ),
         ("rollout.train_guidance=2", "^rollout.train_guidance must be left out with algorithm"),
         ("guards=[{statistic: montion}]", r"^guards\[0\].statistic must be one of .*'motion'"),
     ],

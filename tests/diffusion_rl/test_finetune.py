@@ -24,13 +24,8 @@ from diffusion_rl.lora import OLD, attach_lora, load_lora, lora_state, save_lora
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, Trajectory, sample_videos
-from diffusion_rl.updates import (
-    AlgorithmSettings,
-    GrpoSettings,
-    NftSettings,
-    UpdateStatistics,
-    update_policy,
-)
+from diffusion_rl.row_settings import AlgorithmSettings, GrpoSettings, NftSettings
+from diffusion_rl.updates import UpdateStatistics, update_policy
 from tests.toy_gaussian import LORA, ToyGenerator
 
 PROMPTS = ["plain", "bright", "plain and small"]

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from diffusion_rl.lora import attach_lora
 from diffusion_rl.rollout import RolloutSettings
+from diffusion_rl.row_settings import GrpoSettings, NftSettings
 from diffusion_rl.self_check import SelfCheck, self_check
-from diffusion_rl.updates import GrpoSettings, NftSettings
 from tests.toy_gaussian import LORA, ToyGenerator
 
 OPTIONS = RolloutSettings(num_inference_steps=4)

@@ -10,16 +10,9 @@ from torch import Tensor
 from diffusion_rl.lora import attach_lora, lora_state, reference_policy, trained_parameters
 from diffusion_rl.optimizers import OptimizerSettings, build_optimizer
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
+from diffusion_rl.row_settings import AlgorithmSettings, GrpoSettings, NftSettings
 from diffusion_rl.transitions import flow_sde, ode
-from diffusion_rl.updates import (
-    AlgorithmSettings,
-    GrpoSettings,
-    NftSettings,
-    UpdateStatistics,
-    draw_sigmas,
-    replay,
-    update_policy,
-)
+from diffusion_rl.updates import UpdateStatistics, draw_sigmas, replay, update_policy
 from tests.toy_gaussian import LORA, ToyGenerator
 
 ADVANTAGES = torch.tensor([1.0, -0.5, 0.25, -1.5, 0.75, 2.0])
@@ -246,10 +239,14 @@ def test_the_old_policys_decay_grows_to_its_limit() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (GrpoSettings, {"clip_range": 1.0}, r"clip_range must be in \(0, 1\), got 1.0"),
+        (GrpoSettings, {"clip_range": 1.1}, r"clip_range must be in \(0, 1\], got 1.1"),
         (GrpoSettings, {"kl_weight": -1.0}, "kl_weight must be at least 0, got -1.0"),
         (GrpoSettings, {"inner_steps": 0}, "inner_steps must be at least 1, got 0"),
-        (GrpoSettings, {"advantage_std": "all"}, "advantage_std must be group or batch, got all"),
+        (
+            GrpoSettings,
+            {"advantage_std": "all"},
+            "advantage_std must be one of group, batch, largest",
+        ),
         (GrpoSettings, {"advantage_clip": 0.0}, "advantage_clip must be above 0, got 0.0"),
         (GrpoSettings, {"name": "nft"}, "name must be the row that GrpoSettings belongs to"),
         (NftSettings, {"beta": 0.0}, "beta must be above 0, got 0.0"),

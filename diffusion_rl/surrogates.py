@@ -1,0 +1,128 @@
+"""What the rows that replay recorded steps minimise.
+
+Axes: B videos, K denoising steps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion_rl.losses import (
+    Surrogate,
+    clipped_surrogate_loss,
+    clipped_terms,
+    has_left_range,
+)
+from diffusion_rl.shapes import check_shape
+
+
+class ReplayedSteps(NamedTuple):
+    """Recorded denoising steps, evaluated with the policy being trained."""
+
+    log_probs: Tensor
+    """[B K] under the policy being trained; carries the gradient."""
+    old_log_probs: Tensor
+    """[B K] recorded while sampling."""
+    mean_shifts: Tensor
+    """[B K] mean over elements of (mean - recorded mean)^2; carries the gradient."""
+    stds: Tensor
+    """[B K] spread of the Gaussians, above 0; the same for both policies."""
+    durations: Tensor
+    """[B K] sigma - next_sigma, above 0."""
+
+
+def clipped_surrogate(
+    steps: ReplayedSteps,
+    advantages: Tensor,
+    *,
+    clip_range: float,
+    clip_range_high: float | None = None,
+) -> Surrogate:
+    """`clipped_surrogate_loss` of replayed steps."""
+    loss = clipped_surrogate_loss(
+        steps.log_probs, steps.old_log_probs, advantages, clip_range, clip_range_high
+    )
+    log_ratios = (steps.log_probs - steps.old_log_probs).detach()
+    return Surrogate(loss, log_ratios, has_left_range(log_ratios, clip_range, clip_range_high))
+
+
+def guarded_surrogate(
+    steps: ReplayedSteps,
+    advantages: Tensor,
+    *,
+    clip_range: float,
+    clip_range_high: float | None = None,
+) -> Surrogate:
+    """Clip ratios that are centred on 1 and spread alike at every step, so that clipping bites.
+
+    A mean that moves lowers its own log-probability on average, so that plain ratios sit below 1
+    and escape the upper bound; and their spread depends on the step's.
+
+    log_ratio = (log_probs - old_log_probs + mean_shifts / (2 stds^2)) * stds
+    loss      = mean over B, K of the clipped surrogate of exp(log_ratio), divided by durations
+
+    Args:
+        steps: of a Gaussian transition whose log_prob is its log-density.
+        advantages: [B] one per video.
+        clip_range: As in `clipped_surrogate_loss`, of the normalised ratio.
+        clip_range_high: As in `clipped_surrogate_loss`.
+
+    Raises:
+        ValueError: A shape is wrong or an option is outside its range.
+
+    Source:
+        GRPO-Guard, arXiv:2510.22319, train_sd3_GRPO_Guard of Flow-GRPO's published code.
+    """
+    _check_steps(steps, advantages)
+    drift = steps.mean_shifts / (2 * steps.stds**2)
+    log_ratios = (steps.log_probs - steps.old_log_probs.detach() + drift) * steps.stds
+    terms = clipped_terms(log_ratios, advantages, clip_range, clip_range_high)
+    outside = has_left_range(log_ratios.detach(), clip_range, clip_range_high)
+    return Surrogate((terms / steps.durations).mean(), log_ratios.detach(), outside)
+
+
+def divergence_masked_surrogate(
+    steps: ReplayedSteps, advantages: Tensor, *, divergence_limit: float
+) -> Surrogate:
+    """Stop a step by how far its Gaussian has moved, not by one noisy sample of the ratio.
+
+    divergence = mean_shifts / (2 stds^2)
+    loss       = mean over B, K of  -ratio * A,  or 0 where divergence >= divergence_limit and the
+                 ratio has gone where A pushes it (above 1 for A > 0, below 1 for A < 0)
+
+    Args:
+        steps: of a Gaussian transition whose log_prob is its log-density.
+        advantages: [B] one per video.
+        divergence_limit: Above 0, per element of the latent.
+
+    Raises:
+        ValueError: A shape is wrong or the limit is not above 0.
+
+    Source:
+        Flow-DPPO, arXiv:2606.11025; FlowDPPOLoss of verl-omni.
+    """
+    if not divergence_limit > 0:
+        raise ValueError(f"divergence_limit must be above 0, got {divergence_limit}")
+    _check_steps(steps, advantages)
+    log_ratios = steps.log_probs - steps.old_log_probs.detach()
+    advantage = advantages.detach()[:, None]
+    far = steps.mean_shifts.detach() / (2 * steps.stds**2) >= divergence_limit
+    stopped = far & (log_ratios.detach() * advantage > 0)
+    terms = torch.where(stopped, 0.0, -torch.exp(log_ratios) * advantage)
+    return Surrogate(terms.mean(), log_ratios.detach(), stopped)
+
+
+def _check_steps(steps: ReplayedSteps, advantages: Tensor) -> None:
+    axes = check_shape("log_probs", steps.log_probs, "B K")
+    for name, value in zip(ReplayedSteps._fields, steps, strict=True):
+        check_shape(name, value, "B K", **axes)
+    check_shape("advantages", advantages, "B", B=axes["B"])
+    for name in ("stds", "durations"):
+        if not bool((getattr(steps, name) > 0).all()):
+            raise ValueError(
+                f"{name} must be above 0, got {getattr(steps, name).min().item()}; "
+                "a deterministic step has no likelihood"
+            )

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from cac_reward.pixels import check_frames
 from cac_reward.plain import read_json
 from cac_reward.report import SEVERITIES, AnomalyReport, Finding, TimeWindow
-from cac_reward.video import check_frames
 
 JUDGE_FILE = "cac_judge.json"
 SCHEMA_VERSION = 1

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cac_reward.frames import resize_to_budget, scan_indices
 from cac_reward.judges.base import AbstractJudge
+from cac_reward.pixels import check_no_nan
 from cac_reward.video import Video
 
 Clip = Tensor | np.ndarray | Video | str | os.PathLike[str] | Sequence[Image.Image]
@@ -85,6 +86,7 @@ def _standard(videos: Tensor | np.ndarray, layout: str, wanted: str, value_range
     factor, summand = VALUE_RANGES[value_range]
     values = values.permute([layout.index(letter) for letter in wanted]).float() * factor + summand
     low, high = (values.min().item(), values.max().item()) if values.numel() else (0.0, 1.0)
+    check_no_nan("videos", values, "videos" if wanted == LAYOUT else "frames", low)
     if not (low >= -ROUNDING and high <= 1 + ROUNDING):
         raise ValueError(
             f"videos must be in {value_range}, got values from {(low - summand) / factor:.3g} to "
@@ -115,12 +117,7 @@ def check_videos(videos: Tensor, fps: float | None) -> None:
     if not videos.is_floating_point():
         raise ValueError(f"videos must be float in [0, 1], got {videos.dtype}; divide by 255")
     low, high = (videos.min().item(), videos.max().item()) if len(videos) else (0.0, 1.0)
-    if math.isnan(low):
-        broken = videos.isnan().flatten(1).any(dim=1).nonzero().flatten().tolist()
-        raise ValueError(
-            f"videos must hold no NaN, got {int(videos.isnan().sum())} NaN pixels in videos "
-            f"{broken[:10]}; the generator or its decoder overflowed (try float32 or bfloat16)"
-        )
+    check_no_nan("videos", videos, "videos", low)
     if not (low >= 0 and high <= 1):
         raise ValueError(
             f"videos must be in [0, 1], got min={low:.2f}, max={high:.2f}; "

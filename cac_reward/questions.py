@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cac_reward.frames import WORDINGS
+from cac_reward.pixels import check_frames
 from cac_reward.taxonomy import LEAF_TYPES
-from cac_reward.video import check_frames
 
 ROLES = ("system", "user", "assistant", "tool")
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cac_reward.display import display_matrix, even_order, fit_size, upright
+from cac_reward.pixels import check_frames
 from cac_reward.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
@@ -225,27 +226,6 @@ class Video:
         """Write `encode` to a file; a half-written file never carries the final name."""
         with whole_file(path, "wb") as opened:
             opened.write(self.encode(crf=crf))
-
-
-def check_frames(name: str, frames: Tensor) -> None:
-    """Refuse what is not [K 3 H W] float in [0, 1].
-
-    Raises:
-        ValueError: Naming what is wrong and how to put it right.
-    """
-    if not isinstance(frames, Tensor) or frames.ndim != 4 or frames.shape[1] != 3:
-        shape = tuple(frames.shape) if isinstance(frames, Tensor) else type(frames).__name__
-        raise ValueError(f"{name} must be a tensor [frames, 3, height, width], got {shape}")
-    if 0 in frames.shape:
-        raise ValueError(f"{name} must hold at least one pixel, got shape {tuple(frames.shape)}")
-    if not frames.is_floating_point():
-        raise ValueError(f"{name} must be float in [0, 1], got {frames.dtype}; divide by 255")
-    low, high = frames.min().item(), frames.max().item()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"{name} must be in [0, 1], got min={low:.2f}, max={high:.2f}; "
-            "rescale with (x + 1) / 2 if it is in [-1, 1]"
-        )
 
 
 def _import_av() -> Any:

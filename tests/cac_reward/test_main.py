@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +93,33 @@ def test_any_weights_give_a_verdict_or_say_why_not(
         (0, False),
         (3, True),
     )
+
+
+def write_thin(path: Path, height: int, width: int) -> None:
+    """A lossless clip of any size: h264 would want even sides."""
+    with av.open(str(path), "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=8, options={"level": "1"})
+        stream.height, stream.width, stream.pix_fmt = height, width, "bgr0"
+        for shade in range(9):
+            picture = np.full((height, width, 3), 20 * shade, dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="bgr0")))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("mode", ["full", "fast"])
+@pytest.mark.parametrize("size", [(1, 64), (64, 1), (1, 1), (1, 4096)], ids=str)
+def test_one_pixel_is_a_clip_like_any_other(
+    toy_judge_folder: Path, tmp_path: Path, size: tuple[int, int], mode: str
+) -> None:
+    path, record = tmp_path / "thin.mkv", tmp_path / "out.json"
+    write_thin(path, *size)
+    arguments = ["score", str(path), "--judge", str(toy_judge_folder), "--mode", mode]
+    status = main([*arguments, "--json", str(record), "--html", str(tmp_path / "out.html")])
+    report = AnomalyReport.from_json(record.read_text(encoding="utf-8"))
+    assert (report.num_frames, report.fps) == (9, 8.0)
+    assert status == (0 if report.error is None else 3)
+    assert report.error is not None or 0 <= report.score <= 1
 
 
 def test_bad_input_is_one_line_and_no_traceback(

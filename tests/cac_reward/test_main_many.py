@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+import cac_reward.video as video_module
 from cac_reward.__main__ import main
 from cac_reward.records import RecordWriter, read_records
 from cac_reward.report import AnomalyReport, Box, Finding, TimeWindow
 from cac_reward.scorer import CaCScorer
 from cac_reward.video import Video
+from tests.cac_reward.test_video import long_mp4
 
 
 class StubScorer:
@@ -175,6 +177,33 @@ def test_several_files_and_one_prompt(folder: Path, scorers: Scorers) -> None:
     assert main(["score", *files, *rest]) == 0
     assert scorers[0].prompts == ["p", "p"]
     assert list(read_records(output)) == files
+
+
+def test_a_clip_of_four_hours_is_refused_and_the_others_go_on(
+    folder: Path,
+    scorers: Scorers,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (folder / "c.mp4").write_bytes(long_mp4(4 * 3600))
+    decoded: list[str] = []
+    read = video_module._read_frames
+
+    def count(container: Any, stream: Any, name: str, *rest: Any) -> Any:
+        decoded.append(Path(name).name)
+        return read(container, stream, name, *rest)
+
+    monkeypatch.setattr(video_module, "_read_frames", count)
+    assert main(arguments(folder)) == 3
+    printed = capsys.readouterr()
+    refused = f"no score: {folder / 'c.mp4'}: video must stay within max_frames=10000, got 14400"
+    assert refused in printed.err
+    assert "4 of 5 clips have a score" in printed.out
+    assert decoded == ["a.mp4", "b.mp4", "d.mkv.mp4", "e.mp4"], "its header alone was read"
+    assert len(scorers[0].prompts) == 4
+    alone = ["score", str(folder / "c.mp4"), "--judge", "J"]
+    assert main(alone) == 2
+    assert "error: video must stay within max_frames=10000, got 14400" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["family", "scan.max_frames", "decoder"])

@@ -176,11 +176,31 @@ def test_without_a_token_another_host_name_is_refused(host: str) -> None:
     assert Caller(token=TOKEN)(headers={**bearer(TOKEN), "Host": host})[0] == 200
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "json"])
-def test_only_json_is_read(kind: str) -> None:
-    status, body, _ = Caller()(headers={"Content-Type": kind})
+def taking_a_body() -> list[str]:
+    """Every route that reads a body, from the app itself."""
+    app = Caller().app
+    return sorted(one.path for one in app.routes if "POST" in getattr(one, "methods", ()))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("text/plain", "application/x-www-form-urlencoded", "", "json", "multipart/form-data"),
+        *("application/jsonp", "application/octet-stream", "video/mp4", "text/plain;json"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/compute", "/score", "/v1/score"])
+def test_only_json_is_read_on_every_route(path: str, kind: str) -> None:
+    assert taking_a_body() == ["/compute", "/score", "/v1/score"]
+    caller = Caller()
+    status, body, _ = caller("POST", path, headers={"Content-Type": kind})
     assert status == 415
-    assert f"Content-Type must be application/json, got {kind!r}" in body["error"]
+    expected = kind.partition(";")[0]
+    assert f"Content-Type must be application/json, got {expected!r}" in body["error"]
+    assert caller.metrics.pending_bytes == 0
+    # The same body is not refused for its type where the type is right.
+    for right in ("application/json", "Application/JSON; charset=utf-8"):
+        assert caller("POST", path, headers={"Content-Type": right})[0] != 415
 
 
 def test_a_body_must_state_a_length_and_keep_it_small() -> None:

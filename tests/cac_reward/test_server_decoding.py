@@ -191,7 +191,10 @@ def test_alpha_and_grey_are_made_rgb(tmp_path: Path) -> None:
         ({"frames": torch.zeros(2, 3, 0, 4)}, "must be [frames, 3, H, W], got [2, 3, 0, 4]"),
         ({"frames": torch.zeros(2, 3, 4, 4).double()}, "must be one of"),
         ({"frames": torch.full((2, 3, 4, 4), 1.5)}, "must be in [0, 1], got min=1.50"),
-        ({"frames": torch.full((2, 3, 4, 4), torch.nan)}, "must be in [0, 1], got min=nan"),
+        (
+            {"frames": torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), torch.nan)])},
+            "must hold no NaN, got 48 NaN values in 1 of 2 frames, first [1]; the generator or its",
+        ),
     ],
 )
 def test_tensors_that_are_no_clip_are_refused(

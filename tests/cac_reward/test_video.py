@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cac_reward import video as module
-from cac_reward.video import Video, VideoHeader, VideoLimits, check_frames
+from cac_reward.video import Video, VideoHeader, VideoLimits
 
 REAL_VIDEOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "real_videos"
 
@@ -469,20 +469,6 @@ def test_wrong_layouts_and_types_are_refused() -> None:
         Video(torch.zeros(4, 3, 8, 8), 8.0)
     with pytest.raises(ValueError, match=r"must have pixels, got \(4, 3, 0, 8\)"):
         Video(torch.zeros(4, 3, 0, 8, dtype=torch.uint8), 8.0)
-
-
-def test_frames_are_checked_at_the_door() -> None:
-    check_frames("frames", torch.rand(2, 3, 4, 4))
-    for wrong in (torch.rand(2, 4, 4, 3), torch.rand(3, 4, 4), [[0.5]]):
-        with pytest.raises(ValueError, match=r"frames must be a tensor \[frames, 3, height, width"):
-            check_frames("frames", wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="frames must hold at least one pixel, got shape"):
-        check_frames("frames", torch.rand(0, 3, 4, 4))
-    with pytest.raises(ValueError, match="frames must be float .*, got torch.uint8; divide by 255"):
-        check_frames("frames", torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
-    for bad in (-1.0, 1.01, float("nan")):
-        with pytest.raises(ValueError, match=r"frames must be in \[0, 1\], got min=.*rescale with"):
-            check_frames("frames", torch.full((2, 3, 4, 4), bad))
 
 
 def test_encoding_refuses_odd_sides_and_unknown_quality() -> None:

@@ -94,6 +94,7 @@ def _parser(wanted: str) -> argparse.ArgumentParser:
     _add_export(commands)
     _add_calibrate(commands)
     _add_annotate(commands, wanted == "annotate")
+    _add_synthesize(commands, wanted == "synthesize")
     _add_serve(commands, wanted == "serve")
     return parser
 
@@ -106,6 +107,16 @@ def _add_annotate(
         from cac_reward.data.__main__ import add_annotate_arguments
 
         add_annotate_arguments(annotate)
+
+
+def _add_synthesize(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], wanted: bool
+) -> None:
+    synthesize = commands.add_parser("synthesize", help="plant faults into clean clips")
+    if wanted:
+        from cac_reward.data.synthesis.__main__ import add_synthesize_arguments
+
+        add_synthesize_arguments(synthesize)
 
 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

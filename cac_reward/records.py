@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
 from types import TracebackType
+from typing import Protocol
 
 from cac_reward.plain import read_json
 from cac_reward.report import AnomalyReport
@@ -139,6 +140,12 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, ClipRecord]:
     return records
 
 
+class Line(Protocol):
+    """What fits on a line of its own, for example a `ClipRecord`."""
+
+    def to_json(self) -> str: ...
+
+
 class RecordWriter:
     """Adds records to a file, each as one whole line on the disk; used as a context.
 
@@ -162,7 +169,7 @@ class RecordWriter:
             ) from error
         self._cut_torn_line()
 
-    def write(self, record: ClipRecord) -> None:
+    def write(self, record: Line) -> None:
         """Add a line; it is on the disk when this returns."""
         self._file.write(record.to_json().encode("utf-8") + b"\n")
         self._file.flush()

@@ -37,6 +37,11 @@ LAYERS = {
         "batch",
         *("data/annotations", "data/lines", "data/parquet", "data/shards", "data/storage"),
         *("data/checking", "data/importers/base", "data/importers/", "data/importing"),
+        *("data/synthesis/motion", "data/synthesis/targets", "data/synthesis/blending"),
+        *("data/synthesis/places", "data/synthesis/surfaces", "data/synthesis/moments"),
+        *("data/synthesis/lettering", "data/synthesis/harmless", "data/synthesis/faults"),
+        *("data/synthesis/planting", "data/synthesis/making", "data/synthesis/running"),
+        *("data/synthesis/sheet", "data/synthesis/"),
         *("data/", "training/", "evaluation/", "__main__"),
     ],
     "diffusion_rl": [

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -242,22 +243,20 @@ def _find_trunks(
 ) -> tuple[Tensor, Tensor, list[torch.Generator]]:
     """Rows [U] that differ in prompt or seed, each video's place [B] among them, and its noise.
 
-    The n-th video of a trunk explores with a noise of its own.
+    Where several videos share a trunk each explores with a noise of its own.
     """
-    rows: list[int] = []
-    found: dict[tuple[int, int], int] = {}
-    members: dict[int, int] = {}
-    places, sources = [], []
-    for row, key in enumerate(zip(prompt_index.tolist(), map(int, seeds), strict=True)):
-        if key not in found:
-            found[key] = len(rows)
-            rows.append(row)
-        place = found[key]
-        places.append(place)
-        members[place] = members.get(place, 0) + 1
-        noise_seed = key[1] + members[place] * NOISE_SEED_OFFSET
+    keys = list(zip(prompt_index.tolist(), map(int, seeds), strict=True))
+    rows = {key: row for row, key in reversed(list(enumerate(keys)))}
+    distinct = sorted(rows, key=rows.__getitem__)
+    sources = []
+    for row, key in enumerate(keys):
+        noise_seed = key[1] + NOISE_SEED_OFFSET
+        if keys.count(key) > 1:
+            words = np.random.SeedSequence((key[1], keys[:row].count(key))).generate_state(1)
+            noise_seed = int(words[0])
         sources.append(torch.Generator().manual_seed(noise_seed))
-    return torch.tensor(rows), torch.tensor(places), sources
+    places = [distinct.index(key) for key in keys]
+    return torch.tensor([rows[key] for key in distinct]), torch.tensor(places), sources
 
 
 def _stack(recorded: list[Tensor], like: Tensor) -> Tensor:

@@ -4,23 +4,62 @@ Clips are grey on average; the reward is highest where the red channel's mean is
 below were the worst of several seeds, rounded to the safe side.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from diffusion_rl.algorithms import algorithm
 from diffusion_rl.finetune import FinetuneSettings, StepReport, finetune
 from diffusion_rl.lora import attach_lora
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, sample_videos
-from diffusion_rl.row_settings import GrpoSettings, NftSettings
+from diffusion_rl.row_settings import (
+    AlgorithmSettings,
+    AwmSettings,
+    DanceGrpoSettings,
+    DdpoSettings,
+    DppoSettings,
+    GrpoGuardSettings,
+    GrpoSettings,
+    MixGrpoSettings,
+    NftSettings,
+)
 from tests.toy_gaussian import LORA, ToyGenerator
 
 TARGET = 0.6
-ALGORITHMS = {
-    "grpo": (GrpoSettings(clip_range=0.02, inner_steps=2), 2e-2),
-    "nft": (NftSettings(kl_weight=0.0), 5e-3),
+ALGORITHMS: dict[str, tuple[AlgorithmSettings, float, dict[str, Any]]] = {
+    "ddpo": (DdpoSettings(clip_range=0.02, inner_steps=2), 2e-2, {"noise_level": 1.0}),
+    "grpo": (GrpoSettings(clip_range=0.02, inner_steps=2), 2e-2, {}),
+    "dance_grpo": (DanceGrpoSettings(clip_range=0.02, inner_steps=2), 2e-2, {}),
+    "mix_grpo": (
+        MixGrpoSettings(clip_range=0.02, inner_steps=2, updates_per_window=3),
+        2e-2,
+        {"shared_noise": True},
+    ),
+    "grpo_guard": (GrpoGuardSettings(clip_range=0.02, inner_steps=2), 2e-2, {}),
+    "dppo": (DppoSettings(divergence_limit=2e-4, inner_steps=2), 2e-2, {}),
+    "nft": (NftSettings(kl_weight=0.0), 5e-3, {}),
+    "awm": (AwmSettings(inner_steps=4, noise_levels=2, anchor_weight=0.1), 5e-3, {}),
 }
+
+
+def settings_for(name: str, updates: int, **options: Any) -> FinetuneSettings:
+    settings, learning_rate, own = ALGORITHMS[name]
+    return FinetuneSettings(
+        algorithm=settings,
+        rollout=RolloutSettings(stochastic_steps=3, micro_batch=16, **own, **options),
+        optimizer=OptimizerSettings(learning_rate=learning_rate),
+        updates=updates,
+    )
+
+
+def prepare(name: str) -> ToyGenerator:
+    generator = ToyGenerator()
+    attach_lora(generator.transformer, LORA, old_policy=algorithm(name).uses_old_policy)
+    return generator
 
 
 def redness(videos: Tensor) -> Tensor:
@@ -29,9 +68,7 @@ def redness(videos: Tensor) -> Tensor:
 
 def learn(name: str, sign: float, updates: int = 60) -> tuple[ToyGenerator, list[StepReport]]:
     """Train on sign * -(redness - TARGET)^2."""
-    settings, learning_rate = ALGORITHMS[name]
-    generator = ToyGenerator()
-    attach_lora(generator.transformer, LORA, old_policy=name == "nft")
+    generator = prepare(name)
 
     def reward(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
         return -sign * (redness(videos) - TARGET) ** 2
@@ -40,14 +77,7 @@ def learn(name: str, sign: float, updates: int = 60) -> tuple[ToyGenerator, list
         generator,
         [Reward("red", reward)],
         ["plain"],
-        FinetuneSettings(
-            algorithm=settings,
-            rollout=RolloutSettings(
-                num_inference_steps=6, stochastic_steps=3, prompts_per_update=4, micro_batch=16
-            ),
-            optimizer=OptimizerSettings(learning_rate=learning_rate),
-            updates=updates,
-        ),
+        settings_for(name, updates, num_inference_steps=6, prompts_per_update=4),
     )
     return generator, list(reports)
 
@@ -80,20 +110,13 @@ def test_with_the_sign_flipped_the_loop_runs_away(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_reward_that_ties_teaches_nothing(name: str) -> None:
-    settings, learning_rate = ALGORITHMS[name]
-    generator = ToyGenerator()
-    attach_lora(generator.transformer, LORA, old_policy=name == "nft")
+    generator = prepare(name)
     before = mean_redness(generator)
     reports = finetune(
         generator,
         [Reward("same", lambda videos, prompts, *, fps: torch.ones(len(videos)))],
         ["plain"],
-        FinetuneSettings(
-            algorithm=settings,
-            rollout=RolloutSettings(num_inference_steps=4, prompts_per_update=2),
-            optimizer=OptimizerSettings(learning_rate=learning_rate),
-            updates=3,
-        ),
+        settings_for(name, updates=3, num_inference_steps=4, prompts_per_update=2),
     )
     assert [report.tied_share for report in reports] == [1.0] * 3
     assert mean_redness(generator) == pytest.approx(before, abs=1e-6)

@@ -28,6 +28,14 @@ def test_nft_learns_from_videos_noised_afresh():
     assert row.uses_old_policy
 
 
+def test_only_rows_of_the_forward_process_keep_an_old_policy():
+    for row in ALGORITHMS.values():
+        assert row.uses_old_policy == (row.learning_steps == "forward_process")
+        assert (row.transition is ode) == row.uses_old_policy
+    assert algorithm("awm").old_policy == "anchors"
+    assert [name for name, row in ALGORITHMS.items() if row.uses_history] == ["ddpo"]
+
+
 def test_every_row_uses_a_named_transition():
     assert all(row.transition in TRANSITIONS.values() for row in ALGORITHMS.values())
 

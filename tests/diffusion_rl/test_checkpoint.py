@@ -1,18 +1,22 @@
 """Stop anywhere, go on bit for bit; and what happens when the disk does not play along."""
 
 import errno
+import io
 import json
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from diffusion_rl.algorithms import algorithm
 from diffusion_rl.checkpoint import (
     MANIFEST,
     STATE_FILE,
+    Snapshot,
     checkpoints,
     latest_checkpoint,
     read_checkpoint,
@@ -34,7 +38,7 @@ from diffusion_rl.lora import (
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.row_settings import AlgorithmSettings, GrpoSettings, NftSettings
+from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings, NftSettings
 from tests.toy_gaussian import LORA, ToyGenerator
 
 
@@ -48,10 +52,10 @@ REWARD = Reward("jittery", jittery)
 
 
 def settings_for(
-    algorithm: AlgorithmSettings, updates: int, average_decay: float = 0.0
+    row: AlgorithmSettings, updates: int, average_decay: float = 0.0
 ) -> FinetuneSettings:
     return FinetuneSettings(
-        algorithm=algorithm,
+        algorithm=row,
         rollout=RolloutSettings(
             num_inference_steps=4, stochastic_steps=2, prompts_per_update=2, videos_per_prompt=4
         ),
@@ -63,15 +67,15 @@ def settings_for(
 
 def start(settings: FinetuneSettings, seed: int = 0) -> tuple[ToyGenerator, FinetuneState]:
     generator = ToyGenerator()
-    nft = isinstance(settings.algorithm, NftSettings)
+    old = algorithm(settings.algorithm.name).uses_old_policy
     average = settings.optimizer.average_decay > 0
-    attach_lora(generator.transformer, LORA, old_policy=nft, average=average, seed=seed)
+    attach_lora(generator.transformer, LORA, old_policy=old, average=average, seed=seed)
     return generator, begin(generator, settings)
 
 
 def weights(generator: ToyGenerator, settings: FinetuneSettings) -> dict[str, Tensor]:
     adapters = [TRAINED]
-    adapters += [OLD] if isinstance(settings.algorithm, NftSettings) else []
+    adapters += [OLD] if algorithm(settings.algorithm.name).uses_old_policy else []
     adapters += [AVERAGE] if settings.optimizer.average_decay else []
     return {
         f"{adapter} {name}": value
@@ -80,12 +84,24 @@ def weights(generator: ToyGenerator, settings: FinetuneSettings) -> dict[str, Te
     }
 
 
-@pytest.mark.parametrize("average_decay", [0.0, 0.9])
-@pytest.mark.parametrize("algorithm", [GrpoSettings(inner_steps=2), NftSettings()])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ddpo": {"history_capacity": 12, "history_min_count": 10},
+    "mix_grpo": {"window": "random", "updates_per_window": 2},
+    "awm": {"inner_steps": 2, "noise_levels": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "average_decay"), [*((name, 0.9) for name in SETTINGS), ("grpo", 0.0), ("nft", 0.0)]
+)
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
-    algorithm: AlgorithmSettings, average_decay: float, tmp_path: Path
+    name: str, average_decay: float, tmp_path: Path
 ) -> None:
-    whole = settings_for(algorithm, updates=5, average_decay=average_decay)
+    options = OPTIONS.get(name, {})
+    if "clip_range" in vars(SETTINGS[name]()):
+        options = {**options, "clip_range": 0.02}
+    row = SETTINGS[name](kl_weight=0.1, **options)
+    whole = settings_for(row, updates=5, average_decay=average_decay)
     generator, state = start(whole)
     torch.manual_seed(7)
     random.seed(7)
@@ -107,11 +123,14 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
     assert second_state.videos_generated == first_state.videos_generated
     assert second_state.reference_levels == first_state.reference_levels
     assert second_state.running_levels == first_state.running_levels != {}
+    assert second_state.history == first_state.history
+    assert bool(second_state.history) == (name == "ddpo")
     rewards += [
         report.reward
         for report in finetune(second, [REWARD], ["plain", "bright"], whole, second_state)
     ]
     assert rewards == [report.reward for report in expected]
+    assert second_state.history == state.history
     after, before = weights(second, whole), weights(generator, whole)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -247,6 +266,18 @@ def test_a_half_written_checkpoint_is_refused_with_the_way_out(
         read_checkpoint(path)
     assert f"delete {path} to go on from {folder / 'step-000001'}" in str(raised.value)
     assert read_checkpoint(folder / "step-000001").step == 1
+
+
+def test_a_checkpoint_without_a_history_has_an_empty_one(trained: tuple) -> None:
+    generator, state, folder = trained
+    snapshot = read_checkpoint(folder / "step-000002")
+    record = torch.load(io.BytesIO(snapshot.files[STATE_FILE]), weights_only=True)
+    del record["history"]
+    buffer = io.BytesIO()
+    torch.save(record, buffer)
+    state.history = {0: [1.0]}
+    restore(generator, state, Snapshot(2, {**snapshot.files, STATE_FILE: buffer.getvalue()}))
+    assert state.history == {}
 
 
 def test_a_checkpoint_of_another_version_is_refused(trained: tuple) -> None:

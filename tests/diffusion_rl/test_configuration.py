@@ -15,7 +15,7 @@ from diffusion_rl.configuration import (
     save_config,
     to_tree,
 )
-from diffusion_rl.row_settings import GrpoSettings, NftSettings
+from diffusion_rl.row_settings import SETTINGS, GrpoSettings, NftSettings
 
 SMALLEST = """
 generator: {path: some/folder, height: 16, width: 32, num_frames: 5, fps: 8}
@@ -128,6 +128,25 @@ def test_what_does_not_fit_is_refused_with_its_path(
         load_config(config, [override])
 
 
+@pytest.mark.parametrize("row", SETTINGS)
+def test_every_row_is_reached_by_its_name_and_survives_saving(
+    config: Path, tmp_path: Path, row: str
+) -> None:
+    settings = load_config(config, [f"algorithm.name={row}"])
+    assert settings.algorithm == SETTINGS[row]()
+    save_config(settings, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == settings
+
+
+def test_options_of_another_row_are_refused(config: Path) -> None:
+    with pytest.raises(ValueError, match="^algorithm.advantage_std must be a known key"):
+        load_config(config, ["algorithm.name=ddpo", "algorithm.advantage_std=batch"])
+    with pytest.raises(ValueError, match="^algorithm.window must be a known key"):
+        load_config(config, ["algorithm.name=grpo", "algorithm.window=random"])
+    with pytest.raises(ValueError, match="^rollout.shared_noise must be left out with .* 'awm'"):
+        load_config(config, ["algorithm.name=awm", "rollout.shared_noise=true"])
+
+
 @pytest.mark.parametrize("name", ["stochastic_steps", "eligible_steps", "noise_level"])
 def test_settings_that_would_be_ignored_are_refused(config: Path, name: str) -> None:
     message = f"^rollout.{name} must be left out with algorithm 'nft', got 1; it would be ignored"
@@ -188,7 +207,10 @@ def test_every_setting_says_what_it_is() -> None:
                 found |= kinds(default)
         return found
 
-    for kind in kinds(RunSettings) | {GeneratorSettings, NftSettings}:
+    rows = {
+        base for row in SETTINGS.values() for base in row.__mro__ if "Settings" in base.__name__
+    }
+    for kind in kinds(RunSettings) | {GeneratorSettings} | rows:
         body = ast.parse(inspect.getsource(kind)).body[0].body
         for place, node in enumerate(body):
             if isinstance(node, ast.AnnAssign):

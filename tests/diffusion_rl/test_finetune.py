@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import diffusion_rl.finetune
+from diffusion_rl.advantages import group_advantages, history_advantages, separate_advantages
+from diffusion_rl.algorithms import algorithm
 from diffusion_rl.collect import FIRST_TRAINING_SEED, choose_prompts, collect
 from diffusion_rl.finetune import (
     FinetuneSettings,
@@ -24,7 +26,13 @@ from diffusion_rl.lora import OLD, attach_lora, load_lora, lora_state, save_lora
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, Trajectory, sample_videos
-from diffusion_rl.row_settings import AlgorithmSettings, GrpoSettings, NftSettings
+from diffusion_rl.row_settings import (
+    SETTINGS,
+    AlgorithmSettings,
+    DdpoSettings,
+    GrpoSettings,
+    NftSettings,
+)
 from diffusion_rl.updates import UpdateStatistics, update_policy
 from tests.toy_gaussian import LORA, ToyGenerator
 
@@ -33,7 +41,7 @@ ROLLOUT = RolloutSettings(
     num_inference_steps=4, stochastic_steps=2, prompts_per_update=2, videos_per_prompt=4
 )
 TIMES = ("collect_seconds", "judge_seconds", "update_seconds", "seconds")
-EVERY = [GrpoSettings(), NftSettings()]
+EVERY = [row() for row in SETTINGS.values()]
 
 
 def redness(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
@@ -57,7 +65,8 @@ def run(
     settings: FinetuneSettings, *rewards: Reward, state: FinetuneState | None = None
 ) -> tuple[ToyGenerator, list[StepReport]]:
     generator = ToyGenerator()
-    attach_lora(generator.transformer, LORA, old_policy=isinstance(settings.algorithm, NftSettings))
+    old = algorithm(settings.algorithm.name).uses_old_policy
+    attach_lora(generator.transformer, LORA, old_policy=old)
     return generator, list(finetune(generator, rewards or [RED], PROMPTS, settings, state))
 
 
@@ -191,8 +200,8 @@ def test_unjudged_videos_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         captured.append(score)
         return score
 
-    for algorithm in EVERY:
-        _, reports = run(settings_for(algorithm, updates=1), Reward("partly", partly))
+    for row in EVERY:
+        _, reports = run(settings_for(row, updates=1), Reward("partly", partly))
         assert reports[0].missing_share == 0.25
         assert math.isfinite(reports[0].loss)
         assert reports[0].grad_norm > 0
@@ -234,6 +243,54 @@ def test_penalties_are_taken_off_what_is_compared(monkeypatch: pytest.MonkeyPatc
     assert report.penalty > 0
     assert compared[0].max() <= 0
     assert compared[0].mean().item() == pytest.approx(-report.penalty)
+
+
+def record_comparisons(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, Tensor]]:
+    found = []
+
+    def spy(*arguments: object) -> Tensor:
+        found.append((arguments, compare(*arguments)))
+        return found[-1][1]
+
+    monkeypatch.setattr(diffusion_rl.finetune, "compare", spy)
+    return found
+
+
+def test_rewards_may_be_compared_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = record_comparisons(monkeypatch)
+    blue = Reward("blue", lambda videos, prompts, *, fps: videos[:, :, 2].mean((1, 2, 3)), 0.5)
+    logged = Reward("logged", lambda videos, prompts, *, fps: torch.rand(len(videos)), 0.0)
+    guards = (GuardSettings(statistic="contrast", weight=2.0, floor=1.0),)
+    row = GrpoSettings(advantage_rewards="separate", advantage_clip=1.5)
+    settings = settings_for(row, guards=guards, updates=1)
+    generator = ToyGenerator()
+    attach_lora(generator.transformer, LORA)
+    state = begin(generator, settings)
+    state.reference_levels = {"contrast": 10.0}
+    list(finetune(generator, [RED, logged, blue], PROMPTS, settings, state))
+    ((score, _, judged, guarded, batch, *_), advantages) = found[0]
+    columns = [judged.judgements[name].score for name in ("red", "blue")] + [-guarded.penalty]
+    expected = separate_advantages(torch.stack(columns), [1.0, 0.5, 1.0], batch.group, clip=1.5)
+    assert torch.equal(advantages, expected)
+    assert not torch.allclose(advantages, group_advantages(score, batch.group, clip=1.5))
+
+
+def test_ddpo_compares_with_what_a_prompt_scored_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = record_comparisons(monkeypatch)
+    settings = settings_for(DdpoSettings(history_capacity=6, history_min_count=6), updates=4)
+    generator = ToyGenerator()
+    attach_lora(generator.transformer, LORA)
+    state = begin(generator, settings)
+    list(finetune(generator, [RED], PROMPTS[:2], settings, state))
+    history = {}
+    for (score, _, _, _, batch, *_), advantages in found:
+        prompt = batch.trajectory.prompt_index
+        expected, history = history_advantages(score, prompt, history, capacity=6, min_count=6)
+        assert torch.equal(advantages, expected)
+    assert state.history == history
+    assert {len(past) for past in history.values()} == {6}
+    last = found[-1][0]
+    assert not torch.allclose(found[-1][1], group_advantages(last[0], last[4].group))
 
 
 def test_the_reference_level_is_that_of_the_base() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
 from diffusion_rl.losses import (
+    AWM_WEIGHTINGS,
+    awm_surrogate,
     clipped_surrogate_loss,
     gaussian_kl,
     nft_loss,
@@ -239,3 +243,85 @@ def test_clip_range_is_checked(clip_range):
 def test_bad_input_is_refused(function, message):
     with pytest.raises(ValueError, match=message):
         function()
+
+
+def direct_awm(prediction, old, latent, data, sigma, advantages, weighting, clip_range):
+    """The published loss video by video, in float64."""
+    total, ratios = 0.0, []
+    for index in range(len(advantages)):
+        time = float(sigma[index])
+        noise = (latent[index].double() - (1 - time) * data[index].double()) / time
+        log_probs = []
+        for velocity in (prediction, old):
+            error = (velocity[index].double() - (noise - data[index].double())).pow(2)
+            mean = error.mean().item()
+            log_probs.append(
+                {
+                    "uniform": -mean,
+                    "t": -mean * time,
+                    "t**2": -mean * time**2,
+                    "huber": -((mean + 1e-10) ** 0.5 - 1e-5) * time,
+                    "ghuber": -((mean + 1e-10) ** 0.25 - 1e-10**0.25) * time / 0.25,
+                }[weighting]
+            )
+        ratio = math.exp(log_probs[0] - log_probs[1])
+        clipped = min(max(ratio, 1 - clip_range), 1 + clip_range)
+        advantage = float(advantages[index]) / 5
+        total += max(-advantage * ratio, -advantage * clipped)
+        ratios.append(ratio)
+    return total / len(advantages), ratios
+
+
+@pytest.mark.parametrize("clip_range", [1.0, 0.05])
+@pytest.mark.parametrize("weighting", AWM_WEIGHTINGS)
+def test_awm_equals_a_direct_implementation(weighting, clip_range):
+    prediction, old, *rest = nft_inputs()
+    prediction = old + 0.3 * prediction
+    value = awm_surrogate(
+        prediction, old, *rest, ADVANTAGES, weighting=weighting, clip_range=clip_range
+    )
+    expected, ratios = direct_awm(prediction, old, *rest, ADVANTAGES, weighting, clip_range)
+    torch.testing.assert_close(value.loss, torch.tensor(expected), rtol=1e-5, atol=1e-6)  # / sigma
+    found = torch.exp(value.log_ratios.flatten())
+    torch.testing.assert_close(found, torch.tensor(ratios).double(), rtol=1e-5, atol=1e-6)
+    outside = (found - 1).abs() > clip_range
+    assert torch.equal(value.outside.flatten(), outside)
+
+
+def test_awm_pulls_towards_good_videos_and_pushes_away_from_bad_ones():
+    _, old, latent, data, sigma = nft_inputs()
+    policy = old.clone().requires_grad_()
+    value = awm_surrogate(policy, old, latent, data, sigma, torch.tensor([5.0, -5.0, 0.0]))
+    assert torch.equal(value.log_ratios, torch.zeros(3, 1).double())
+    value.loss.backward()
+    target = (latent - data) / sigma.reshape(3, 1, 1, 1, 1)
+    along = -(policy.grad * (target - old)).flatten(1).sum(1)
+    assert along[0] > 0 > along[1]
+    assert along[2] == 0
+
+
+def test_awm_is_finite_where_the_prediction_is_perfect():
+    _, _, latent, data, sigma = nft_inputs()
+    exact = ((latent - data) / sigma.reshape(3, 1, 1, 1, 1)).requires_grad_()
+    for weighting in AWM_WEIGHTINGS:
+        value = awm_surrogate(exact, exact, latent, data, sigma, ADVANTAGES, weighting=weighting)
+        (gradient,) = torch.autograd.grad(value.loss, exact)
+        assert torch.isfinite(gradient).all()
+
+
+def test_awm_options_are_checked():
+    with pytest.raises(ValueError, match="weighting must be one of uniform, .*, got ELBO"):
+        awm_surrogate(*nft_inputs(), ADVANTAGES, weighting="ELBO")
+    with pytest.raises(ValueError, match="advantage_limit must be above 0, got 0.0"):
+        awm_surrogate(*nft_inputs(), ADVANTAGES, advantage_limit=0.0)
+    with pytest.raises(ValueError, match=r"clip_range must be in \(0, 1\], got 1.5"):
+        awm_surrogate(*nft_inputs(), ADVANTAGES, clip_range=1.5)
+
+
+def test_two_bounds_clip_each_side_by_its_own():
+    log_probs = torch.log(torch.tensor([[0.5, 0.95, 1.2, 1.5]]))
+    for advantage, expected in ((1.0, [0.5, 0.95, 1.2, 1.3]), (-1.0, [0.9, 0.95, 1.2, 1.5])):
+        loss = clipped_surrogate_loss(
+            log_probs, torch.zeros(1, 4), torch.tensor([advantage]), 0.1, 0.3
+        )
+        torch.testing.assert_close(loss, -advantage * torch.tensor(expected).mean())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.generators.wan import WanGenerator
@@ -91,6 +92,7 @@ def test_recorded_steps_are_those_of_the_transition() -> None:
             next_latent=trajectory.next_latents[index],
         )
         torch.testing.assert_close(trajectory.log_probs[:, index], expected.log_prob)
+        torch.testing.assert_close(trajectory.means[index], expected.mean)
     # Between the two recorded steps lies one deterministic step.
     between = trajectory.next_latents[0]
     velocity = generator.predict(between, trajectory.sigmas[1], embeddings, 1.0)
@@ -125,6 +127,67 @@ def test_a_videos_exploration_ignores_who_shares_the_batch() -> None:
     assert not torch.allclose(many.videos[0], many.videos[2])
 
 
+class CountingGenerator(ToyGenerator):
+    """Counts the videos that the transformer sees."""
+
+    seen = 0
+
+    def predict(self, latent: Tensor, *rest: object) -> Tensor:
+        self.seen += len(latent)
+        return super().predict(latent, *rest)
+
+
+@pytest.mark.parametrize("stochastic", [(2, 3), (0, 3), ()])
+def test_what_comes_before_the_first_stochastic_step_is_denoised_once_for_equal_seeds(
+    stochastic: tuple[int, ...],
+) -> None:
+    generator = CountingGenerator()
+    settings = RolloutSettings(num_inference_steps=5, micro_batch=4)
+    index, seeds = torch.tensor([0, 0, 0, 1, 1, 1]), [7, 7, 7, 7, 7, 9]
+    shared = rollout(
+        generator,
+        generator.encode_prompts(["plain", "bright"]),
+        index,
+        seeds,
+        settings,
+        stochastic=stochastic,
+    )
+    trunk = min(stochastic, default=5)
+    assert generator.seen == 3 * trunk + 6 * (5 - trunk)
+    assert shared.seeds == tuple(seeds)
+    # A video that shares with none is what it is alone; the others share no exploration.
+    rows = (5,) if stochastic else (0, 3, 5)
+    alone = [
+        rollout(
+            generator,
+            generator.encode_prompts(["plain", "bright"]),
+            index[row : row + 1],
+            seeds[row : row + 1],
+            settings,
+            stochastic=stochastic,
+        )
+        for row in rows
+    ]
+    for row, one in zip(rows, alone, strict=True):
+        torch.testing.assert_close(shared.videos[row : row + 1], one.videos)
+        torch.testing.assert_close(shared.log_probs[row : row + 1], one.log_probs)
+    if not stochastic:
+        assert torch.equal(shared.videos[0], shared.videos[1])
+        return
+    assert torch.equal(shared.latents[0, 0], shared.latents[0, 1])
+    assert not torch.equal(shared.latents[0, 2], shared.latents[0, 3]) or trunk == 0
+    drawn = (shared.next_latents - shared.means).flatten(2)
+    start = generator.initial_latents([7]).flatten()
+    for row in range(5):
+        for other in (start, drawn[0, (row + 1) % 5], drawn[1, row]):
+            correlation = torch.corrcoef(torch.stack([drawn[0, row], other]))[0, 1]
+            assert correlation.abs() < 0.3  # Of 192 independent numbers: 4 standard errors.
+    for step in range(len(shared.steps)):
+        for part in chunks(6, settings.micro_batch):
+            ratio = replay(generator, shared, step, part, settings).log_prob
+            assert torch.equal(ratio, shared.log_probs[part, step])
+
+
 def test_keeping_some_videos_keeps_them_whole() -> None:
     trajectory = draw(ToyGenerator(), RolloutSettings(num_inference_steps=4))
     kept = trajectory.keep(torch.tensor([False, True, False, False, True]))
@@ -133,6 +196,7 @@ def test_keeping_some_videos_keeps_them_whole() -> None:
     assert kept.prompt_index.tolist() == [1, 0]
     assert torch.equal(kept.latents, trajectory.latents[:, rows])
     assert torch.equal(kept.next_latents, trajectory.next_latents[:, rows])
+    assert torch.equal(kept.means, trajectory.means[:, rows])
     assert torch.equal(kept.log_probs, trajectory.log_probs[rows])
     assert torch.equal(kept.final_latent, trajectory.final_latent[rows])
     assert torch.equal(kept.videos, trajectory.videos[rows])

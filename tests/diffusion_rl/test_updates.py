@@ -7,12 +7,35 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_rl.lora import attach_lora, lora_state, reference_policy, trained_parameters
+from diffusion_rl.algorithms import ALGORITHMS
+from diffusion_rl.lora import (
+    attach_lora,
+    lora_state,
+    old_policy,
+    reference_policy,
+    trained_parameters,
+)
 from diffusion_rl.optimizers import OptimizerSettings, build_optimizer
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
-from diffusion_rl.row_settings import AlgorithmSettings, GrpoSettings, NftSettings
-from diffusion_rl.transitions import flow_sde, ode
-from diffusion_rl.updates import UpdateStatistics, draw_sigmas, replay, update_policy
+from diffusion_rl.row_settings import (
+    AlgorithmSettings,
+    AwmSettings,
+    DanceGrpoSettings,
+    DdpoSettings,
+    DppoSettings,
+    GrpoGuardSettings,
+    GrpoSettings,
+    NftSettings,
+    RecordedSettings,
+)
+from diffusion_rl.transitions import ode
+from diffusion_rl.updates import (
+    UpdateStatistics,
+    draw_sigmas,
+    replay,
+    surrogate_of,
+    update_policy,
+)
 from tests.toy_gaussian import LORA, ToyGenerator
 
 ADVANTAGES = torch.tensor([1.0, -0.5, 0.25, -1.5, 0.75, 2.0])
@@ -24,19 +47,21 @@ def prepare(
 ) -> tuple[ToyGenerator, Trajectory]:
     """A generator (its adapter shaken by `std`) and six videos it drew."""
     generator = ToyGenerator()
-    parameters = attach_lora(generator.transformer, LORA, old_policy=algorithm.name == "nft")
+    parameters = attach_lora(
+        generator.transformer, LORA, old_policy=ALGORITHMS[algorithm.name].uses_old_policy
+    )
     source = torch.Generator().manual_seed(3)
     for parameter in parameters if std else []:
         parameter.data.normal_(std=std, generator=source)
     embeddings = generator.encode_prompts(["plain", "bright"])
-    recorded = algorithm.name == "grpo"
+    recorded = isinstance(algorithm, RecordedSettings)
     trajectory = rollout(
         generator,
         embeddings,
         torch.arange(6) % 2,
         range(6),
         options,
-        transition=flow_sde if recorded else ode,
+        transition=algorithm.transition_function if recorded else ode,
         stochastic=(0, 2) if recorded else (),
     )
     return generator, trajectory
@@ -89,7 +114,13 @@ def test_the_first_gradient_is_the_policy_gradient() -> None:
     assert statistics.loss == pytest.approx(-ADVANTAGES.mean().item())
 
 
-@pytest.mark.parametrize("algorithm", [GrpoSettings(kl_weight=0.1), NftSettings(inner_steps=2)])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        *(GrpoSettings(kl_weight=0.1), NftSettings(inner_steps=2)),
+        *(GrpoGuardSettings(), DppoSettings(), AwmSettings(inner_steps=2, noise_levels=2)),
+    ],
+)
 def test_the_micro_batch_changes_no_gradient(algorithm: AlgorithmSettings) -> None:
     results = []
     for size in (6, 4, 1):
@@ -126,7 +157,12 @@ def test_inner_steps_split_the_recorded_videos() -> None:
 
 
 @pytest.mark.parametrize(
-    "algorithm", [GrpoSettings(kl_weight=1.0), NftSettings(kl_weight=1000.0, inner_steps=1)]
+    "algorithm",
+    [
+        *(GrpoSettings(kl_weight=1.0), NftSettings(kl_weight=1000.0, inner_steps=1)),
+        *(DanceGrpoSettings(kl_weight=1.0), DdpoSettings(kl_weight=1.0)),
+        *(GrpoSettings(kl_weight=1.0, transition="cps"), AwmSettings(kl_weight=1.0)),
+    ],
 )
 def test_the_kl_term_pulls_towards_the_reference(algorithm: AlgorithmSettings) -> None:
     generator, trajectory = prepare(algorithm, OPTIONS, std=0.3)
@@ -168,6 +204,82 @@ def test_forward_process_statistics_have_no_ratio() -> None:
     assert math.isnan(statistics.ratio_deviation)
     assert math.isnan(statistics.clip_fraction)
     assert statistics.grad_norm > 0
+
+
+def test_awm_compares_with_the_policy_before_the_update() -> None:
+    """Ratio 1 exactly at its first optimiser step, not after; its anchor is the old policy."""
+    for inner, deviates in ((1, False), (3, True)):
+        algorithm = AwmSettings(inner_steps=inner, noise_levels=2, anchor_weight=0.0, kl_weight=0.0)
+        generator, trajectory = prepare(algorithm, OPTIONS, std=0.1)
+        statistics = run(generator, trajectory, algorithm, OPTIONS)
+        assert (statistics.ratio_deviation > 0) == deviates
+        assert statistics.clip_fraction == 0.0
+    found = []
+    for inner in (1, 2):
+        algorithm = AwmSettings(inner_steps=inner, noise_levels=2, weighting="t", clip_range=1e-6)
+        generator, trajectory = prepare(algorithm, OPTIONS, std=0.1)
+        found.append(run(generator, trajectory, algorithm, OPTIONS).clip_fraction)
+    # In the second of two steps every ratio has moved; half of those would learn no more.
+    assert found == [0.0, pytest.approx(0.5)]
+
+
+def test_awm_sees_each_video_at_several_noise_levels_in_one_step() -> None:
+    algorithm = AwmSettings(noise_levels=3, anchor_weight=0.0, kl_weight=0.0)
+    generator, trajectory = prepare(algorithm, OPTIONS)
+    asked = []
+    predict = generator.predict
+
+    def spy(latent: Tensor, sigma: Tensor, *rest: object) -> Tensor:
+        asked.append(sigma)
+        return predict(latent, sigma, *rest)
+
+    generator.predict = spy
+    run(generator, trajectory, algorithm, OPTIONS)
+    assert len(asked) == 3
+    assert len(torch.stack(asked).unique()) == 18
+
+
+def test_the_anchor_pulls_towards_the_old_policy() -> None:
+    algorithm = AwmSettings(anchor_weight=10.0, kl_weight=0.0)
+    generator, trajectory = prepare(algorithm, OPTIONS, std=0.3)
+
+    def gap() -> float:
+        latent, sigma = generator.initial_latents(range(6)), torch.tensor(0.5)
+        with torch.no_grad():
+            now = generator.predict(latent, sigma, trajectory.embeddings, 1.0)
+            with old_policy(generator.transformer):
+                old = generator.predict(latent, sigma, trajectory.embeddings, 1.0)
+        return (now - old).square().mean().item()
+
+    before = gap()
+    run(generator, trajectory, algorithm, OPTIONS, torch.zeros(6))
+    assert gap() < before
+
+
+@pytest.mark.parametrize("kind", [GrpoGuardSettings, DppoSettings])
+def test_rows_that_watch_the_means_see_them_move(kind: type) -> None:
+    """Against their formulas, from a replay with weights that have moved."""
+    algorithm = kind()
+    generator, trajectory = prepare(algorithm, OPTIONS, std=0.1)
+    for parameter in trained_parameters(generator.transformer):
+        parameter.data.mul_(1.1)
+    part = slice(0, 6)
+    step = replay(generator, trajectory, 1, part, OPTIONS)
+    value = surrogate_of(step, trajectory, 1, part, ADVANTAGES, algorithm)
+    plain = (step.log_prob - trajectory.log_probs[:, 1]).detach()
+    std = step.std.flatten()
+    shift = (step.mean - trajectory.means[1]).square().flatten(1).mean(1).detach()
+    assert shift.min() > 0
+    if kind is DppoSettings:
+        far = shift / (2 * std**2) >= algorithm.divergence_limit
+        assert torch.equal(value.log_ratios[:, 0], plain)
+        assert torch.equal(value.outside[:, 0], far & (plain * ADVANTAGES > 0))
+        return
+    torch.testing.assert_close(value.log_ratios[:, 0], (plain + shift / (2 * std**2)) * std)
+    duration = trajectory.sigmas[2] - trajectory.sigmas[3]
+    ratio = value.log_ratios[:, 0].exp()
+    worst = torch.maximum(-ADVANTAGES * ratio, -ADVANTAGES * ratio.clamp(1 - 2e-6, 1 + 2e-6))
+    torch.testing.assert_close(value.loss.detach(), worst.mean() / duration)
 
 
 def test_final_latents_are_noised_as_flow_matching_does() -> None:

@@ -36,6 +36,11 @@ class JudgeOptions:
     """Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."""
     family: str | None = None
     """Of an endpoint's model, which cannot be asked; a judge here says it in its config."""
+    patch_factor: int | None = None
+    """Of an endpoint's model: sides of frames are multiples of this; None for the family's."""
+    settings: str | None = None
+    """Folder whose cac_judge.json says how an endpoint's judge was trained to be asked; a judge
+    here has it beside its weights."""
     revision: str | None = None
     """Branch, tag or commit of the hub id."""
     base: str | None = None
@@ -68,7 +73,8 @@ class JudgeOptions:
                 "address as endpoint, and the server's name of the model as judge"
             )
         if self.endpoint is None:
-            self._refuse(("family",), "without endpoint; the judge's config.json says it")
+            elsewhere = ("family", "patch_factor", "settings")
+            self._refuse(elsewhere, "without endpoint; the judge's own files say it")
             if self.num_votes is None:
                 self._refuse(("seed",), "without num_votes; nothing else is sampled")
             return
@@ -108,20 +114,28 @@ class JudgeOptions:
             raise ImportError(
                 "endpoint needs openai; install it with: pip install 'cac-reward[serve]'"
             )
-        from cac_reward.frames import JudgeSettings
+        from cac_reward.frames import JUDGE_FILE, JudgeSettings
         from cac_reward.judges.endpoint import EndpointOptions
         from cac_reward.scorer import CaCScorer
 
         asked: dict[str, object] = {"seed": self.seed or 0}
         if self.num_votes is not None:
             asked |= {"probabilities": "votes", "num_votes": self.num_votes}
-        if self.family is not None:
-            asked["family"] = self.family
+        for name in ("family", "patch_factor"):
+            if getattr(self, name) is not None:
+                asked[name] = getattr(self, name)
+        settings = JudgeSettings()
+        if self.settings is not None:
+            if not (Path(self.settings) / JUDGE_FILE).is_file():
+                raise ValueError(
+                    f"settings must be a folder with a {JUDGE_FILE}, got {self.settings}"
+                )
+            settings = JudgeSettings.load(self.settings)
         return CaCScorer.from_endpoint(
             endpoint,
             self.judge,
             options=EndpointOptions(**asked),  # type: ignore[arg-type]
-            settings=JudgeSettings().seen_as(self.scan, self.inspect),
+            settings=settings.seen_as(self.scan, self.inspect),
             mode=self.mode,
             cache=cache,
         )
@@ -143,6 +157,12 @@ def add_judge_arguments(parser: argparse.ArgumentParser) -> None:
         f"--judge is its name of the model, and {KEY_VARIABLE} its key",
     )
     options.add_argument("--family", help="of an endpoint's model, such as qwen2_5_vl")
+    options.add_argument(
+        "--patch-factor", type=int, metavar="N", help="sides of an endpoint's frames: multiples"
+    )
+    options.add_argument(
+        "--settings", metavar="FOLDER", help="with the cac_judge.json of an endpoint's judge"
+    )
     options.add_argument("--revision", help="branch, tag or commit of the hub id")
     options.add_argument("--base", metavar="FOLDER_OR_ID", help="base of a LoRA judge")
     options.add_argument("--device", help="cpu (default), cuda, cuda:1, ...")

@@ -20,6 +20,7 @@ from cac_reward.judge_options import (
 from cac_reward.records import read_records
 from cac_reward.scorer import CaCScorer
 from cac_reward.video import Video
+from tests.cac_reward.test_judges_endpoint import serving
 from tests.tiny_judge import build_tiny_judge
 
 URL = "http://127.0.0.1:1/v1"
@@ -119,6 +120,9 @@ def test_an_endpoint_is_asked_as_it_was_asked_for(monkeypatch: pytest.MonkeyPatc
         (["--endpoint", "127.0.0.1:8000"], "endpoint must begin with one of"),
         (["--judge", URL], "judge must be a folder, a hub id or a model's name, .* as endpoint"),
         (["--family", "qwen3_5"], "family must be left out without endpoint; .*got 'qwen3_5'"),
+        (["--patch-factor", "8"], "patch_factor must be left out without endpoint; .*got 8"),
+        (["--settings", "f"], "settings must be left out without endpoint; .*got 'f'"),
+        (["--endpoint", URL, "--settings", "/no"], "settings must be a folder with a cac_judge.j"),
         (["--seed", "0"], "seed must be left out without num_votes; nothing else .*got 0"),
         *(
             (["--endpoint", URL, f"--{name}", "x"], f"{name} must be left out with endpoint; .*'x'")
@@ -154,6 +158,32 @@ def test_a_setting_must_be_a_number(value: str, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit, match="2"):
         parsed("--scan", value)
     assert f"must be KEY=NUMBER, got '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_judge_at_an_endpoint_says_what_it_says_here(
+    toy_judge_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("openai", reason="the extra 'serve' is not installed")
+    generator = torch.Generator().manual_seed(1)
+    (tmp_path / "clips").mkdir()
+    for name in ("a", "b"):
+        video = Video.from_float(torch.rand(13, 3, 32, 32, generator=generator), 8.0)
+        video.save(tmp_path / "clips" / f"{name}.mp4")
+    clips = ["score", str(tmp_path / "clips"), "--mode", "fast", "--scan", "max_frames=5"]
+    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    main([*clips, "--judge", str(toy_judge_folder), "--output", str(here)])
+    how = ["--patch-factor", "8", "--settings", str(toy_judge_folder)]
+    with serving() as url:
+        main([*clips, "--endpoint", url, "--judge", "toy", *how, "--output", str(there)])
+    for path, record in read_records(there).items():
+        found, expected = record.report, read_records(here)[path].report
+        assert found is not None
+        assert expected is not None
+        assert found.scan_frames == expected.scan_frames
+        assert len(found.scan_frames) == 5
+        assert found.settings == expected.settings
+        assert found.reward == pytest.approx(expected.reward, abs=1e-3)
 
 
 def test_without_openai_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from cac_reward.data.synthesis.targets import Rect, Target, bounds
 def repaste(canvas: Canvas, target: Target, random: np.random.Generator) -> bool:
     """A moving thing is cut out, resampled and laid back where it was."""
     cv2 = import_cv2()
-    off = random.uniform(0.3, 0.5, 2)
+    off = random.uniform(0.15, 0.35, 2)
     for frame in range(target.start, target.stop):
         matte = target.matte(frame, grow=2)
         rect = bounds(matte > 0)

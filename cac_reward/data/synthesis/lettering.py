@@ -45,7 +45,7 @@ class Sign:
         below = self.clean[frame][self.rect.slices].astype(np.float32)
         ground, ink = (235.0, 20.0) if self.dark else (18.0, 240.0)
         plate = below + self.plate * (ground - below)
-        return (plate + letters[..., None] * (ink - plate)).astype(np.float32)
+        return np.asarray(plate + letters[..., None] * (ink - plate), dtype=np.float32)
 
     def letters(self) -> Floats:
         """[H W] as they should be."""
@@ -88,7 +88,7 @@ class Sign:
             whole = Image.new("L", line.size)
             whole.paste(cell, corner)
             line = Image.fromarray(np.maximum(np.asarray(line), np.asarray(whole)))
-        return np.asarray(line, dtype=np.float32) / 255
+        return np.asarray(line).astype(np.float32) / np.float32(255)
 
     def _bent(self, letters: Floats, first: int, last: int, random: np.random.Generator) -> Floats:
         """The letters of a stretch in waves."""
@@ -119,15 +119,14 @@ def write_sign(frames: Pixels, random: np.random.Generator) -> tuple[Pixels, Sig
         The frames with it, and the sign; None where the frames are too small to read it.
     """
     height, width = frames.shape[1:3]
-    text = str(random.choice(list(WORDS)))
-    font_pixels = round(float(random.uniform(0.07, 0.12)) * height)
-    while font_pixels >= _LEAST_HEIGHT:
-        span = round(_font(font_pixels).getlength(text)) + 2 * (font_pixels // 3)
-        if span <= 0.9 * width:
-            break
-        font_pixels -= 1
-    else:
+    font_pixels = max(_LEAST_HEIGHT, round(float(random.uniform(0.07, 0.12)) * height))
+    pad = 2 * (font_pixels // 3)
+    lengths = {text: pad + round(_font(font_pixels).getlength(text)) for text in WORDS}
+    fitting = [text for text in WORDS if lengths[text] <= 0.9 * width]
+    if not fitting or 2 * font_pixels > height:
         return None
+    text = str(random.choice(fitting))
+    span = lengths[text]
     line = round(1.6 * font_pixels)
     left = int(random.integers(0, width - span + 1))
     if random.random() < 0.5:

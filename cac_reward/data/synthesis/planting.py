@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from cac_reward.data.synthesis.targets import Rect, Scene, Target, follow
 from cac_reward.report import Box, Finding, TimeWindow
 
 _WINDOW_TRIES = 12
+_HARMLESS_TRIES = 6
+_SIGN_TRIES = 4
 _REGIONS_EACH = 3
 _LEAST_WINDOW = 3
 """Frames."""
@@ -141,14 +144,18 @@ def plant_harmless(
     for name in order:
         if name in harmless.GLOBAL:
             return name, harmless.GLOBAL[name](scene.frames, random)
-        target = next(_targets(scene, settings, random, False), None)
-        canvas = Canvas(scene)
-        if target is None or not harmless.LOCAL[name](canvas, target, random):
-            continue
-        # The rule of what is seen of a fault, turned round.
-        untouched = Canvas(scene, dict(canvas.frames), dict(canvas.places))
-        if not any(untouched.settle(index) for index in list(untouched.frames)):
-            return name, _assembled(canvas)
+        for target in islice(_targets(scene, settings, random, False), _HARMLESS_TRIES):
+            canvas = Canvas(scene)
+            if not harmless.LOCAL[name](canvas, target, random):
+                continue
+            edited = _assembled(canvas)
+            # Of a background that stands quite still another moment is the same picture.
+            if np.array_equal(edited, scene.frames):
+                continue
+            # The rule of what is seen of a fault, turned round.
+            seen = Canvas(scene, dict(canvas.frames), dict(canvas.places))
+            if not any(seen.settle(index) for index in list(seen.frames)):
+                return name, edited
     raise AssertionError("an edit of the whole clip always works")
 
 
@@ -208,14 +215,18 @@ def _plant_text(
     scene: Scene, fault: Fault, settings: PlantSettings, random: np.random.Generator
 ) -> PlantedFault | None:
     """Write text into the clip and scramble it for a while."""
-    written = write_sign(scene.frames, random)
-    if written is None:
-        return None
-    frames, sign = written
-    canvas = Canvas(Scene(frames, scene.fps, scene.motion))
-    start, stop = window_frames(scene, settings, random)
-    scramble(canvas, sign, start, stop, random)
-    return _finished(canvas, fault, start, stop)
+    for _ in range(_SIGN_TRIES):
+        written = write_sign(scene.frames, random)
+        if written is None:
+            return None
+        frames, sign = written
+        canvas = Canvas(Scene(frames, scene.fps, scene.motion))
+        start, stop = window_frames(scene, settings, random)
+        scramble(canvas, sign, start, stop, random)
+        planted = _finished(canvas, fault, start, stop)
+        if planted is not None:
+            return planted
+    return None
 
 
 def _finished(canvas: Canvas, fault: Fault, start: int, stop: int) -> PlantedFault | None:

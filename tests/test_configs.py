@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from cac_reward.judges.local import LocalJudge
+from diffusion_rl.algorithms import ALGORITHMS
 from diffusion_rl.configuration import build, load_config, save_config, to_tree
 from diffusion_rl.launch import LORA, prepare, train
 from tests.tiny_judge import build_tiny_judge
@@ -66,7 +67,9 @@ def brightness(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
 
 
 def test_there_are_recipes() -> None:
-    assert {"toy_grpo.yaml", "toy_nft.yaml", "wan2.1_1.3b_grpo.yaml"} <= set(RECIPES)
+    assert {"toy_grpo.yaml", "toy_nft.yaml"} <= set(RECIPES)
+    rows = {load_config(FOLDER / name).algorithm.name for name in RECIPES if "wan" in name}
+    assert rows == set(ALGORITHMS)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -89,7 +92,11 @@ def test_a_recipe_leaves_out_what_is_the_default_anyway(name: str) -> None:
         if isinstance(parent[place[-1]], dict | list) or place in REQUIRED:
             continue
         del parent[place[-1]]
-        assert to_tree(build(spoilt)) != expected, f"{name}: {written(place)} is the default"
+        try:
+            without = to_tree(build(spoilt))
+        except ValueError:  # The rest of the recipe does not fit the default.
+            continue
+        assert without != expected, f"{name}: {written(place)} is the default"
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -42,7 +42,10 @@ LAYERS = {
         *("data/synthesis/lettering", "data/synthesis/harmless", "data/synthesis/faults"),
         *("data/synthesis/planting", "data/synthesis/making", "data/synthesis/running"),
         *("data/synthesis/sheet", "data/synthesis/"),
-        *("data/", "training/", "evaluation/", "__main__"),
+        *("data/", "training/"),
+        *("evaluation/classification", "evaluation/intervals", "evaluation/grounding"),
+        *("evaluation/pairing", "evaluation/measuring", "evaluation/writing", "evaluation/"),
+        "__main__",
     ],
     "diffusion_rl": [
         *("shapes", "transitions", "advantages", "credit", "losses", "surrogates"),

@@ -268,7 +268,7 @@ class AnomalyReport:
         if (self.score is None) != (self.error is not None):
             raise ValueError(
                 "score must be None exactly where error says why, got "
-                f"score={self.score} and error={self.error!r}"
+                f"score={short(self.score)} and error={short(self.error)}"
             )
         if self.score is not None:
             set_float(self, "score")
@@ -390,5 +390,7 @@ def _read_settings(value: object) -> Mapping[str, object] | None:
     record = read_record("settings", value, None)
     for name, one in record.items():
         if not (one is None or isinstance(one, str | int) or _is_finite(one)):
-            raise ValueError(f"settings must hold numbers and texts, got {short(one)} for {name}")
+            raise ValueError(
+                f"settings must hold numbers and texts, got {short(one)} for {short(name)}"
+            )
     return record

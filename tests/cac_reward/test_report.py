@@ -198,6 +198,11 @@ FINDING = {"type": "text", "window": [0, 1], "boxes": [], "severity": 1, "why": 
         ({"settings": {"scan.fps": [2]}}, r"settings must hold numbers and texts, got \[2\] for"),
         ({"settings": {"scan.fps": math.inf}}, "settings must hold numbers and texts, got inf for"),
         ({"settings": 3}, "settings must be"),
+        (
+            {"score": [[0, 1]] * 900, "error": "x"},
+            "score must be None exactly .*got score=.{1,99}$",
+        ),
+        ({"settings": {"x" * 5000: []}}, r"settings must .* for 'x{1,40}\.\.\.x{1,40}'$"),
         ({"schema_version": 1}, "report must have no key but .*, got 'prompt_sha256'"),
         ({"prompt_sha256": "0"}, "prompt_sha256 must be the hash of the prompt, [0-9a-f]{64}, got"),
         ({"prompt_sha256": None}, "prompt_sha256 must be the hash of the prompt"),

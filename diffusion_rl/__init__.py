@@ -6,39 +6,107 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusion_rl.advantages import group_advantages
+    from diffusion_rl.advantages import group_advantages, history_advantages, separate_advantages
     from diffusion_rl.algorithms import ALGORITHMS, Algorithm
     from diffusion_rl.guards import GuardSettings
-    from diffusion_rl.losses import clipped_surrogate_loss, gaussian_kl, nft_loss, velocity_kl
+    from diffusion_rl.losses import (
+        Surrogate,
+        awm_surrogate,
+        clipped_surrogate_loss,
+        gaussian_kl,
+        nft_loss,
+        velocity_kl,
+    )
     from diffusion_rl.rewards import Reward, RewardSettings, judge_videos, load_callable
-    from diffusion_rl.transitions import TRANSITIONS, Transition, flow_sde, ode
+    from diffusion_rl.surrogates import (
+        ReplayedSteps,
+        clipped_surrogate,
+        divergence_masked_surrogate,
+        guarded_surrogate,
+    )
+    from diffusion_rl.transitions import (
+        TRANSITIONS,
+        Transition,
+        cps,
+        dance_sde,
+        ddim,
+        flow_sde,
+        flow_sde_wan,
+        ode,
+    )
 
 __all__ = [
     "ALGORITHMS",
-    "TRANSITIONS",
     "Algorithm",
     "GuardSettings",
+    "ReplayedSteps",
     "Reward",
     "RewardSettings",
+    "Surrogate",
+    "TRANSITIONS",
     "Transition",
+    "awm_surrogate",
+    "clipped_surrogate",
     "clipped_surrogate_loss",
+    "cps",
+    "dance_sde",
+    "ddim",
+    "divergence_masked_surrogate",
     "flow_sde",
+    "flow_sde_wan",
     "gaussian_kl",
     "group_advantages",
+    "guarded_surrogate",
+    "history_advantages",
     "judge_videos",
     "load_callable",
     "nft_loss",
     "ode",
+    "separate_advantages",
     "velocity_kl",
 ]
 
 _HOMES = {
-    "advantages": ("group_advantages",),
-    "algorithms": ("ALGORITHMS", "Algorithm"),
+    "advantages": (
+        "group_advantages",
+        "history_advantages",
+        "separate_advantages",
+    ),
+    "algorithms": (
+        "ALGORITHMS",
+        "Algorithm",
+    ),
     "guards": ("GuardSettings",),
-    "losses": ("clipped_surrogate_loss", "gaussian_kl", "nft_loss", "velocity_kl"),
-    "rewards": ("Reward", "RewardSettings", "judge_videos", "load_callable"),
-    "transitions": ("TRANSITIONS", "Transition", "flow_sde", "ode"),
+    "losses": (
+        "Surrogate",
+        "awm_surrogate",
+        "clipped_surrogate_loss",
+        "gaussian_kl",
+        "nft_loss",
+        "velocity_kl",
+    ),
+    "rewards": (
+        "Reward",
+        "RewardSettings",
+        "judge_videos",
+        "load_callable",
+    ),
+    "surrogates": (
+        "ReplayedSteps",
+        "clipped_surrogate",
+        "divergence_masked_surrogate",
+        "guarded_surrogate",
+    ),
+    "transitions": (
+        "TRANSITIONS",
+        "Transition",
+        "cps",
+        "dance_sde",
+        "ddim",
+        "flow_sde",
+        "flow_sde_wan",
+        "ode",
+    ),
 }
 
 

@@ -6,6 +6,7 @@ Axes: H W pixels of a frame or of a part of it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,12 +69,15 @@ class Canvas:
         if index not in self.frames:
             return []
         cv2 = import_cv2()
-        height, width = self.scene.size
-        old, edited = self.scene.frames[index], self.frames[index]
-        change = cv2.absdiff(old, edited).max(axis=2)
+        whole = reduce(Rect.joined, self.places[index])
+        whole = whole.grown(self.scene.margin + 2, *self.scene.size)
+        old, edited = self.scene.frames[index][whole.slices], self.frames[index][whole.slices]
+        # Channel by channel is ten times as fast as along the last axis.
+        change = reduce(cv2.max, cv2.split(cv2.absdiff(old, edited)))
         seen = cv2.blur(change, (3, 3)) >= VISIBLE_LEVELS
         boxes: list[Rect] = []
         for place in self.places[index]:
+            place = place.moved(-whole.left, -whole.top)
             found = _main_bounds(seen[place.slices])
             if found is not None:
                 box = found.moved(place.left, place.top)
@@ -84,14 +88,14 @@ class Canvas:
         if not boxes:
             self.restore(index)
             return []
-        ramp = np.zeros((height, width), np.float32)
+        ramp = np.zeros(change.shape, np.float32)
         for box in boxes:
-            np.maximum(ramp, _ramp(box, self.scene.margin, height, width), out=ramp)
-        if (change[ramp < 1] > 0).any():
+            np.maximum(ramp, _ramp(box, self.scene.margin, *change.shape), out=ramp)
+        if ((ramp < 1) & (change > 0)).any():
             below = old.astype(np.float32)
             kept = below + ramp[..., None] * (edited.astype(np.float32) - below)
-            self.frames[index] = np.rint(kept).astype(np.uint8)
-        return boxes
+            edited[:] = np.rint(kept).astype(np.uint8)
+        return [box.moved(whole.left, whole.top) for box in boxes]
 
     def restore(self, index: int) -> None:
         """Make a frame what it was."""

@@ -109,6 +109,8 @@ def measure_motion(frames: Pixels) -> Motion:
     # Its preset stops at a quarter of the small frame, where a walking figure is a smear.
     engine.setFinestScale(1)
     engine.setVariationalRefinementIterations(0)
+    engine.setGradientDescentIterations(10)
+    engine.setPatchStride(5)
     with one_thread():
         flow = np.stack(
             [engine.calc(*pair, None) for pair in zip(grey[:-1], grey[1:], strict=True)]

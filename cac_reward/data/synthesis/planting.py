@@ -124,7 +124,7 @@ def plant_fault(scene: Scene, settings: PlantSettings, random: np.random.Generat
             assert fault.plant is not None
             if not fault.plant(canvas, target, random):
                 continue
-            planted = _finished(canvas, fault, target.start, target.stop)
+            planted = finished(canvas, fault, target.start, target.stop)
             if planted is not None:
                 return planted
     if order and not found:
@@ -153,7 +153,8 @@ def plant_harmless(
             if np.array_equal(edited, scene.frames):
                 continue
             # The rule of what is seen of a fault, turned round.
-            seen = Canvas(scene, dict(canvas.frames), dict(canvas.places))
+            copies = {index: one.copy() for index, one in canvas.frames.items()}
+            seen = Canvas(scene, copies, dict(canvas.places))
             if not any(seen.settle(index) for index in list(seen.frames)):
                 return name, edited
     raise AssertionError("an edit of the whole clip always works")
@@ -223,14 +224,24 @@ def _plant_text(
         canvas = Canvas(Scene(frames, scene.fps, scene.motion))
         start, stop = window_frames(scene, settings, random)
         scramble(canvas, sign, start, stop, random)
-        planted = _finished(canvas, fault, start, stop)
+        planted = finished(canvas, fault, start, stop)
         if planted is not None:
             return planted
     return None
 
 
-def _finished(canvas: Canvas, fault: Fault, start: int, stop: int) -> PlantedFault | None:
-    """Keep what can be seen, and say where; None where that is too little."""
+def finished(canvas: Canvas, fault: Fault, start: int, stop: int) -> PlantedFault | None:
+    """Keep of some edits what can be seen, and say where.
+
+    Args:
+        canvas: Edited.
+        fault: What was planted.
+        start: First frame of the edits.
+        stop: Frame behind the last.
+
+    Returns:
+        None where too little can be seen, or in too few of the frames.
+    """
     scene = canvas.scene
     least = max(30.0, 0.0015 * scene.size[0] * scene.size[1])
     boxes: dict[int, list[Rect]] = {}

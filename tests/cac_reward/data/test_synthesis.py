@@ -26,12 +26,18 @@ pytest.importorskip("cv2", reason="opencv-python-headless is not installed")
 from cac_reward.data.synthesis.blending import Canvas, membrane
 from cac_reward.data.synthesis.faults import FAULTS
 from cac_reward.data.synthesis.harmless import GLOBAL, LOCAL
-from cac_reward.data.synthesis.making import Source, SourceRecord, SynthesisSettings
+from cac_reward.data.synthesis.making import (
+    Source,
+    SourceRecord,
+    SynthesisSettings,
+    random_for,
+)
 from cac_reward.data.synthesis.motion import import_cv2, measure_motion
 from cac_reward.data.synthesis.planting import (
     NothingMovesError,
     PlantedFault,
     PlantSettings,
+    finished,
     make_scene,
     plant_fault,
     plant_harmless,
@@ -40,6 +46,7 @@ from cac_reward.data.synthesis.running import Journal, finish, synthesize
 from cac_reward.data.synthesis.sheet import write_sheet
 from cac_reward.data.synthesis.targets import Rect, Scene
 
+KINDS = ("faulty", "clean")
 FPS, COUNT, HEIGHT, WIDTH, SIDE = 16.0, 33, 96, 128, 26
 
 
@@ -263,6 +270,26 @@ def test_an_untouched_canvas_gives_back_the_very_frames(scene: Scene) -> None:
     assert canvas.frames == {}
 
 
+def test_what_is_too_small_to_be_seen_at_the_ends_is_taken_back(scene: Scene) -> None:
+    canvas = Canvas(scene)
+    for frame, side in ((9, 5), (10, 20), (11, 20), (12, 20), (13, 5)):
+        rect = Rect(60, 8, 60 + side, 8 + side)
+        content = 255 - canvas.part(frame, rect).round(-2)
+        canvas.blend(frame, rect, content, np.ones((side, side), np.float32))
+    planted = finished(canvas, FAULTS["recolour"], 9, 14)
+    assert planted is not None
+    assert sorted(planted.boxes) == [10, 11, 12]
+    assert np.array_equal(planted.frames[[9, 13]], scene.frames[[9, 13]])
+    assert planted.finding.window.to_json() == [10 / FPS, 13 / FPS]
+
+
+def test_random_numbers_depend_on_seed_name_and_take_alone() -> None:
+    kinds = [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1), (0, "a", 0)]
+    drawn = [random_for(*kind).integers(0, 2**60) for kind in kinds]
+    assert len(set(drawn)) == 4
+    assert drawn[0] == drawn[-1]
+
+
 @pytest.mark.parametrize(
     ("frames", "match"),
     [
@@ -374,6 +401,12 @@ def test_a_folder_becomes_annotated_clips_and_bad_ones_are_listed(
         three = [clip for clip in annotated if clip.extra["take"] == take]
         assert sorted(str(clip.category) for clip in three) == ["clean", "faulty", "harmless"]
         assert len({clip.extra["crf"] for clip in three}) == 1
+        faulty, clean = (one for kind in KINDS for one in three if one.category == kind)
+        shown = [Video.decode(output / one.path).frames.float() for one in (faulty, clean)]
+        frames = faulty.findings[0].window.frame_indices(16, FPS)
+        moved = (shown[0] - shown[1]).abs().amax(dim=(1, 2, 3))
+        outside = [moved[k].item() for k in range(16) if k not in frames]
+        assert moved[frames.start : frames.stop].mean() > 2 * max(outside)
     page = sheet.read_text()
     assert page.count("<section") == 4
     assert "http" not in page.replace("http-equiv", "")

@@ -16,8 +16,8 @@ from torch import Tensor
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.transitions import Transition, TransitionFunction, flow_sde, ode
 
-# Meant to keep exploration apart from initial noise, but torch's CPU generator reads only the low 32
-# bits of a seed: a video that shares its trunk with none begins to explore with its initial noise.
+# Meant to keep exploration apart from initial noise, but torch's CPU generator reads only the low
+# 32 bits of a seed: without a shared trunk a video's exploration begins with its initial noise.
 NOISE_SEED_OFFSET = 1 << 40
 
 

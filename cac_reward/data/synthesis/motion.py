@@ -21,7 +21,7 @@ LEAST_FRAMES = 8
 
 _SMALL_SIDE = 128
 _GRID = 8
-_CAMERA_ROUNDS = 4
+_CAMERA_ROUNDS = 3
 _AFFINE, _CURVED = 1, 2
 _LEAST_SPEED = 0.06
 """Small pixels per frame; below it is the noise of flow on compressed video."""

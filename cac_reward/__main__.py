@@ -95,6 +95,7 @@ def _parser(wanted: str) -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_annotate(commands, wanted == "annotate")
     _add_synthesize(commands, wanted == "synthesize")
+    _add_evaluate(commands, wanted == "evaluate")
     _add_serve(commands, wanted == "serve")
     return parser
 
@@ -117,6 +118,16 @@ def _add_synthesize(
         from cac_reward.data.synthesis.__main__ import add_synthesize_arguments
 
         add_synthesize_arguments(synthesize)
+
+
+def _add_evaluate(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], wanted: bool
+) -> None:
+    evaluate = commands.add_parser("evaluate", help="measure answers against annotated clips")
+    if wanted:
+        from cac_reward.evaluation.__main__ import add_evaluate_arguments
+
+        add_evaluate_arguments(evaluate)
 
 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -16,10 +16,6 @@ from torch import Tensor
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.transitions import Transition, TransitionFunction, flow_sde, ode
 
-# Meant to keep exploration apart from initial noise, but torch's CPU generator reads only the low
-# 32 bits of a seed: without a shared trunk a video's exploration begins with its initial noise.
-NOISE_SEED_OFFSET = 1 << 40
-
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
@@ -244,18 +240,17 @@ def _find_trunks(
 ) -> tuple[Tensor, Tensor, list[torch.Generator]]:
     """Rows [U] that differ in prompt or seed, each video's place [B] among them, and its noise.
 
-    Where several videos share a trunk each explores with a noise of its own.
+    Each explores with a noise of its own, also where several share a trunk.
     """
     keys = list(zip(prompt_index.tolist(), map(int, seeds), strict=True))
     rows = {key: row for row, key in reversed(list(enumerate(keys)))}
     distinct = sorted(rows, key=rows.__getitem__)
     sources = []
     for row, key in enumerate(keys):
-        noise_seed = key[1] + NOISE_SEED_OFFSET
-        if keys.count(key) > 1:
-            words = np.random.SeedSequence((key[1], keys[:row].count(key))).generate_state(1)
-            noise_seed = int(words[0])
-        sources.append(torch.Generator().manual_seed(noise_seed))
+        # Hashed: torch's generator hears only 32 bits of a seed, so that an offset beyond them
+        # would explore with the very noise that the video began from.
+        words = np.random.SeedSequence((key[1], keys[:row].count(key))).generate_state(1)
+        sources.append(torch.Generator().manual_seed(int(words[0])))
     places = [distinct.index(key) for key in keys]
     return torch.tensor([rows[key] for key in distinct]), torch.tensor(places), sources
 

@@ -127,6 +127,20 @@ def test_a_videos_exploration_ignores_who_shares_the_batch() -> None:
     assert not torch.allclose(many.videos[0], many.videos[2])
 
 
+@pytest.mark.parametrize("seed", [0, 7, (1 << 31) + 12345])
+def test_exploration_is_independent_of_the_noise_that_a_video_begins_with(seed: int) -> None:
+    """torch's CPU generator takes seeds modulo 2^32, which once made them the same noise."""
+    generator = ToyGenerator()
+    settings = RolloutSettings(num_inference_steps=4)
+    seeds = range(seed, seed + 16)
+    trajectory = draw(generator, settings, seeds=seeds, stochastic=(0, 2))
+    start = generator.initial_latents(seeds).flatten()
+    for index in range(2):
+        explored = (trajectory.next_latents - trajectory.means)[index].flatten()
+        correlation = torch.corrcoef(torch.stack([explored, start]))[0, 1]
+        assert correlation.abs() < 4 / len(start) ** 0.5
+
+
 class CountingGenerator(ToyGenerator):
     """Counts the videos that the transformer sees."""
 

@@ -123,11 +123,11 @@ def _add_synthesize(
 def _add_evaluate(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], wanted: bool
 ) -> None:
-    evaluate = commands.add_parser("evaluate", help="measure answers against annotated clips")
+    evaluate = commands.add_parser("evaluate", help="measure a judge on annotated clips")
     if wanted:
-        from cac_reward.evaluation.__main__ import add_evaluate_arguments
+        from cac_reward.evaluation.command import add_evaluate_arguments
 
-        add_evaluate_arguments(evaluate)
+        add_evaluate_arguments(evaluate, score=_score_clips)
 
 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -254,6 +254,15 @@ def _score_many(options: argparse.Namespace) -> int:
         for clip in clips
         if in_shard(clip.name, *options.shard)
     ]
+    found = _score_clips(clips, options)
+    if found is None:
+        return STOPPED
+    _write_views(options, found, "link")
+    return NO_SCORE if any(record.failure is not None for record in found) else 0
+
+
+def _score_clips(clips: Sequence[Clip], options: argparse.Namespace) -> list[ClipRecord] | None:
+    """Judge what is not in the output yet, and say how much has a score; None where stopped."""
     # The reason of each clip without a score is printed with its path.
     logging.getLogger("cac_reward.scorer").setLevel(logging.ERROR)
     logging.getLogger("libav").setLevel(logging.CRITICAL)
@@ -267,7 +276,7 @@ def _score_many(options: argparse.Namespace) -> int:
             _judge_with_progress(waiting, len(clips), scorer, writer, records, options)
         except KeyboardInterrupt:
             print(f"stopped; the same command goes on from {options.output}", file=sys.stderr)
-            return STOPPED
+            return None
     found = [records[clip.path] for clip in clips]
     failed = [record for record in found if record.failure is not None]
     print(f"{len(found) - len(failed)} of {len(found)} clips have a score: {options.output}")
@@ -276,8 +285,7 @@ def _score_many(options: argparse.Namespace) -> int:
             f"{len(failed)} without a score, first {failed[0].path}: {failed[0].failure}",
             file=sys.stderr,
         )
-    _write_views(options, found, "link")
-    return NO_SCORE if failed else 0
+    return found
 
 
 def _judge_with_progress(

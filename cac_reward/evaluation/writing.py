@@ -1,18 +1,30 @@
-"""An evaluation for programs (JSON), for documents (Markdown) and for a terminal."""
+"""An evaluation for programs (JSON), documents (Markdown), a browser and a terminal."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 from cac_reward.evaluation.intervals import Estimate
 from cac_reward.evaluation.measuring import Evaluation, Measurement
+from cac_reward.page_assets import STYLE
 from cac_reward.whole_files import whole_file
 
 SCHEMA_VERSION = 1
 _HEAD = ("measure", "value", "interval", "clips")
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_BAR_STYLE = """
+table { border-collapse: collapse; margin: 16px 0; background: var(--paper); }
+th, td { text-align: left; padding: 4px 14px; border-bottom: 1px solid var(--rule); }
+td { font-variant-numeric: tabular-nums; }
+.bar { position: relative; width: 220px; height: 12px; background: var(--track); }
+.bar i { position: absolute; height: 4px; top: 4px; background: var(--asked); }
+.bar b { position: absolute; height: 12px; width: 3px; margin-left: -1px;
+  background: var(--accent); }
+"""
 
 
 def write_json(path: str | Path, evaluation: Evaluation) -> None:
@@ -48,6 +60,39 @@ def markdown(evaluation: Evaluation) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_html(path: str | Path, evaluation: Evaluation) -> None:
+    """Write a page with the same tables, whole or not at all.
+
+    Measures from 0 to 1 are drawn: a mark at the value, a line over the interval. The page has no
+    script and fetches nothing; every name in it is escaped.
+    """
+    title = f"Evaluation of {', '.join(evaluation.judges) or 'no judge'}"
+    head = "".join(f"<th>{name}</th>" for name in (*_HEAD, "0 to 1"))
+    shown = [one for one in evaluation.measurements if not math.isnan(one.estimate.value)]
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + f"<td>{_bar(one)}</td></tr>"
+        for row, one in zip(rows(evaluation), shown, strict=True)
+    )
+    counts = "".join(
+        f"<tr><td>{escape(name)}</td><td>{count}</td></tr>"
+        for name, count in evaluation.counts.items()
+    )
+    missing = ", ".join(without_value(evaluation))
+    with whole_file(path) as opened:
+        opened.write(
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{escape(title)}</title><style>{STYLE}{_BAR_STYLE}</style></head>\n"
+            f"<body><main><h1>{escape(title)}</h1>\n"
+            f'<p class="summary">{escape(_interval_words(evaluation))}</p>\n'
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>\n"
+            f"<table><tbody>{counts}</tbody></table>\n"
+            + (f"<p>Without a value: {escape(missing)}.</p>\n" if missing else "")
+            + "</main></body></html>\n"
+        )
+
+
 def table(evaluation: Evaluation) -> str:
     """The same for a terminal."""
     listed = [_HEAD, *rows(evaluation)]
@@ -75,6 +120,18 @@ def rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
 def without_value(evaluation: Evaluation) -> list[str]:
     """Names of the measures that nothing was there for."""
     return [one.name for one in evaluation.measurements if math.isnan(one.estimate.value)]
+
+
+def _bar(one: Measurement) -> str:
+    """The value and its interval on a line from 0 to 1; seconds have none."""
+    if one.name.startswith("cost."):
+        return ""
+    estimate = one.estimate
+    spread = ""
+    if not math.isnan(estimate.low):
+        width = 100 * (estimate.high - estimate.low)
+        spread = f'<i style="left:{100 * estimate.low:.2f}%;width:{width:.2f}%"></i>'
+    return f'<div class="bar">{spread}<b style="left:{100 * estimate.value:.2f}%"></b></div>'
 
 
 def _interval(estimate: Estimate) -> str:

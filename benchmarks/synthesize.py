@@ -19,12 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cac_reward.batch import find_clips
+from cac_reward.data.synthesis.faults import FAULTS
 from cac_reward.data.synthesis.making import Source, SynthesisSettings, make_source
 from cac_reward.data.synthesis.motion import Pixels, import_cv2, one_thread
 from cac_reward.data.synthesis.planting import (
@@ -97,20 +99,21 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, fl
         video = Video.decode(source.path, longest_side=options.side)
         frames = video.frames[: options.frames].permute(0, 2, 3, 1)
         clips.append(np.ascontiguousarray(frames[:, : video.height // 2 * 2].numpy()))
-    scenes = [make_scene(clips[0], FPS)]
+    scene = make_scene(clips[0], FPS)
+    # OpenCV makes its colour tables on first use.
+    for name in FAULTS:
+        with suppress(ValueError):
+            plant_fault(scene, PlantSettings(faults=(name,)), np.random.default_rng(0))
 
     def plant() -> int:
-        scenes.clear()
         for number, clip in enumerate(clips):
-            scene = make_scene(clip, FPS)
-            plant_fault(scene, PlantSettings(), np.random.default_rng(number))
-            scenes.append(scene)
+            plant_fault(make_scene(clip, FPS), PlantSettings(), np.random.default_rng(number))
         return len(clips)
 
     def edit() -> int:
-        for number, scene in enumerate(scenes):
+        for number in range(len(clips)):
             plant_harmless(scene, PlantSettings(), np.random.default_rng(number))
-        return len(scenes)
+        return len(clips)
 
     def files() -> int:
         (folder / "out" / "clips").mkdir(parents=True)

@@ -248,7 +248,8 @@ def test_a_moving_camera_is_no_moving_thing() -> None:
     motion = measure_motion(frames)
     assert np.quantile(motion.residual, 0.8) < 0.5
     path = motion.background_path(4, 9)
-    np.testing.assert_allclose(path[:2, 2], [-15, 0], atol=0.01 * 128)
+    # Fifteen pixels in five frames, to the right of the picture.
+    assert np.abs(path[:2, 2] - [-15, 0]).max() < 1.3
 
 
 def test_a_membrane_keeps_what_is_known_and_joins_the_rest() -> None:

@@ -55,6 +55,11 @@ def test_a_whole_split_exits_with_zero(
         write(CLIPS[0])
     assert main(arguments(files, "--draws", 0)) == 0
     assert "No intervals" in capsys.readouterr().out
+    with annotation_writer(files[0]) as write:
+        write(CLIPS[0])
+        write(AnnotatedClip(path="other.mp4", verdict="clean"))
+    assert main(arguments(files, "--draws", 0)) == 3
+    assert "1  without a prediction" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,12 @@ from typing import Any
 from cac_reward.adapters.base import Scorer, VideoReward, check_on_failure
 from cac_reward.client import RewardClient
 from cac_reward.inputs import check_rate
-from cac_reward.scorer import CaCScorer
+from cac_reward.judge_options import SCHEMES, JudgeOptions
 
 ENVIRONMENT = "CAC_REWARD_"
 """Beginning of the variables that `ScorerSettings.from_environment` reads."""
 TOKEN_VARIABLE = ENVIRONMENT + "TOKEN"
 """What a server of `cac-reward serve` asks for; no field, so that it is never printed."""
-SCHEMES = ("http://", "https://")
 
 _LOADING = threading.Lock()
 
@@ -129,17 +128,12 @@ class ScorerSettings:
 @functools.cache
 def _load(settings: ScorerSettings) -> Scorer:
     if settings.model is not None:
-        return CaCScorer.from_endpoint(settings.judge, settings.model, mode=settings.mode)
+        options = JudgeOptions(judge=settings.model, endpoint=settings.judge, mode=settings.mode)
+        return options.load()
     if settings.is_server:
         return RewardClient(settings.judge, token=os.environ.get(TOKEN_VARIABLE))
-    return CaCScorer.from_pretrained(
-        settings.judge,
-        device=settings.device,
-        dtype=settings.dtype,
-        attention=settings.attention,
-        revision=settings.revision,
-        mode=settings.mode,
-    )
+    names = ("judge", "device", "dtype", "attention", "revision", "mode")
+    return JudgeOptions(**{name: getattr(settings, name) for name in names}).load()
 
 
 def scorer_of(

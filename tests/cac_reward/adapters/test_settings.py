@@ -11,6 +11,8 @@ from cac_reward import CaCScorer
 from cac_reward.adapters import settings as module
 from cac_reward.adapters.settings import ScorerSettings, dtype_name, scorer_of
 from cac_reward.client import RewardClient
+from cac_reward.frames import JudgeSettings
+from cac_reward.judges.endpoint import EndpointOptions
 from tests.cac_reward.adapters.stub_scorer import StubScorer
 
 SERVER = {"judge": "http://127.0.0.1:8000"}
@@ -22,11 +24,12 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     asked: list[dict] = []
 
     def from_pretrained(judge: str, **options: object) -> StubScorer:
-        asked.append({"judge": judge, **options})
+        given = {name: value for name, value in options.items() if value is not None}
+        asked.append({"judge": judge, **given})
         threading.Event().wait(0.02)  # Long enough for a second thread to come by.
         return StubScorer()
 
-    monkeypatch.setattr(module.CaCScorer, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(CaCScorer, "from_pretrained", from_pretrained)
     module._load.cache_clear()
     yield asked
     module._load.cache_clear()
@@ -150,10 +153,11 @@ def test_an_address_is_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_address_with_a_model_is_an_openai_server(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(
-        module.CaCScorer, "from_endpoint", lambda *judge, **how: asked.append((judge, how)) or 1
+        CaCScorer, "from_endpoint", lambda *judge, **how: asked.append((judge, how)) or 1
     )
+    how = {"options": EndpointOptions(), "settings": JudgeSettings(), "cache": None}
     ScorerSettings(judge="https://a/v1", model="qwen", mode="fast", fps=8).load()
-    assert asked == [(("https://a/v1", "qwen"), {"mode": "fast"})]
+    assert asked == [(("https://a/v1", "qwen"), {"mode": "fast", **how})]
     module._load.cache_clear()
 
 

@@ -14,6 +14,8 @@ import torch
 from cac_reward import CaCScorer
 from cac_reward.adapters import verl_omni
 from cac_reward.adapters.verl_omni import compute_score
+from cac_reward.frames import JudgeSettings
+from cac_reward.judges.endpoint import EndpointOptions
 from tests.cac_reward.adapters.stub_scorer import FPS, UNJUDGED, StubScorer, clip
 
 
@@ -127,4 +129,5 @@ def test_an_openai_server_named_in_the_configuration(monkeypatch: pytest.MonkeyP
     )
     entry = {"judge": "http://127.0.0.1:1/v1", "model": "qwen", "mode": "fast", "fps": FPS}
     assert run_single(clip(51), entry)["score"] == pytest.approx(0.2)
-    assert asked == [(("http://127.0.0.1:1/v1", "qwen"), {"mode": "fast"})]
+    how = {"options": EndpointOptions(), "settings": JudgeSettings(), "cache": None}
+    assert asked == [(("http://127.0.0.1:1/v1", "qwen"), {"mode": "fast", **how})]

@@ -21,7 +21,7 @@ LAYERS = {
         *(
             *("judges/families", "judges/votes", "judges/base"),
             *("judges/attention", "judges/loading"),
-            "judges/reading",
+            *("judges/rendering", "judges/reading"),
             "judges/",
             "inputs",
             "cases",

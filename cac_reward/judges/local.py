@@ -75,7 +75,7 @@ class LocalJudge(AbstractJudge):
             max_batch_tokens=max_batch_tokens,
             max_memory_bytes=max_memory_bytes,
         )
-        self.patch_factor = self._reader.patch_factor
+        self.patch_factor = self._reader.renderer.patch_factor
         self._lock = threading.RLock()
 
     @classmethod

@@ -19,20 +19,10 @@ from torch import Tensor
 
 from cac_reward.judges.base import Conversation, check_conversations
 from cac_reward.judges.families import Family
-from cac_reward.questions import Message, plain_tool_turn, tools_turn
+from cac_reward.judges.rendering import Renderer, TokenizedConversation
 
 STATES = ("recurrent_states", "conv_states")
 """Where transformers' linear attention layers keep what they have read."""
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizedConversation:
-    """One conversation as the model reads it."""
-
-    tokens: list[int]
-    """Every token, those that stand for frames included."""
-    frames: list[Tensor]
-    """[C H W] each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,11 +89,8 @@ class BatchReader:
         self.max_batch_tokens = max_batch_tokens
         self.max_memory_bytes = max_memory_bytes
         self.memory: list[ReadBatch] | None = None
-        self.patch_size = processor.image_processor.patch_size
-        self.patch_factor = self.patch_size * processor.image_processor.merge_size
+        self.renderer = Renderer(processor, family)
         self._pad_token_id = pad_token_id
-        self._tokenizer = processor.tokenizer
-        self._image_token_id = self._tokenizer.convert_tokens_to_ids(processor.image_token)
 
     def read(
         self,
@@ -121,7 +108,7 @@ class BatchReader:
                 text, or a frame does not fit the patches.
         """
         check_conversations(conversations)
-        tokenized = self._tokenize(conversations, prefixes, tools)
+        tokenized = self.renderer.tokenize(conversations, prefixes, tools)
         known = [self._recall(one) for one in tokenized]
         for rows in self._batches(tokenized, known):
             batch = [tokenized[row] for row in rows]
@@ -174,63 +161,6 @@ class BatchReader:
             **pictures,
         )
         return output.logits.float(), output.past_key_values
-
-    def _tokenize(
-        self,
-        conversations: Sequence[Conversation],
-        prefixes: Sequence[str],
-        tools: Sequence[Mapping[str, object]],
-    ) -> list[TokenizedConversation]:
-        """Chat template, tokens, and as many image tokens as each frame fills."""
-        texts = [
-            self._render(conversation, tools) + prefix
-            for conversation, prefix in zip(conversations, prefixes, strict=True)
-        ]
-        encoded = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        tokenized = []
-        for conversation, short in zip(conversations, encoded, strict=True):
-            frames = [frame for message in conversation for frame in message.frames]
-            counts = iter([self._count_tokens(frame) for frame in frames])
-            tokens: list[int] = []
-            for token in short:
-                tokens += [token] * (next(counts) if token == self._image_token_id else 1)
-            tokenized.append(TokenizedConversation(tokens, frames))
-        return tokenized
-
-    def _render(self, conversation: Conversation, tools: Sequence[Mapping[str, object]]) -> str:
-        for message in conversation:
-            found = [one for one in self._tokenizer.all_special_tokens if one in message.text]
-            if found:
-                raise ValueError(
-                    f"messages must not hold the model's control tokens, got {found[0]!r} in "
-                    f"{message.text[:200]!r}"
-                )
-        given = list(tools)
-        if not self.family.template_knows_tools:
-            conversation, given = _without_tools(conversation, tools), []
-        text = self.processor.apply_chat_template(
-            [_template_message(message) for message in conversation],
-            tools=given or None,
-            add_generation_prompt=True,
-            tokenize=False,
-            **self.family.template_options,
-        )
-        if text.rstrip().endswith("<think>"):
-            raise ValueError(
-                "judge must answer without thinking first, got a chat template that opens <think> "
-                f"even with {dict(self.family.template_options)}; use the instruct variant of the "
-                "checkpoint, or its template with a thinking switch"
-            )
-        return text
-
-    def _count_tokens(self, frame: Tensor) -> int:
-        height, width = frame.shape[-2:]
-        if height % self.patch_factor or width % self.patch_factor:
-            raise ValueError(
-                f"frames must have sides that are multiples of {self.patch_factor}, "
-                f"got {height}x{width}; resize_to_budget makes them so"
-            )
-        return (height // self.patch_factor) * (width // self.patch_factor)
 
     def _recall(self, new: TokenizedConversation) -> tuple[ReadBatch | None, int]:
         """The longest remembered beginning of a conversation: its batch and row."""
@@ -311,11 +241,8 @@ class BatchReader:
         found = []
         for one in batch:
             ids = torch.tensor([one.tokens])
-            kinds = (ids == self._image_token_id).int()
-            grid = tuple(
-                (1, frame.shape[-2] // self.patch_size, frame.shape[-1] // self.patch_size)
-                for frame in one.frames
-            )
+            kinds = (ids == self.renderer.image_token_id).int()
+            grid = tuple(self.renderer.grid(frame) for frame in one.frames)
             shape = (kinds.numpy().tobytes(), grid)
             if shape not in known:
                 image_grid_thw = torch.tensor(grid) if grid else None
@@ -345,25 +272,6 @@ def _fork_layer(layer: Any) -> Any:
                 {key: one if one is None else one.clone() for key, one in states.items()},
             )
     return twin
-
-
-def _template_message(message: Message) -> dict[str, object]:
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-        for part in message.content
-    ]
-    return {"role": message.role, "content": content}
-
-
-def _without_tools(
-    conversation: Conversation, tools: Sequence[Mapping[str, object]]
-) -> list[Message]:
-    """A conversation for a template that knows no tools: they stand in its system turn."""
-    turns = [plain_tool_turn(one) if one.role == "tool" else one for one in conversation]
-    if not tools:
-        return turns
-    system = turns.pop(0).text if turns[0].role == "system" else ""
-    return [tools_turn(tools, system), *turns]
 
 
 def _begins(new: TokenizedConversation, old: TokenizedConversation) -> bool:

@@ -198,7 +198,7 @@ def two_turns(judge: LocalJudge, fps: float) -> tuple[Message, ...]:
 @pytest.mark.parametrize("fps", [8.0, 7.3])
 def test_every_frame_follows_its_own_time(judge: LocalJudge, fps: float) -> None:
     conversation = two_turns(judge, fps)
-    (one,) = judge._reader._tokenize([conversation], [""], [INSPECT_TOOL])
+    (one,) = judge._reader.renderer.tokenize([conversation], [""], [INSPECT_TOOL])
     text = judge._tokenizer.decode(one.tokens)
     pads = r"<\|vision_start\|>((?:<\|image_pad\|>)+)<\|vision_end\|>"
     found = re.findall(r"<(\d+\.\d\d) seconds>" + pads, text)
@@ -232,7 +232,7 @@ def test_a_call_is_written_as_the_template_writes_it(judge: LocalJudge) -> None:
 
 
 def rendered(judge: LocalJudge) -> str:
-    return judge._reader._render(two_turns(judge, FPS), [INSPECT_TOOL])
+    return judge._reader.renderer.render(two_turns(judge, FPS), [INSPECT_TOOL])
 
 
 def test_the_judge_is_told_of_its_tool_and_answers_without_thinking(judge: LocalJudge) -> None:
@@ -242,7 +242,7 @@ def test_the_judge_is_told_of_its_tool_and_answers_without_thinking(judge: Local
     assert text.count("<|im_start|>system") == 1
     assert text.count("<tool_response>\n") == text.count("\n</tool_response>") == 1
     assert "<|im_start|>tool" not in text
-    beginning = judge._reader._render(two_turns(judge, FPS)[:2], [INSPECT_TOOL])
+    beginning = judge._reader.renderer.render(two_turns(judge, FPS)[:2], [INSPECT_TOOL])
     assert text.startswith(beginning), "turn 2 goes on from what turn 1 read"
     opened = "<think>\n\n</think>\n\n" if judge.family.call_format == "xml" else ""
     assert text.endswith(f"<|im_start|>assistant\n{opened}")

@@ -306,11 +306,11 @@ def test_no_conversations_no_answers(judge: LocalJudge) -> None:
 def test_tools_and_system_turns_reach_the_model(judge: LocalJudge) -> None:
     clip = conversation(2)
     full = scan_message(torch.rand(2, 3, 16, 16), [0, 1], "full")
-    told = judge._reader._tokenize([clip, full], ["", ""], [INSPECT_TOOL])
+    told = judge._reader.renderer.tokenize([clip, full], ["", ""], [INSPECT_TOOL])
     texts = [judge._tokenizer.decode(one.tokens) for one in told]
     assert all('"name": "inspect"' in text for text in texts)
     assert "generated video" in texts[1]
-    untold = judge._reader._tokenize([clip], [""], [])
+    untold = judge._reader.renderer.tokenize([clip], [""], [])
     assert len(untold[0].tokens) < len(told[0].tokens)
 
 

@@ -118,7 +118,7 @@ def write_tool_call(windows: Sequence[TimeWindow], call_format: str = "json") ->
     if not windows:
         raise ValueError("windows must hold at least one window, got none; a clean clip is no call")
     tags = CALL_TAGS[call_format]
-    text = f"[{', '.join(_write_window(window) for window in windows)}]"
+    text = f"[{', '.join(write_window(window) for window in windows)}]"
     if call_format == "json":
         text = f'{{"name": "inspect", "arguments": {{"windows": {text}}}}}'
     for begin, end in reversed(tags):
@@ -158,24 +158,24 @@ def parse_tool_call(
         AnswerError: If the text is anything but one well-formed call of `inspect`.
     """
     try:
-        body = _limited(text)
+        body = limited(text)
         for begin, end in CALL_TAGS[call_format]:
             body = body.strip()
             if not (body.startswith(begin) and body.endswith(end)):
                 raise ValueError(f"must be one {begin} ... {end} and nothing else")
             body = body[len(begin) : -len(end)]
-        windows = _load(body)
+        windows = load_json(body)
         if call_format == "json":
             call = _keys("call", windows, _CALL_KEYS)
             if call["name"] != "inspect":
                 raise ValueError('must call the tool "inspect"')
             windows = _keys("arguments", call["arguments"], ("windows",))["windows"]
         return tuple(
-            _read_window(window, duration_seconds)
+            read_window(window, duration_seconds)
             for window in _list("windows", windows, 1, MAX_WINDOWS)
         )
     except ValueError as error:
-        raise _answer_error("tool call", error, text) from error
+        raise answer_error("tool call", error, text) from error
 
 
 def parse_scan_answer(
@@ -210,8 +210,8 @@ def parse_findings(
         AnswerError: If the text is anything else, or the verdict contradicts the findings.
     """
     try:
-        line, verdict = _split_verdict(_limited(text))
-        listed = _keys("answer", _load(line), ("findings",))["findings"]
+        line, verdict = _split_verdict(limited(text))
+        listed = _keys("answer", load_json(line), ("findings",))["findings"]
         findings = tuple(
             _read_finding(one, duration_seconds, box_reader, types)
             for one in _list("findings", listed, 0, MAX_FINDINGS)
@@ -220,7 +220,64 @@ def parse_findings(
             raise ValueError(f"verdict {verdict!r} contradicts its {len(findings)} findings")
         return findings
     except ValueError as error:
-        raise _answer_error("findings", error, text) from error
+        raise answer_error("findings", error, text) from error
+
+
+def limited(text: str) -> str:
+    """The text, unless it is longer than any answer may be.
+
+    Raises:
+        ValueError: If it has more than `MAX_ANSWER_CHARACTERS`.
+    """
+    if len(text) > MAX_ANSWER_CHARACTERS:
+        raise ValueError(f"must have at most {MAX_ANSWER_CHARACTERS} characters, got {len(text)}")
+    return text
+
+
+def load_json(text: str) -> object:
+    """Read JSON without duplicate keys, NaN or infinity.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"must be JSON ({error.msg} at character {error.pos})") from error
+    except RecursionError as error:
+        raise ValueError("must be JSON of little depth") from error
+
+
+def write_window(window: TimeWindow) -> str:
+    """Write a window as [start, end] in seconds with two decimals, at least 0.01 s long.
+
+    Example:
+        >>> write_window(TimeWindow(0.25, 1))
+        '[0.25, 1.00]'
+    """
+    start = f"{window.start_seconds:.2f}"
+    end = f"{window.end_seconds:.2f}"
+    if float(end) <= float(start):
+        end = f"{float(start) + 0.01:.2f}"
+    return f"[{start}, {end}]"
+
+
+def read_window(value: object, duration_seconds: float) -> TimeWindow:
+    """Read a window from its value in JSON.
+
+    Raises:
+        ValueError: If it is no list of two numbers, or no window of a clip of this length.
+    """
+    start, end = (_number("window", one) for one in _list("window", value, 2, 2))
+    if start >= duration_seconds or end > duration_seconds + 2 * TIME_TOLERANCE:
+        raise ValueError(f"window must lie within the clip's {duration_seconds:.2f} s")
+    return TimeWindow(start, end)
+
+
+def answer_error(what: str, error: ValueError, text: str) -> AnswerError:
+    """What is wrong with an answer, and how it begins."""
+    quote = text[:_QUOTED_CHARACTERS]
+    return AnswerError(f"{what}: {error}; the answer was {quote!r}")
 
 
 _CALL_KEYS = ("name", "arguments")
@@ -236,14 +293,6 @@ def _integer_span(low: float, high: float, grid: int) -> tuple[int, int]:
     return first, first + 1
 
 
-def _write_window(window: TimeWindow) -> str:
-    start = f"{window.start_seconds:.2f}"
-    end = f"{window.end_seconds:.2f}"
-    if float(end) <= float(start):
-        end = f"{float(start) + 0.01:.2f}"
-    return f"[{start}, {end}]"
-
-
 def _write_finding(finding: Finding, box_writer: BoxWriter) -> str:
     boxes = ", ".join(
         f'{{"time": {box.time_seconds:.2f}, "box": {json.dumps(box_writer(box.coordinates))}}}'
@@ -251,15 +300,9 @@ def _write_finding(finding: Finding, box_writer: BoxWriter) -> str:
     )
     return (
         f'{{"type": {json.dumps(finding.type, ensure_ascii=False)}, '
-        f'"window": {_write_window(finding.window)}, "boxes": [{boxes}], '
+        f'"window": {write_window(finding.window)}, "boxes": [{boxes}], '
         f'"severity": {finding.severity}, "why": {json.dumps(finding.why, ensure_ascii=False)}}}'
     )
-
-
-def _limited(text: str) -> str:
-    if len(text) > MAX_ANSWER_CHARACTERS:
-        raise ValueError(f"must have at most {MAX_ANSWER_CHARACTERS} characters, got {len(text)}")
-    return text
 
 
 def _split_verdict(text: str) -> tuple[str, str | None]:
@@ -271,16 +314,6 @@ def _split_verdict(text: str) -> tuple[str, str | None]:
         if rest == f"{VERDICT_PREFIX} {verdict}":
             return line, verdict
     raise ValueError("must be one line of JSON, then 'Verdict: clean' or 'Verdict: anomalous'")
-
-
-def _load(text: str) -> object:
-    """JSON without duplicate keys, NaN or infinity."""
-    try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"must be JSON ({error.msg} at character {error.pos})") from error
-    except RecursionError as error:
-        raise ValueError("must be JSON of little depth") from error
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -318,13 +351,6 @@ def _number(what: str, value: object) -> float:
     return number
 
 
-def _read_window(value: object, duration_seconds: float) -> TimeWindow:
-    start, end = (_number("window", one) for one in _list("window", value, 2, 2))
-    if start >= duration_seconds or end > duration_seconds + 2 * TIME_TOLERANCE:
-        raise ValueError(f"window must lie within the clip's {duration_seconds:.2f} s")
-    return TimeWindow(start, end)
-
-
 def _read_finding(
     value: object, duration_seconds: float, box_reader: BoxReader, types: Sequence[str] | None
 ) -> Finding:
@@ -338,13 +364,8 @@ def _read_finding(
         boxes.append(Box(_number("time", entry["time"]), *box_reader(numbers)))
     return Finding(
         type=record["type"],
-        window=_read_window(record["window"], duration_seconds),
+        window=read_window(record["window"], duration_seconds),
         boxes=tuple(boxes),
         severity=record["severity"],
         why=record["why"],
     )
-
-
-def _answer_error(what: str, error: ValueError, text: str) -> AnswerError:
-    quote = text[:_QUOTED_CHARACTERS]
-    return AnswerError(f"{what}: {error}; the answer was {quote!r}")

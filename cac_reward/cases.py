@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from cac_reward.answers import AnswerError
 from cac_reward.judges.base import AbstractJudge, NoAnswer
+from cac_reward.judges.tokens import metering
 from cac_reward.questions import Message
 from cac_reward.report import AnomalyReport, Finding, TimeWindow
 
@@ -38,6 +40,8 @@ class Case:
     p_clean: float = math.nan
     error: str | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] | None = field(default_factory=dict)
+    """Read and written by stage; None once a part is not known."""
 
     @property
     def duration_seconds(self) -> float:
@@ -62,6 +66,24 @@ def note_seconds(cases: Sequence[Case], stage: str, began: float) -> None:
     """Share the time of a stage evenly among the clips that went through it."""
     for case in cases:
         case.timings[stage] = (time.perf_counter() - began) / len(cases)
+
+
+@contextmanager
+def counting_tokens(cases: Sequence[Case], stage: str) -> Iterator[None]:
+    """Note for each case what the one call to the judge in this context costs.
+
+    A call that nobody counted makes the tokens of its cases unknown for good.
+    """
+    with metering(len(cases)) as meter:
+        yield
+    for row, case in enumerate(cases):
+        count = meter.of(row)
+        if count is None:
+            case.tokens = None
+        elif case.tokens is not None:
+            for name, more in (("read", count.read), ("written", count.written)):
+                key = f"{stage}.{name}"
+                case.tokens[key] = case.tokens.get(key, 0) + more
 
 
 def freeze(
@@ -90,6 +112,7 @@ def freeze(
         prompt=case.prompt,
         mode=mode,
         timings=case.timings,
+        tokens=case.tokens,
         note=judge.domain_note,
         error=case.error,
     )

@@ -224,11 +224,12 @@ def _finding(row: int, finding: Finding, report: AnomalyReport) -> str:
 
 def _details(record: ClipRecord, report: AnomalyReport) -> str:
     """Raw answers and circumstances, folded away."""
-    timings = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.timings.items())
+    spent = [f"{name} {seconds:.2f} s" for name, seconds in report.timings.items()]
+    spent += [f"{name} {count} tokens" for name, count in (report.tokens or {}).items()]
     facts = (
         f"{report.num_frames} frames of {record.width}x{record.height} at {report.fps:g} fps; "
         f"judge {report.judge_id}, mode {report.mode}; saw {len(report.scan_frames)} frames in "
-        f"turn 1 and {len(report.inspect_frames)} in turn 2" + (f"; {timings}" if timings else "")
+        f"turn 1 and {len(report.inspect_frames)} in turn 2" + "".join(f"; {one}" for one in spent)
     )
     texts = "".join(
         f"<p>{turn}</p><pre>{escape(text)}</pre>"

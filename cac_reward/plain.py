@@ -121,6 +121,31 @@ def read_record(name: str, value: object, keys: Sequence[str] | None) -> Mapping
     return value
 
 
+def read_values(name: str, value: object) -> Mapping[str, object] | None:
+    """Finite numbers and texts by name, each of which may be null; null stays None."""
+    if value is None:
+        return None
+    record = read_record(name, value, None)
+    for key, one in record.items():
+        finite = isinstance(one, float) and math.isfinite(one)
+        if not (one is None or isinstance(one, str | int) or finite):
+            raise ValueError(
+                f"{name} must hold numbers and texts, got {short(one)} for {short(key)}"
+            )
+    return record
+
+
+def read_counts(name: str, value: object) -> Mapping[str, int] | None:
+    """Whole numbers from 0 on by name; null stays None."""
+    if value is None:
+        return None
+    counts = {key: read_integer(name, one) for key, one in read_record(name, value, None).items()}
+    for key, one in counts.items():
+        if one < 0:
+            raise ValueError(f"{name} must be counts from 0 on, got {one} for {short(key)}")
+    return counts
+
+
 def check_line(name: str, text: object, limit: int) -> None:
     """Refuse what is not one line of clean, encodable text of at most `limit` characters."""
     line = read_string(name, text)

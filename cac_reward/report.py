@@ -15,6 +15,7 @@ from reprlib import repr as short
 
 from cac_reward.plain import (
     check_line,
+    read_counts,
     read_integer,
     read_json,
     read_number,
@@ -22,19 +23,21 @@ from cac_reward.plain import (
     read_record,
     read_sequence,
     read_string,
+    read_values,
     set_float,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MODES = ("full", "fast")
 """How the judge is asked; see `AnomalyReport.mode`."""
 NOT_RECORDED = "not recorded"
 _LATER: Mapping[int, Mapping[str, object]] = {
     1: {
         **{"revision": None, "decoder": NOT_RECORDED, "attention": None, "prompt_sha256": None},
-        "settings": None,
+        **{"settings": None, "tokens": None},
     },
-    2: {"settings": None},
+    2: {"settings": None, "tokens": None},
+    3: {"tokens": None},
 }
 """What reports of an older schema lack, and what stands for it when they are read."""
 SEVERITIES = (1, 2, 3)
@@ -249,6 +252,9 @@ class AnomalyReport:
     """'full' (findings are written before the verdict) or 'fast' (verdict only)."""
     timings: Mapping[str, float] = field(default_factory=dict)
     """Seconds by stage, for example {'scan': 0.8, 'inspect': 1.1}."""
+    tokens: Mapping[str, int] | None = None
+    """Tokens read and written by stage, for example {'scan.read': 812, 'scan.written': 24}; None
+    where they were not all counted."""
     note: str | None = None
     """What a reader must know, for example that the clip is outside the judge's domain."""
     error: str | None = None
@@ -258,8 +264,9 @@ class AnomalyReport:
         for name in ("findings", "windows", "scan_frames", "inspect_frames"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "timings", dict(self.timings))
-        if self.settings is not None:
-            object.__setattr__(self, "settings", dict(self.settings))
+        for name in ("settings", "tokens"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, dict(getattr(self, name)))
         set_float(self, "fps")
         if self.fps <= 0:
             raise ValueError(f"fps must be above 0, got {self.fps}")
@@ -315,6 +322,7 @@ class AnomalyReport:
         plain["inspect_frames"] = list(self.inspect_frames)
         plain["timings"] = dict(self.timings)
         plain["settings"] = None if self.settings is None else dict(self.settings)
+        plain["tokens"] = None if self.tokens is None else dict(self.tokens)
         return plain
 
     @classmethod
@@ -326,9 +334,9 @@ class AnomalyReport:
                 breaks its rule.
         """
         version = value.get("schema_version") if isinstance(value, Mapping) else SCHEMA_VERSION
-        if isinstance(version, bool) or version not in (1, 2, SCHEMA_VERSION):
+        if isinstance(version, bool) or version not in (*_LATER, SCHEMA_VERSION):
             raise ValueError(
-                f"schema_version must be 1, 2 or {SCHEMA_VERSION}, got {short(version)}; "
+                f"schema_version must be 1 to {SCHEMA_VERSION}, got {short(version)}; "
                 "read this report with the version of cac_reward that wrote it"
             )
         names = [one.name for one in fields(cls)]
@@ -353,7 +361,8 @@ class AnomalyReport:
             values[name] = None if record[name] is None else read_string(name, record[name])
         timings = read_record("timings", record["timings"], None)
         values["timings"] = {name: read_number("timings", one) for name, one in timings.items()}
-        values["settings"] = _read_settings(record["settings"])
+        values["settings"] = read_values("settings", record["settings"])
+        values["tokens"] = read_counts("tokens", record["tokens"])
         report = cls(**values)  # type: ignore[arg-type]
         if record["verdict"] != report.verdict:
             raise ValueError(
@@ -377,20 +386,3 @@ class AnomalyReport:
             ValueError: If the text is not JSON or not a report.
         """
         return cls.from_dict(read_json("report", text))
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
-
-
-def _read_settings(value: object) -> Mapping[str, object] | None:
-    """Plain values by name, or None."""
-    if value is None:
-        return None
-    record = read_record("settings", value, None)
-    for name, one in record.items():
-        if not (one is None or isinstance(one, str | int) or _is_finite(one)):
-            raise ValueError(
-                f"settings must hold numbers and texts, got {short(one)} for {short(name)}"
-            )
-    return record

@@ -25,7 +25,7 @@ from torch import Tensor
 from cac_reward.answers import AnswerError, parse_findings, parse_tool_call
 from cac_reward.cache import ReportCache, report_key
 from cac_reward.calibration import Calibration
-from cac_reward.cases import Case, freeze, note_seconds, said, settle
+from cac_reward.cases import Case, counting_tokens, freeze, note_seconds, said, settle
 from cac_reward.frames import (
     InspectSettings,
     JudgeSettings,
@@ -296,12 +296,12 @@ class CaCScorer:
             case.scan_frames, shown = show_scan_frames(self.judge, case.frames, case.fps)
             times = frame_times(case.scan_frames, case.fps)
             case.conversation = scan_message(shown, times, self.judge.settings.wording)
-        chances = self._chances(cases, SCAN_CHOICES)
+        chances = self._chances("scan", cases, SCAN_CHOICES)
         for case, p_clean in zip(cases, chances, strict=True):
             settle(case, p_clean)
             case.scan_text = CLEAN_ANSWER
         suspicious = [case for case in cases if case.p_clean < 0.5]
-        calls = self._answers(suspicious, TOOL_CALL_PREFIX, self.max_call_tokens)
+        calls = self._answers("scan", suspicious, TOOL_CALL_PREFIX, self.max_call_tokens)
         for case, call in zip(suspicious, calls, strict=True):
             case.scan_text = call
             try:
@@ -331,17 +331,16 @@ class CaCScorer:
             )
         prefixes = [VERDICT_PREFIX] * len(cases)
         if self.mode == "full":
-            texts = self._answers(cases, FINDINGS_PREFIX, self.max_findings_tokens)
+            texts = self._answers("inspect", cases, FINDINGS_PREFIX, self.max_findings_tokens)
             prefixes = [self._read_findings(*one) for one in zip(cases, texts, strict=True)]
         else:
             for case in cases:
                 case.findings = tuple(Finding(UNSPECIFIED, window) for window in case.windows)
         judged = [row for row, case in enumerate(cases) if case.error is None]
-        chances = self._chances(
-            [cases[row] for row in judged], VERDICT_CHOICES, [prefixes[row] for row in judged]
-        )
-        for row, p_clean in zip(judged, chances, strict=True):
-            settle(cases[row], p_clean)
+        kept = [cases[row] for row in judged]
+        begun = [prefixes[row] for row in judged]
+        for case, p_clean in zip(kept, self._chances("inspect", kept, VERDICT_CHOICES, begun)):
+            settle(case, p_clean)
         note_seconds(cases, "inspect", began)
 
     def _read_findings(self, case: Case, text: str) -> str:
@@ -359,25 +358,33 @@ class CaCScorer:
         return f"{line}\n{VERDICT_PREFIX}"
 
     def _chances(
-        self, cases: Sequence[Case], choices: Sequence[str], prefix: str | Sequence[str] = ""
+        self,
+        stage: str,
+        cases: Sequence[Case],
+        choices: Sequence[str],
+        prefix: str | Sequence[str] = "",
     ) -> list[float]:
         """P(first choice) for each case."""
-        log_probs = self.judge.choice_log_probs(
-            [case.conversation for case in cases],
-            choices=choices,
-            prefix=prefix,
-            tools=self.judge.tools,
-        )
+        with counting_tokens(cases, stage):
+            log_probs = self.judge.choice_log_probs(
+                [case.conversation for case in cases],
+                choices=choices,
+                prefix=prefix,
+                tools=self.judge.tools,
+            )
         return self.judge.probabilities(log_probs)[:, 0].tolist()
 
-    def _answers(self, cases: Sequence[Case], prefix: str, max_new_tokens: int) -> list[str]:
+    def _answers(
+        self, stage: str, cases: Sequence[Case], prefix: str, max_new_tokens: int
+    ) -> list[str]:
         """What the judge writes after `prefix` for each case."""
-        return self.judge.generate(
-            [case.conversation for case in cases],
-            prefix=prefix,
-            max_new_tokens=max_new_tokens,
-            tools=self.judge.tools,
-        )
+        with counting_tokens(cases, stage):
+            return self.judge.generate(
+                [case.conversation for case in cases],
+                prefix=prefix,
+                max_new_tokens=max_new_tokens,
+                tools=self.judge.tools,
+            )
 
     def _report(self, case: Case) -> AnomalyReport:
         """Count the case and freeze it."""

@@ -65,7 +65,11 @@ def answer(judge: LocalJudge, body: dict[str, Any]) -> dict[str, Any]:
         (text,) = judge.generate([conversation], max_new_tokens=count, prefix=prefix, tools=tools)
         text = text.removeprefix(prefix)
     choice["message"] = {"role": "assistant", "content": text}
+    read = judge._reader.renderer.tokenize([conversation], [prefix], tools)[0].tokens
+    written = judge._tokenizer(text)["input_ids"]
+    usage = {"prompt_tokens": len(read), "completion_tokens": len(written)}
     return {
+        "usage": {**usage, "total_tokens": sum(usage.values())},
         **{"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]},
         "choices": [choice],
     }

@@ -19,7 +19,8 @@ LAYERS = {
         *("report", "taxonomy", "overlap", "video", "records", "frames", "questions", "answers"),
         *("cache", "calibration"),
         *(
-            *("judges/families", "judges/votes", "judges/base"),
+            *("judges/families", "judges/votes", "judges/tokens", "judges/base"),
+            "judges/chat_messages",
             *("judges/attention", "judges/loading"),
             *("judges/rendering", "judges/reading"),
             "judges/",
@@ -51,7 +52,8 @@ LAYERS = {
     "diffusion_rl": [
         *("shapes", "transitions", "advantages", "credit", "losses", "surrogates"),
         *("algorithms", "row_settings", "guards"),
-        *("rewards", "generators/base", "generators/", "lora", "rollout"),
+        *("rewards", "generators/base", "generators/families", "generators/pipeline"),
+        *("generators/wan", "generators/", "lora", "rollout"),
         *("optimizers", "updates"),
         *(
             "self_check",
@@ -80,7 +82,7 @@ HEAVY_FILES = {
     "diffusion_rl/generators/",
     "diffusion_rl/lora.py",
 }
-ALWAYS_LIGHT = {"diffusion_rl/generators/base.py"}
+ALWAYS_LIGHT = {"diffusion_rl/generators/base.py", "diffusion_rl/generators/families.py"}
 LIGHT = "torch, einops, omegaconf"
 
 MAX_MODULE_LINES = 400

@@ -9,9 +9,7 @@ Axes: B conversations, N choices.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 import logging
 import math
@@ -19,11 +17,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import openai
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cac_reward.frames import JudgeSettings
@@ -35,9 +33,10 @@ from cac_reward.judges.base import (
     check_conversations,
     one_prefix_each,
 )
+from cac_reward.judges.chat_messages import message_text, write_messages
 from cac_reward.judges.families import find_family
+from cac_reward.judges.tokens import TokenMeter, current_meter
 from cac_reward.judges.votes import Votes, count_votes
-from cac_reward.questions import TOOL_CALL_END, TOOL_CALL_PREFIX, Message, plain_tool_turn
 
 logger = logging.getLogger(__name__)
 
@@ -159,10 +158,12 @@ class EndpointJudge(AbstractJudge):
         check_conversations(conversations)
         prefixes = one_prefix_each(prefix, len(conversations))
         asked = [write_messages(one) for one in conversations]
+        meter = current_meter(len(asked))
 
         def write(row: int) -> str:
             more = {"max_tokens": max_new_tokens, "temperature": 0, **_with_tools(tools)}
-            answer = self._ask(asked[row], self._beginning(prefixes[row]), more)
+            spent = partial(_note_usage, meter, row)
+            answer = self._ask(asked[row], self._beginning(prefixes[row]), more, spent)
             text = message_text(answer.choices[0].message, self.family.call_format)
             return prefixes[row] + text if self._continues else text
 
@@ -183,16 +184,22 @@ class EndpointJudge(AbstractJudge):
         check_conversations(conversations)
         prefixes = one_prefix_each(prefix, len(conversations))
         asked = [write_messages(one) for one in conversations]
+        meter = current_meter(len(asked))
+        more = _with_tools(tools)
         if not self._continues:
-            return self._count(asked, prefixes, choices, tools)
+            return self._count(asked, prefixes, choices, more, meter)
 
         def weigh(row: int) -> list[float]:
-            return self._weigh(asked[row], prefixes[row], choices, tools)
+            spent = partial(_note_usage, meter, row)
+            return self._weigh(asked[row], prefixes[row], choices, more, spent)
 
-        lost = [math.nan] * len(choices)
-        found = self._each(weigh, len(asked))
-        rows = [one if isinstance(one, list) else lost for one in found]
-        return torch.tensor(rows).view(-1, len(choices))
+        log_probs = torch.full((len(asked), len(choices)), math.nan)
+        for row, found in enumerate(self._each(weigh, len(asked))):
+            if isinstance(found, list):
+                log_probs[row] = torch.tensor(found)
+            else:
+                meter.lose(row)
+        return log_probs
 
     def probabilities(self, log_probs: Tensor) -> Tensor:
         """Share of each choice among the choices, NaN where there was no answer."""
@@ -211,8 +218,9 @@ class EndpointJudge(AbstractJudge):
         messages: list[dict[str, Any]],
         beginning: list[dict[str, Any]],
         more: Mapping[str, Any],
+        spent: Callable[[Any], None] = lambda _: None,
     ) -> Any:
-        """One request, tried again by the client while its failure may pass."""
+        """One request, tried again by the client while its failure may pass; `spent` sees it."""
         extra = {"extra_body": CONTINUE} if beginning else {}
         # The client's types know no plain dictionaries.
         create: Any = self._client.chat.completions.create
@@ -220,6 +228,7 @@ class EndpointJudge(AbstractJudge):
             answer = create(model=self._model, messages=[*messages, *beginning], **more, **extra)
         except json.JSONDecodeError as error:
             raise openai.OpenAIError(f"the server's answer is no JSON: {error}") from error
+        spent(answer)
         if not answer.choices:
             raise openai.OpenAIError("the server's answer holds no choice")
         return answer
@@ -276,15 +285,16 @@ class EndpointJudge(AbstractJudge):
         messages: list[dict[str, Any]],
         prefix: str,
         choices: Sequence[str],
-        tools: Sequence[Mapping[str, object]],
+        more: Mapping[str, Any],
+        spent: Callable[[Any], None],
     ) -> list[float]:
         """Log-probability of each choice, the sum over its tokens as the server cuts it.
 
         A token that is not among the likeliest gets the most it can have: no more than the least
         of those, and no more than they leave over.
         """
-        more = {"max_tokens": 1, "temperature": 0, "logprobs": True, **_with_tools(tools)}
-        more["top_logprobs"] = MAX_TOP_LOG_PROBS
+        one = {"max_tokens": 1, "temperature": 0, "logprobs": True, **more}
+        one["top_logprobs"] = MAX_TOP_LOG_PROBS
         asked: dict[str, dict[str, float]] = {}
         totals = []
         for choice in choices:
@@ -292,7 +302,7 @@ class EndpointJudge(AbstractJudge):
             while said != choice:
                 if said not in asked:
                     begun = self._beginning(prefix + said)
-                    asked[said] = _top_log_probs(self._ask(messages, begun, more))
+                    asked[said] = _top_log_probs(self._ask(messages, begun, one, spent))
                 top = asked[said]
                 rest = choice.removeprefix(said)
                 fitting = [token for token in top if token and rest.startswith(token)]
@@ -310,15 +320,17 @@ class EndpointJudge(AbstractJudge):
         asked: Sequence[list[dict[str, Any]]],
         prefixes: Sequence[str],
         choices: Sequence[str],
-        tools: Sequence[Mapping[str, object]],
+        more: Mapping[str, Any],
+        meter: TokenMeter,
     ) -> Tensor:
         """[B N] log of how many sampled answers make each choice; lost answers have no vote."""
         votes = self.options.votes
 
         def sample(job: int) -> str:
             row, vote = divmod(job, votes.num_votes)
-            more = {"temperature": votes.temperature, "seed": votes.seed + vote}
-            answer = self._ask(asked[row], [], {**more, **_with_tools(tools)})
+            dice = {"temperature": votes.temperature, "seed": votes.seed + vote}
+            spent = partial(_note_usage, meter, row)
+            answer = self._ask(asked[row], [], {**dice, **more}, spent)
             return message_text(answer.choices[0].message, self.family.call_format)
 
         texts = self._each(sample, len(asked) * votes.num_votes)
@@ -326,66 +338,23 @@ class EndpointJudge(AbstractJudge):
         for row, prefix in enumerate(prefixes):
             said = texts[row * votes.num_votes : (row + 1) * votes.num_votes]
             known = [one for one in said if isinstance(one, str)]
+            if len(known) < len(said):
+                meter.lose(row)
             rows.append(count_votes(known, prefix, choices)[None])
         return torch.cat(rows)
 
 
-def write_messages(conversation: Conversation) -> list[dict[str, Any]]:
-    """A conversation as the chat API has it; a tool's turn comes from the user, in its tags.
-
-    The API has no pictures in tool turns, and Qwen's own template writes them this way.
-    """
-    return [_write_message(message) for message in conversation]
-
-
-def _write_message(message: Message) -> dict[str, Any]:
-    if message.role in ("assistant", "system"):
-        return {"role": message.role, "content": message.text}
-    content = (plain_tool_turn(message) if message.role == "tool" else message).content
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        if isinstance(part, Tensor):
-            parts.append({"type": "image_url", "image_url": {"url": picture_url(part)}})
-        elif parts and parts[-1]["type"] == "text":
-            parts[-1]["text"] += part
-        else:
-            parts.append({"type": "text", "text": part})
-    return {"role": "user", "content": parts}
-
-
-def picture_url(frame: Tensor) -> str:
-    """A frame [C H W] in [0, 1] as the data URL of a lossless PNG, 8 bits a channel."""
-    pixels = (frame * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def message_text(message: Any, call_format: str = "json") -> str:
-    """What an answer says; a tool call that the server has taken apart is written out again."""
-    text = message.content or ""
-    for call in message.tool_calls or ():
-        name, arguments = call.function.name, call.function.arguments
-        body = json.dumps({"name": name, "arguments": "@"}).replace('"@"', arguments)
-        if call_format == "xml":
-            body = f"<function={name}>\n{_parameters(arguments)}</function>"
-        text += f"{TOOL_CALL_PREFIX}\n{body}\n{TOOL_CALL_END}"
-    return text
-
-
-def _parameters(arguments: str) -> str:
-    """A call's arguments in tags; what is no JSON object is left for the parser to refuse."""
-    try:
-        items = json.loads(arguments).items()
-    except (json.JSONDecodeError, AttributeError):
-        return arguments
-    return "".join(
-        f"<parameter={name}>\n{json.dumps(value)}\n</parameter>\n" for name, value in items
-    )
-
-
 def _with_tools(tools: Sequence[Mapping[str, object]]) -> dict[str, Any]:
     return {"tools": [dict(tool) for tool in tools]} if tools else {}
+
+
+def _note_usage(meter: TokenMeter, row: int, answer: Any) -> None:
+    """Add what the server says that a request cost; some servers say nothing."""
+    if answer.usage is None:
+        meter.lose(row)
+    else:
+        spent = answer.usage
+        meter.add(row, read=spent.prompt_tokens, written=spent.completion_tokens)
 
 
 def _top_log_probs(answer: Any) -> dict[str, float]:

@@ -24,6 +24,7 @@ from cac_reward.judges.base import AbstractJudge, Conversation, one_prefix_each
 from cac_reward.judges.families import find_family
 from cac_reward.judges.loading import LoadOptions, find_files, fingerprint, load
 from cac_reward.judges.reading import BatchReader, ReadBatch
+from cac_reward.judges.tokens import current_meter
 from cac_reward.judges.votes import Votes, count_votes
 
 logger = logging.getLogger(__name__)
@@ -154,10 +155,13 @@ class LocalJudge(AbstractJudge):
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         prefixes = one_prefix_each(prefix, len(conversations))
         answers = list(prefixes)
+        meter = current_meter(len(answers))
         with self._lock:
             for rows, read in self._reader.read(conversations, prefixes, tools):
-                for row, tokens in zip(rows, self._write(read, max_new_tokens), strict=True):
+                written = self._write(read, max_new_tokens)
+                for row, new, tokens in zip(rows, read.num_new, written, strict=True):
                     answers[row] += self._tokenizer.decode(tokens, skip_special_tokens=True)
+                    meter.add(row, read=new, written=_num_written(tokens, max_new_tokens))
         return answers
 
     @torch.inference_mode()
@@ -174,11 +178,16 @@ class LocalJudge(AbstractJudge):
             raise ValueError(f"choices must be two or more different texts, got {list(choices)}")
         if self.votes is not None:
             return self._count(conversations, choices, prefixes, tools, self.votes)
-        tokens = self._tokenizer(list(choices), add_special_tokens=False)["input_ids"]
+        encoded = self._tokenizer(list(choices), add_special_tokens=False)["input_ids"]
+        tokens = [tuple(one) for one in encoded]
+        tried = sum(map(len, _beginnings(tokens)))
         log_probs = torch.empty(len(conversations), len(tokens))
+        meter = current_meter(len(conversations))
         with self._lock:
             for rows, read in self._reader.read(conversations, prefixes, tools):
-                log_probs[rows] = self._weigh(read, [tuple(one) for one in tokens]).cpu()
+                log_probs[rows] = self._weigh(read, tokens).cpu()
+                for row, new in zip(rows, read.num_new, strict=True):
+                    meter.add(row, read=new + tried, written=0)
         return log_probs
 
     def probabilities(self, log_probs: Tensor) -> Tensor:
@@ -197,15 +206,20 @@ class LocalJudge(AbstractJudge):
     ) -> Tensor:
         """[B N] log of how many sampled answers make each choice; each row has its own dice."""
         counted = torch.empty(len(conversations), len(choices))
+        meter = current_meter(len(conversations))
         with self._lock:
             for rows, read in self._reader.read(conversations, [""] * len(conversations), tools):
                 texts: list[list[str]] = [[] for _ in rows]
+                for row, new in zip(rows, read.num_new, strict=True):
+                    meter.add(row, read=new, written=0)
                 for vote in range(votes.num_votes):
                     dice = [torch.Generator().manual_seed(votes.seed + vote) for _ in rows]
                     pick = partial(_sample, temperature=votes.temperature, dice=dice)
-                    for row, tokens in enumerate(self._write(read, votes.max_new_tokens, pick)):
-                        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-                        texts[row].append(text)
+                    written = self._write(read, votes.max_new_tokens, pick)
+                    for row, said, tokens in zip(rows, texts, written, strict=True):
+                        said.append(self._tokenizer.decode(tokens, skip_special_tokens=True))
+                        count = _num_written(tokens, votes.max_new_tokens)
+                        meter.add(row, read=0, written=count)
                 for row, said in zip(rows, texts, strict=True):
                     counted[row] = count_votes(said, prefixes[row], choices)
         return counted
@@ -224,9 +238,7 @@ class LocalJudge(AbstractJudge):
     def _weigh(self, read: ReadBatch, choices: Sequence[tuple[int, ...]]) -> Tensor:
         """[B N] log-probability of each choice; one more pass only where one has several tokens."""
         table: dict[tuple[int, ...], Tensor] = {(): torch.log_softmax(read.logits, dim=-1)}
-        for beginning in sorted({choice[:-1] for choice in choices}, key=len, reverse=True):
-            if beginning in table:
-                continue
+        for beginning in _beginnings(choices):
             ids = torch.tensor([beginning] * len(read.mask), device=read.mask.device)
             steps = torch.arange(len(beginning), device=read.mask.device)
             logits, _ = self._reader.forward(
@@ -271,6 +283,20 @@ def _sample(logits: Tensor, *, temperature: float, dice: Sequence[torch.Generato
         torch.multinomial(row, 1, generator=one) for row, one in zip(chances, dice, strict=True)
     ]
     return torch.cat(drawn).to(logits.device)
+
+
+def _beginnings(choices: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """What has to be read to weigh the last token of each choice; the longest cover the others."""
+    found: list[tuple[int, ...]] = []
+    for one in sorted({choice[:-1] for choice in choices}, key=len, reverse=True):
+        if one and not any(longer[: len(one)] == one for longer in found):
+            found.append(one)
+    return found
+
+
+def _num_written(tokens: Sequence[int], max_new_tokens: int) -> int:
+    """Tokens of an answer with the one that ended it, which is not among them."""
+    return min(len(tokens) + 1, max_new_tokens)
 
 
 def _until_stop(tokens: list[int], stops: Sequence[int]) -> list[int]:

@@ -38,6 +38,8 @@ class ReadBatch:
     """[B V] float32 for the next token."""
     next_position: Tensor
     """[B] rotary position of the next token."""
+    num_new: list[int]
+    """[B] tokens read in this pass; the others were remembered."""
 
     @property
     def recurrent(self) -> bool:
@@ -233,7 +235,8 @@ class BatchReader:
         logits, cache = self.forward(
             ids.to(device), mask, positions.to(device), cache, frames=frames
         )
-        return ReadBatch(batch, mask, cache, logits[:, -1], next_position.to(device))
+        num_new = [len(tokens) for tokens in new]
+        return ReadBatch(batch, mask, cache, logits[:, -1], next_position.to(device), num_new)
 
     def _positions(self, batch: Sequence[TokenizedConversation]) -> list[Tensor]:
         """The family's own rotary positions [3 L]; conversations of one shape share them."""

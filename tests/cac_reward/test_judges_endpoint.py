@@ -152,6 +152,11 @@ def test_scores_agree_with_the_local_judge(mode: str) -> None:
         assert there.findings == here.findings
         assert there.windows == here.windows
         assert there.inspect_frames == here.inspect_frames
+        # What is kept here between calls is sent, and read, again there.
+        assert here.tokens is not None
+        assert there.tokens is not None
+        assert set(there.tokens) == set(here.tokens)
+        assert there.tokens["scan.read"] >= here.tokens["scan.read"] > len(here.scan_frames)
 
 
 def test_a_server_that_only_chats_is_asked_for_votes(caplog: pytest.LogCaptureFixture) -> None:

@@ -38,6 +38,7 @@ def hostile_report(**changes: Any) -> AnomalyReport:
         "judge_text": HOSTILE,
         "prompt": HOSTILE,
         "timings": {HOSTILE: 1.0},
+        "tokens": {HOSTILE: 12},
         "note": HOSTILE,
     }
     return AnomalyReport(**{**values, **changes})

@@ -60,6 +60,7 @@ def reports(draw: Any) -> AnomalyReport:
         judge_text=draw(st.none() | TEXT),
         prompt=draw(TEXT),
         timings=draw(st.dictionaries(TEXT, st.floats(0, 100), max_size=2)),
+        tokens=draw(st.none() | st.dictionaries(TEXT, st.integers(0, 10**9), max_size=2)),
         note=draw(st.none() | TEXT),
     )
 
@@ -193,8 +194,12 @@ FINDING = {"type": "text", "window": [0, 1], "boxes": [], "severity": 1, "why": 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 4}, "schema_version must be 1, 2 or 3, got 4; read this report with"),
-        ({"schema_version": True}, "schema_version must be 1, 2 or 3, got True"),
+        ({"schema_version": 5}, "schema_version must be 1 to 4, got 5; read this report with"),
+        ({"schema_version": True}, "schema_version must be 1 to 4, got True"),
+        ({"schema_version": "1"}, "schema_version must be 1 to 4, got '1'"),
+        ({"tokens": []}, r"tokens must be an object, got \[\]"),
+        ({"tokens": {"scan.read": 0.5}}, "tokens must be an integer, got 0.5"),
+        ({"tokens": {"scan.read": -1}}, "tokens must be counts from 0 on, got -1 for 'scan.read'"),
         ({"settings": {"scan.fps": [2]}}, r"settings must hold numbers and texts, got \[2\] for"),
         ({"settings": {"scan.fps": math.inf}}, "settings must hold numbers and texts, got inf for"),
         ({"settings": 3}, "settings must be"),
@@ -229,7 +234,10 @@ def test_a_stored_report_is_checked(changes: dict[str, Any], message: str) -> No
 
 
 def test_reports_of_older_schemas_are_read() -> None:
-    stored = small_report(settings={"scan.fps": 2.0, "family": "qwen3_vl"}).to_dict()
+    stored = small_report(settings={"scan.fps": 2.0}, tokens={"scan.read": 3}).to_dict()
+    del stored["tokens"]
+    found = AnomalyReport.from_dict({**stored, "schema_version": 3})
+    assert found == small_report(settings={"scan.fps": 2.0}, tokens=None)
     del stored["settings"]
     found = AnomalyReport.from_dict({**stored, "schema_version": 2})
     assert found == small_report(settings=None)
@@ -239,7 +247,7 @@ def test_reports_of_older_schemas_are_read() -> None:
         AnomalyReport.from_dict({**stored, "schema_version": 2})
     found = AnomalyReport.from_dict({**stored, "schema_version": 1})
     assert found == small_report(decoder="not recorded")
-    assert found.to_dict()["schema_version"] == 3
+    assert found.to_dict()["schema_version"] == 4
     with pytest.raises(ValueError, match="report must have "):
         AnomalyReport.from_dict(stored)
 

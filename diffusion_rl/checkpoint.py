@@ -2,9 +2,10 @@
 
 A checkpoint is a folder that appears under its name only when it is complete:
 
-    step-000010/lora/pytorch_lora_weights.safetensors  loads in diffusers on its own
+    step-000010/lora/pytorch_lora_weights.safetensors  loads in diffusers on its own (and a second
+                                                       file where two transformers learn)
     step-000010/training_state.pt                      optimiser, slow copies, random state, counts
-    step-000010/checkpoint.json                        version, step, digests of the other two
+    step-000010/checkpoint.json                        version, step, digests of the others
 """
 
 from __future__ import annotations
@@ -24,19 +25,11 @@ import torch
 
 from diffusion_rl.finetune import FinetuneState
 from diffusion_rl.generators.base import AbstractVideoGenerator
-from diffusion_rl.lora import (
-    AVERAGE,
-    LORA_FILE,
-    OLD,
-    has_adapter,
-    lora_bytes,
-    lora_state,
-    parse_lora,
-    set_lora_state,
-)
+from diffusion_rl.lora import AVERAGE, OLD, has_adapter, lora_state, set_lora_state
+from diffusion_rl.lora_files import lora_contents, set_lora_contents
 
 VERSION = 2
-MANIFEST, STATE_FILE, LORA_PLACE = "checkpoint.json", "training_state.pt", f"lora/{LORA_FILE}"
+MANIFEST, STATE_FILE, LORA_FOLDER = "checkpoint.json", "training_state.pt", "lora/"
 PARTIAL = ".partial"
 COPIES = {OLD: "old_policy", AVERAGE: "average"}
 """Adapters that follow the trained one, to their entry in the state file."""
@@ -69,8 +62,8 @@ def take_snapshot(generator: AbstractVideoGenerator, state: FinetuneState) -> Sn
     record["random"] = _random_state()
     buffer = io.BytesIO()
     torch.save(record, buffer)
-    files = {LORA_PLACE: lora_bytes(transformer), STATE_FILE: buffer.getvalue()}
-    return Snapshot(state.step, files)
+    files = {LORA_FOLDER + name: content for name, content in lora_contents(generator).items()}
+    return Snapshot(state.step, {**files, STATE_FILE: buffer.getvalue()})
 
 
 def restore(generator: AbstractVideoGenerator, state: FinetuneState, snapshot: Snapshot) -> None:
@@ -92,8 +85,12 @@ def restore(generator: AbstractVideoGenerator, state: FinetuneState, snapshot: S
                 + ("without" if record[name] is None else "with")
                 + f" an {name.replace('_', ' ')}; start anew in another output folder"
             )
-    lora, _ = parse_lora(snapshot.files[LORA_PLACE], LORA_PLACE)
-    set_lora_state(transformer, lora, source="checkpoint")
+    lora = {
+        place.removeprefix(LORA_FOLDER): content
+        for place, content in snapshot.files.items()
+        if place.startswith(LORA_FOLDER)
+    }
+    set_lora_contents(generator, lora, "checkpoint")
     for adapter, name in COPIES.items():
         if record[name] is not None:
             set_lora_state(transformer, record[name], adapter, source="checkpoint")

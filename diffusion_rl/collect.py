@@ -5,6 +5,7 @@ Axes: B videos, K denoising steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from diffusion_rl.algorithms import algorithm
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.lora import old_policy
 from diffusion_rl.progress import FinetuneSettings
-from diffusion_rl.rollout import Trajectory, rollout
+from diffusion_rl.rollout import Trajectory, eligible_steps, rollout
 from diffusion_rl.row_settings import MixGrpoSettings, RecordedSettings
 
 # Seeds of training videos start here, so that small seeds stay unseen for evaluation.
@@ -53,7 +54,7 @@ def collect(
     transition, steps = row.transition, list[int]()
     if isinstance(settings.algorithm, RecordedSettings):
         transition = settings.algorithm.transition_function
-        steps = choose_steps(settings, step, source)
+        steps = choose_steps(settings, step, source, eligible_steps(generator, options))
     with old_policy(generator.transformer) if slow else nullcontext():
         trajectory = rollout(
             generator,
@@ -67,13 +68,16 @@ def collect(
     return Batch(trajectory, group)
 
 
-def choose_steps(settings: FinetuneSettings, step: int, source: torch.Generator) -> list[int]:
-    """Places of update `step`'s stochastic steps, ascending; there are always as many."""
-    eligible, count = settings.rollout.num_eligible, settings.rollout.stochastic_steps
+def choose_steps(
+    settings: FinetuneSettings, step: int, source: torch.Generator, eligible: Sequence[int]
+) -> list[int]:
+    """Places of update `step`'s stochastic steps among the eligible; there are always as many."""
+    count = settings.rollout.stochastic_steps
     own = settings.algorithm
     if not isinstance(own, MixGrpoSettings):
-        return sorted(torch.randperm(eligible, generator=source)[:count].tolist())
-    last = eligible - count
+        chosen = torch.randperm(len(eligible), generator=source)[:count]
+        return sorted(eligible[place] for place in chosen.tolist())
+    last = len(eligible) - count
     turn = max(step - 1, 0) // own.updates_per_window
     if own.window == "random":
         source = update_source(settings.seed, turn, purpose=3)
@@ -81,7 +85,7 @@ def choose_steps(settings: FinetuneSettings, step: int, source: torch.Generator)
     else:
         starts = [*range(0, last, own.window_stride), last]
         first = starts[turn % len(starts)]
-    return list(range(first, first + count))
+    return list(eligible[first : first + count])
 
 
 def update_source(seed: int, step: int, purpose: int = 0) -> torch.Generator:

@@ -16,15 +16,13 @@ from yaml import YAMLError
 
 from diffusion_rl.algorithms import ALGORITHMS, algorithm
 from diffusion_rl.finetune import FinetuneSettings
+from diffusion_rl.generators.families import FAMILIES, check_options
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.lora import LoraSettings
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import RewardSettings
 from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings
-
-FAMILIES = {"wan": "diffusion_rl.generators.wan:WanGenerator.from_pretrained"}
-"""Where each generator family is loaded from."""
 
 # Only recorded steps explore; elsewhere these would be read and do nothing.
 ONLY_RECORDED = ("stochastic_steps", "eligible_steps", "noise_level", "shared_noise")
@@ -38,6 +36,8 @@ class GeneratorSettings:
     """A diffusers pipeline folder or a hub id."""
     family: str = "wan"
     """One of FAMILIES."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the family alone takes."""
     height: int
     """Pixels."""
     width: int
@@ -63,6 +63,7 @@ class GeneratorSettings:
                 f"family must be one of {', '.join(FAMILIES)}, got {self.family}"
                 f"{_near(self.family, FAMILIES)}"
             )
+        check_options(self.family, self.options)
         if self.fps <= 0:
             raise ValueError(f"fps must be above 0, got {self.fps}")
         if self.max_sequence_length < 1:
@@ -78,7 +79,7 @@ class RunSettings:
     generator: GeneratorSettings
     """What is fine-tuned."""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    """The part of it that learns."""
+    """The part of it that learns; without targets, the family's own are filled in."""
     algorithm: AlgorithmSettings = field(default_factory=GrpoSettings)
     """A row of ALGORITHMS, by `name`, with that row's options."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
@@ -115,6 +116,9 @@ class RunSettings:
             raise ValueError(f"guards must watch different statistics, got {watched}")
         if self.save_every < 1:
             raise ValueError(f"save_every must be at least 1, got {self.save_every}")
+        if self.lora.targets is None:
+            targets = FAMILIES[self.generator.family].lora_targets
+            object.__setattr__(self, "lora", dataclasses.replace(self.lora, targets=targets))
         self.finetune_settings()
 
     def finetune_settings(self) -> FinetuneSettings:

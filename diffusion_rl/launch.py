@@ -22,7 +22,6 @@ from diffusion_rl.checkpoint import (
     take_snapshot,
 )
 from diffusion_rl.configuration import (
-    FAMILIES,
     GeneratorSettings,
     RunSettings,
     build,
@@ -32,7 +31,9 @@ from diffusion_rl.configuration import (
 )
 from diffusion_rl.finetune import FinetuneState, StepReport, begin, finetune
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
-from diffusion_rl.lora import attach_lora, load_lora, save_lora
+from diffusion_rl.generators.families import FAMILIES
+from diffusion_rl.lora import attach_lora
+from diffusion_rl.lora_files import load_lora, save_lora
 from diffusion_rl.rewards import Reward, build_reward, load_callable
 from diffusion_rl.tracking import AccelerateTracker, MetricsFile
 
@@ -81,7 +82,7 @@ def build_generator(
     settings: GeneratorSettings, *, lora: str | Path | None = None
 ) -> AbstractVideoGenerator:
     """Load a generator, and put a saved LoRA on it if one is given."""
-    generator = load_callable(FAMILIES[settings.family])(
+    generator = load_callable(FAMILIES[settings.family].loader)(
         settings.path,
         height=settings.height,
         width=settings.width,
@@ -92,6 +93,7 @@ def build_generator(
         device=settings.device,
         local_path=settings.local_path,
         revision=settings.revision,
+        **settings.options,
     )
     if lora is not None:
         load_lora(generator, lora)

@@ -8,30 +8,21 @@ adapter at all (the reference the KL term holds on to).
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from diffusion_rl.generators.base import AbstractVideoGenerator
+from diffusion_rl.generators.families import default_targets
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 TRAINED, OLD, AVERAGE = "default", "old", "average"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-# diffusers reads the adapter's configuration from this entry of the file's metadata.
-METADATA_KEY = "lora_adapter_metadata"
-PREFIX = "transformer."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,22 +33,16 @@ class LoraSettings:
     """Inner width of each update matrix, at least 1."""
     alpha: float = 16.0
     """The update is scaled by alpha / rank; above 0."""
-    targets: tuple[str, ...] = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "ffn.net.0.proj",
-        "ffn.net.2",
-    )
-    """Ends of the names of the linear layers adapted; the default is Wan's attention and FFN."""
+    targets: tuple[str, ...] | None = None
+    """Ends of the names of the linear layers adapted; None is all attention and feed-forward
+    layers under the family's names."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if self.alpha <= 0:
             raise ValueError(f"alpha must be above 0, got {self.alpha}")
-        if not self.targets:
+        if self.targets is not None and not self.targets:
             raise ValueError("targets must name at least one layer, got none")
 
 
@@ -72,29 +57,23 @@ def attach_lora(
     """Add the trained adapter, and its slow copies if asked; return the parameters that learn.
 
     A fresh adapter changes nothing (its second matrix is zero). Adapter weights are float32
-    whatever the transformer's type is.
+    whatever the transformer's type is. Of a ModuleDict every part gets an adapter of its own.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     if tuner_layers(transformer):
         raise ValueError("transformer must carry no adapter yet, got one that has; load it afresh")
-    linears = [name for name, part in transformer.named_modules() if isinstance(part, nn.Linear)]
-    for target in settings.targets:
-        if not any(_ends(name, target) for name in linears):
-            raise ValueError(
-                f"targets must name linear layers of the transformer, got {target!r}; "
-                f"it has {', '.join(linears[:8])}, ..."
-            )
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets)
-    )
+    parts = list(transformer.values()) if isinstance(transformer, nn.ModuleDict) else [transformer]
+    targets = [_targets_of(part, settings) for part in parts]
     copies = [name for name, wanted in ((OLD, old_policy), (AVERAGE, average)) if wanted]
     with torch.random.fork_rng(), warnings.catch_warnings():
         # PEFT warns of a second adapter, which is what is wanted here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed)
-        for name in (TRAINED, *copies):
-            inject_adapter_in_model(config, transformer, adapter_name=name)
+        for part, own in zip(parts, targets, strict=True):
+            config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=own)
+            for name in (TRAINED, *copies):
+                inject_adapter_in_model(config, part, adapter_name=name)
     for name, parameter in transformer.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
@@ -102,6 +81,19 @@ def attach_lora(
         _follow(transformer, name, decay=0.0)
     _activate(transformer, TRAINED)
     return trained_parameters(transformer)
+
+
+def _targets_of(transformer: nn.Module, settings: LoraSettings) -> list[str]:
+    """The settings' targets, or the family's own, each held against the layers there are."""
+    targets = settings.targets or default_targets(type(transformer).__name__)
+    linears = [name for name, part in transformer.named_modules() if isinstance(part, nn.Linear)]
+    for target in targets:
+        if not any(_ends(name, target) for name in linears):
+            raise ValueError(
+                f"targets must name linear layers of the transformer, got {target!r}; "
+                f"it has {', '.join(linears[:8])}, ..."
+            )
+    return list(targets)
 
 
 def tuner_layers(transformer: nn.Module) -> list[BaseTunerLayer]:
@@ -245,12 +237,12 @@ def set_lora_state(
 ) -> None:
     """Put weights from `lora_state` into an adapter; a LoRA of another model is refused."""
     places = _places(transformer, adapter)
-    _check_same_model({name: place.shape for name, place in places.items()}, state, source)
+    check_same_model(adapter_shapes(transformer, adapter), state, source)
     for name, place in places.items():
         place.copy_(state[name])
 
 
-def _check_same_model(shapes: dict[str, torch.Size], state: dict[str, Tensor], source: str) -> None:
+def check_same_model(shapes: dict[str, torch.Size], state: dict[str, Tensor], source: str) -> None:
     """One clear error instead of a list of missing keys."""
     problem = None
     for name in sorted(set(state) | set(shapes)):
@@ -268,80 +260,16 @@ def _check_same_model(shapes: dict[str, torch.Size], state: dict[str, Tensor], s
             )
 
 
-def lora_bytes(transformer: nn.Module, adapter: str = TRAINED) -> bytes:
-    """An adapter as a safetensors file that `WanPipeline.load_lora_weights` reads.
-
-    Names are diffusers' own (`transformer.blocks.0...lora_A.weight`), never PEFT's
-    `base_model.model.`, which the Wan loader does not know; alpha travels in the metadata.
-    """
-    if not tuner_layers(transformer):
-        raise ValueError("generator must carry a LoRA to save, got none; call attach_lora first")
-    configs: Any = transformer.peft_config
-    config = configs[adapter]
-    metadata = {
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "target_modules": sorted(config.target_modules),
-    }
-    packed = json.dumps({PREFIX + key: value for key, value in metadata.items()}, sort_keys=True)
-    state = {PREFIX + name: value for name, value in lora_state(transformer, adapter).items()}
-    return save(state, metadata={"format": "pt", METADATA_KEY: packed})
+def adapter_shapes(transformer: nn.Module, adapter: str = TRAINED) -> dict[str, torch.Size]:
+    """Shapes of an adapter's weights."""
+    return {name: place.shape for name, place in _places(transformer, adapter).items()}
 
 
-def save_lora(generator: AbstractVideoGenerator, folder: str | Path) -> Path:
-    """Write the adapter (its average, where kept) for diffusers, `load_lora` and `evaluate`."""
-    path = Path(folder) / LORA_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    transformer = generator.transformer
-    partial.write_bytes(lora_bytes(transformer, saved_adapter(transformer)))
-    os.replace(partial, path)
-    return path
-
-
-def load_lora(generator: AbstractVideoGenerator, folder: str | Path) -> None:
-    """Attach the adapter saved in a folder, or overwrite the one attached.
-
-    Raises:
-        FileNotFoundError: no LoRA in the folder.
-        ValueError: not a safetensors file, or the LoRA of another model.
-    """
-    path = Path(folder) / LORA_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"lora must be a folder with a {LORA_FILE}, got {folder}")
-    state, settings = parse_lora(path.read_bytes(), str(path))
-    transformer = generator.transformer
-    if not tuner_layers(transformer):
-        _check_same_model(_shapes_for(transformer, settings), state, f"lora {path}")
-        attach_lora(transformer, settings)
-    set_lora_state(transformer, state, source=f"lora {path}")
-
-
-def parse_lora(content: bytes, source: str) -> tuple[dict[str, Tensor], LoraSettings]:
-    """Weights by the names of `lora_state`, and the settings they were made with."""
-    try:
-        state = load(content)
-        # The metadata is read by hand: safetensors gives it for files only, not for bytes.
-        length = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + length])
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"lora must be a safetensors file, got {source}: {error}") from error
-    wrong = [name for name in state if not name.startswith(PREFIX)]
-    if wrong or not state:
-        raise ValueError(
-            f"lora must have weights named {PREFIX}*, got {wrong[0] if wrong else 'none'} in "
-            f"{source}; write it with save_lora or diffusers' save_lora_weights"
-        )
-    state = {name.removeprefix(PREFIX): value.float() for name, value in state.items()}
-    packed = header.get("__metadata__", {}).get(METADATA_KEY, "{}")
-    return state, _settings_of(state, json.loads(packed), source)
-
-
-def _shapes_for(transformer: nn.Module, settings: LoraSettings) -> dict[str, torch.Size]:
+def shapes_to_attach(transformer: nn.Module, settings: LoraSettings) -> dict[str, torch.Size]:
     """Shapes of the weights that `attach_lora` would add."""
-    shapes = {}
+    shapes, targets = {}, settings.targets or default_targets(type(transformer).__name__)
     for name, part in transformer.named_modules():
-        if isinstance(part, nn.Linear) and any(_ends(name, end) for end in settings.targets):
+        if isinstance(part, nn.Linear) and any(_ends(name, end) for end in targets):
             shapes[f"{name}.lora_A.weight"] = torch.Size((settings.rank, part.in_features))
             shapes[f"{name}.lora_B.weight"] = torch.Size((part.out_features, settings.rank))
     return shapes
@@ -350,17 +278,3 @@ def _shapes_for(transformer: nn.Module, settings: LoraSettings) -> dict[str, tor
 def _ends(name: str, target: str) -> bool:
     """Whether a target names this layer, by PEFT's rule."""
     return name == target or name.endswith("." + target)
-
-
-def _settings_of(state: dict[str, Tensor], metadata: dict, source: str) -> LoraSettings:
-    """Rank, alpha and targets, from the metadata or else from the shapes of the weights."""
-    ranks = {value.shape[0] for name, value in state.items() if name.endswith("lora_A.weight")}
-    if len(ranks) != 1:
-        raise ValueError(f"lora must have one rank, got {sorted(ranks) or 'none'} in {source}")
-    rank = ranks.pop()
-    modules = sorted({name.split(".lora_")[0] for name in state})
-    return LoraSettings(
-        rank=rank,
-        alpha=float(metadata.get(PREFIX + "lora_alpha", rank)),
-        targets=tuple(metadata.get(PREFIX + "target_modules", modules)),
-    )

@@ -141,6 +141,25 @@ def highest_sigma(sigmas: Tensor) -> Tensor:
     return sigmas[1] if len(sigmas) > 2 else sigmas[0] / 2
 
 
+def eligible_steps(generator: AbstractVideoGenerator, settings: RolloutSettings) -> list[int]:
+    """Places of the steps that may be stochastic: the first ones, where what learns takes part.
+
+    Raises:
+        ValueError: they are fewer than `stochastic_steps`.
+    """
+    learning = generator.learning_steps(generator.sigmas(settings.num_inference_steps))
+    places = [place for place in learning if place < settings.num_eligible]
+    if len(places) < settings.stochastic_steps:
+        low, high = generator.learning_sigmas
+        raise ValueError(
+            f"rollout.stochastic_steps must be at most the {len(places)} of the first "
+            f"{settings.num_eligible} steps at which what learns takes part (noise levels {low:g} "
+            f"to {min(high, 1.0):g}), got {settings.stochastic_steps}; lower it, raise "
+            "rollout.num_inference_steps or eligible_steps, or let both transformers learn"
+        )
+    return places
+
+
 def chunks(count: int, size: int) -> list[slice]:
     """Slices of at most `size` that cover `count`; rollout and replay must use the same ones,
     since a matrix product's last bits may depend on the batch it is in."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
-from diffusion_rl.rollout import RolloutSettings, rollout
+from diffusion_rl.rollout import RolloutSettings, eligible_steps, rollout
 from diffusion_rl.row_settings import AlgorithmSettings, ClippedSettings, RecordedSettings
 from diffusion_rl.updates import replay, surrogate_of
 
@@ -47,7 +47,7 @@ def self_check(
     if not isinstance(settings, RecordedSettings):
         return SelfCheck(0.0, 0.0, 0)
     count = min(options.micro_batch, options.prompts_per_update * options.videos_per_prompt)
-    stochastic = range(options.num_eligible)[-options.stochastic_steps :]
+    stochastic = eligible_steps(generator, options)[-options.stochastic_steps :]
     trajectory = rollout(
         generator,
         embeddings,

@@ -209,7 +209,7 @@ def forward_process_losses(
     if algorithm(settings.name).old_policy == "anchors" and count > levels:
         # Later optimiser steps compare with the policy before the first, so it is asked now.
         state = source.get_state()
-        draws = [noise_videos(trajectory, source) for _ in range(count)]
+        draws = [noise_videos(generator, trajectory, source) for _ in range(count)]
         source.set_state(state)
         with torch.no_grad():
             before[levels:] = [
@@ -225,7 +225,7 @@ def forward_process_losses(
             for old_prediction in before[first : first + levels]
             for terms in _noised_losses(
                 *(generator, trajectory, advantages, settings, rollout),
-                *(noise_videos(trajectory, source), old_prediction),
+                *(noise_videos(generator, trajectory, source), old_prediction),
             )
         )
 
@@ -277,11 +277,13 @@ def _noised_losses(
             yield LossTerms(loss, share, kl.detach(), None, math.nan)
 
 
-def noise_videos(trajectory: Trajectory, source: torch.Generator) -> NoisedVideos:
-    """Every video at a noise level of its own."""
+def noise_videos(
+    generator: AbstractVideoGenerator, trajectory: Trajectory, source: torch.Generator
+) -> NoisedVideos:
+    """Every video at a noise level of its own, where what learns takes part."""
     data = trajectory.final_latent
     noise = torch.randn(data.shape, generator=source).to(data)
-    sigma = draw_sigmas(trajectory.sigmas, len(data), source)
+    sigma = draw_sigmas(generator.learning_schedule(trajectory.sigmas), len(data), source)
     level = sigma.view(-1, *[1] * (data.ndim - 1))
     return NoisedVideos((1 - level) * data + level * noise, sigma)
 

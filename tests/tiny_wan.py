@@ -36,13 +36,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_tiny_wan(
-    *, seed: int = 0, scheduler: str = "euler", layers: int = 2, heads: int = 2
+    *,
+    seed: int = 0,
+    scheduler: str = "euler",
+    layers: int = 2,
+    heads: int = 2,
+    patch_size: tuple[int, int, int] = (1, 1, 1),
 ) -> WanPipeline:
     """The pipeline in memory; `scheduler` is "euler" or "unipc"."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer = WanTransformer3DModel(
-            patch_size=(1, 1, 1),
+            patch_size=patch_size,
             num_attention_heads=heads,
             attention_head_dim=12,
             in_channels=4,

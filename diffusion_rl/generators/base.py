@@ -6,12 +6,18 @@ latents [B C T H W] with T latent frames, videos [B F C H W].
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+
+# The name that diffusers gives a LoRA by default, and ours for a second transformer's.
+LORA_FILE = "pytorch_lora_weights.safetensors"
+SECOND_LORA_FILE = "pytorch_lora_weights_2.safetensors"
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,10 @@ class PromptEmbeddings:
     """[N L D], one row for each prompt."""
     unconditional: Tensor
     """[1 L D], the empty prompt, for guidance."""
+    conditional_extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """[N ...] further text inputs by the transformer's names for them: masks, a second encoder."""
+    unconditional_extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """[1 ...] the same of the empty prompt."""
 
     def __len__(self) -> int:
         return len(self.conditional)
@@ -29,18 +39,27 @@ class PromptEmbeddings:
     def __getitem__(self, index: Tensor) -> PromptEmbeddings:
         """Rows `index` ([B] long); the same prompt may be taken many times."""
         index = index.to(self.conditional.device)
-        return PromptEmbeddings(self.conditional[index], self.unconditional)
+        extras = {name: value[index] for name, value in self.conditional_extras.items()}
+        return PromptEmbeddings(
+            self.conditional[index], self.unconditional, extras, self.unconditional_extras
+        )
 
 
 class AbstractVideoGenerator(ABC):
-    """A flow-matching generator taken apart: embed, start, predict, decode.
+    """A generator taken apart, in the terms of flow matching: embed, start, predict, decode.
 
     A latent at noise level sigma is (1 - sigma) * data + sigma * noise, and the prediction is
     the velocity noise - data. The transformer is the part that learns.
     """
 
     transformer: nn.Module
-    """Predicts the velocity; carries the LoRA."""
+    """Predicts the velocity; carries the LoRA. Where two transformers learn, a ModuleDict of
+    both."""
+    lora_files: Mapping[str, str] = MappingProxyType({LORA_FILE: ""})
+    """Files of a saved LoRA, and the place in `transformer` of the part that each is for."""
+    learning_sigmas: tuple[float, float] = (0.0, math.inf)
+    """Noise levels, from the first up to but without the second, at which `transformer` predicts;
+    all, but for a generator of which only one of two transformers learns."""
     fps: float
     """Frames per second of the decoded videos."""
     num_frames: int
@@ -98,3 +117,16 @@ class AbstractVideoGenerator(ABC):
             for seed in seeds
         ]
         return torch.stack(noise).to(self.device)
+
+    def learning_steps(self, sigmas: Tensor) -> list[int]:
+        """Places of the steps of a schedule [K+1] whose prediction comes from what learns."""
+        low, high = self.learning_sigmas
+        return [place for place, sigma in enumerate(sigmas[:-1].tolist()) if low <= sigma < high]
+
+    def learning_schedule(self, sigmas: Tensor) -> Tensor:
+        """The part of a schedule [K+1] within `learning_sigmas`, its ends put at their edge."""
+        low, high = (torch.tensor(level).to(sigmas) for level in self.learning_sigmas)
+        first = torch.minimum(sigmas[0], torch.nextafter(high, torch.zeros_like(high)))
+        last = torch.maximum(sigmas[-1], low)
+        between = sigmas[(sigmas < first) & (sigmas > last)]
+        return torch.cat([first[None], between, last[None]])

@@ -31,7 +31,7 @@ from diffusion_rl.launch import (
     prepare,
     set_aside,
 )
-from diffusion_rl.lora import save_lora
+from diffusion_rl.lora_files import save_lora
 from examples.toy_world.demo_evaluation import (
     EvaluationSettings,
     build_judges,

@@ -26,7 +26,8 @@ def windows(row: AlgorithmSettings, updates: int, size: int = 3, seed: int = 0) 
         seed=seed,
     )
     return [
-        choose_steps(settings, step, update_source(seed, step)) for step in range(1, updates + 1)
+        choose_steps(settings, step, update_source(seed, step), range(8))
+        for step in range(1, updates + 1)
     ]
 
 

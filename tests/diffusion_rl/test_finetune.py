@@ -22,7 +22,8 @@ from diffusion_rl.finetune import (
     finetune,
 )
 from diffusion_rl.guards import GuardSettings
-from diffusion_rl.lora import OLD, attach_lora, load_lora, lora_state, save_lora, saved_policy
+from diffusion_rl.lora import OLD, attach_lora, lora_state, saved_policy
+from diffusion_rl.lora_files import load_lora, save_lora
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, Trajectory, sample_videos

@@ -129,8 +129,8 @@ def test_half_precision_predicts_in_float32(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"height": 24}, "height must be a positive multiple of 8 and of 16, got 24"),
-        ({"width": 0}, "width must be a positive multiple of 8 and of 16, got 0"),
+        ({"height": 24}, "height must be a positive multiple of 16, got 24"),
+        ({"width": 0}, "width must be a positive multiple of 16, got 0"),
         ({"num_frames": 6}, "num_frames must be 1 more than a multiple of 4, got 6"),
     ],
 )

@@ -8,22 +8,20 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
+from diffusion_rl.generators.base import LORA_FILE
 from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.lora import (
-    LORA_FILE,
     OLD,
     LoraSettings,
     attach_lora,
-    load_lora,
-    lora_bytes,
     lora_state,
     old_policy,
     reference_policy,
-    save_lora,
     trained_parameters,
     tuner_layers,
     update_old_policy,
 )
+from diffusion_rl.lora_files import load_lora, lora_bytes, save_lora
 from diffusion_rl.rollout import sample_videos
 from tests.tiny_wan import SIZE, build_tiny_wan, save_tiny_wan
 from tests.toy_gaussian import LORA, ToyGenerator

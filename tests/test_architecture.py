@@ -53,7 +53,7 @@ LAYERS = {
         *("shapes", "transitions", "advantages", "credit", "losses", "surrogates"),
         *("algorithms", "row_settings", "guards"),
         *("rewards", "generators/base", "generators/families", "generators/pipeline"),
-        *("generators/wan", "generators/", "lora", "rollout"),
+        *("generators/wan", "generators/", "lora", "lora_files", "rollout"),
         *("optimizers", "updates"),
         *(
             "self_check",

@@ -12,8 +12,8 @@ Rules that hold for all of them:
   or box so earns more than 'clean', which plain IoU does not grant: with it a judge in doubt does
   best to say 'clean'.
 
-Seconds and boxes follow `cac_reward.overlap`. What is called SRPO's or VAU-R1's is theirs; CaC's
-formulas are not public, so T-IoU and S-IoU are CaC-style.
+Seconds and boxes follow `cac_reward.overlap`; windows of one side that touch count as one. What is
+called SRPO's or VAU-R1's is theirs; CaC's formulas are not public, so its two are CaC-style here.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def temporal_iou(rollout: JudgedRollout) -> float:
     known = _localised(rollout)
     if known is not None:
         return known
-    return (1 + window_set_giou(_windows(rollout.findings), _windows(rollout.clip.findings))) / 2
+    found, true = _stretches(rollout.findings), _stretches(rollout.clip.findings)
+    return (1 + window_set_giou(found, true)) / 2
 
 
 def scan_coverage(rollout: JudgedRollout) -> float:
@@ -84,6 +85,7 @@ def scan_coverage(rollout: JudgedRollout) -> float:
     result = (1 + F - away) / 2
     F      = (1 + b^2) * hit / ((1 + b^2) * hit + b^2 * missed + needless), b = COVERAGE_BETA
     away   = mean over all windows of (gap to the other side's nearest window) / hull
+             (hull: seconds from the first start to the last end)
 
     hit, missed, needless: seconds that are true and asked for, only true, only asked for. A missed
     second is lost to turn 2 while a needless one only thins out its frames, so it counts four
@@ -94,22 +96,21 @@ def scan_coverage(rollout: JudgedRollout) -> float:
     Source:
         Ours.
     """
-    clip = rollout.clip
-    true = _windows(clip.findings)
+    true = _stretches(rollout.clip.findings)
     if not true:
         known = _localised(rollout)
         assert known is not None
         return known
-    if not rollout.windows:
+    asked = _merged(rollout.windows)
+    if not asked:
         return 0.0
-    iou = window_set_iou(rollout.windows, true)
-    away = iou - window_set_giou(rollout.windows, true)
     # Shares of the seconds of either side: hit + missed + needless = 1.
-    hit, missed = iou, 1 - _share(rollout.windows, true)
+    hit = window_set_iou(asked, true)
+    missed = 1 - window_set_iou(asked, [*asked, *true])
     needless = max(0.0, 1 - hit - missed)
     weight = COVERAGE_BETA**2
     score = (1 + weight) * hit / ((1 + weight) * hit + weight * missed + needless)
-    return (1 + score - away) / 2
+    return (1 + score - _distance(asked, true)) / 2
 
 
 def spatial_iou(rollout: JudgedRollout) -> float:
@@ -117,31 +118,33 @@ def spatial_iou(rollout: JudgedRollout) -> float:
 
     result = (1 + shaped overlap of the tubes) / 2, see `overlap.tube_giou`
 
-    At an annotated time a finding has the boxes nearest in time as long as its window lasts: a
-    judge draws only into frames that it saw. Where no finding has a box at any of these times, the
-    tubes are compared as they are written and the gap between them counts. Times at which a true
-    fault is on whose place is not annotated are left out: what is drawn there may be right. NaN
-    where nothing is left. Times without a true box are the business of `temporal_iou`.
+    At an annotated time a finding of either side has its boxes nearest in time as long as its
+    window lasts: a judge draws only into frames that it saw. If the judge has none at such a time,
+
+    result = (1 - away) / 4, away as in `scan_coverage`, of the windows of findings with boxes
+
+    and 0 where there is no box at all. Times at which a true fault is on whose place is not
+    annotated are left out: what is drawn there may be right. NaN where nothing is left. Times
+    without a true box are the business of `temporal_iou`.
 
     Source:
         CaC-style (arXiv:2605.11723 gives no formula); shape: generalised IoU, arXiv:1902.09630.
     """
-    true = _true_boxes(rollout.clip.findings)
-    if not true and rollout.clip.verdict != VERDICTS[0]:
+    clip = rollout.clip
+    times = _box_times(clip.findings)
+    if not times and clip.verdict != VERDICTS[0]:
         return math.nan
     known = _localised(rollout)
     if known is not None:
         return known
-    times = sorted({box.time_seconds for box in true})
-    predicted = [
-        replace(box, time_seconds=time)
-        for time in times
-        for finding in rollout.findings
-        if finding.window.holds(time)
-        for box in finding.boxes_at(time)
-    ]
-    written = [box for finding in rollout.findings for box in finding.boxes]
-    return (1 + tube_giou(predicted or written, true)) / 2
+    found = _boxes_at(times, rollout.findings)
+    if found:
+        return (1 + tube_giou(found, _boxes_at(times, clip.findings))) / 2
+    drawn = _stretches([finding for finding in rollout.findings if finding.boxes])
+    if not drawn:
+        return 0.0
+    shown = _stretches([finding for finding in clip.findings if finding.boxes])
+    return (1 - _distance(drawn, shown)) / 4
 
 
 def type_match(rollout: JudgedRollout) -> float:
@@ -300,30 +303,47 @@ def _localised(rollout: JudgedRollout) -> float | None:
     return None if rollout.verdict == VERDICTS[1] else 0.0
 
 
-def _windows(findings: Sequence[Finding]) -> list[TimeWindow]:
-    """The different windows of findings, so that saying one twice weighs nothing."""
-    return sorted({finding.window for finding in findings})
+def _merged(windows: Sequence[TimeWindow]) -> list[TimeWindow]:
+    """Windows as stretches that do not touch, so that saying one twice weighs nothing."""
+    merged: list[TimeWindow] = []
+    for window in sorted(windows):
+        if merged and window.start_seconds <= merged[-1].end_seconds:
+            before = merged.pop()
+            end = max(before.end_seconds, window.end_seconds)
+            window = TimeWindow(before.start_seconds, end)
+        merged.append(window)
+    return merged
 
 
-def _share(windows: Sequence[TimeWindow], true: Sequence[TimeWindow]) -> float:
-    """Seconds asked for, as a share of the seconds of either side."""
-    return window_set_iou(windows, [*windows, *true])
+def _stretches(findings: Sequence[Finding]) -> list[TimeWindow]:
+    return _merged([finding.window for finding in findings])
 
 
-def _true_boxes(findings: Sequence[Finding]) -> list[Box]:
-    """Annotated boxes, but at times at which a fault is on whose place is not annotated."""
+def _distance(first: Sequence[TimeWindow], second: Sequence[TimeWindow]) -> float:
+    """Mean gap of a window to the other side's nearest, as a share of the hull; in [0, 1)."""
+    return window_set_iou(first, second) - window_set_giou(first, second)
+
+
+def _box_times(findings: Sequence[Finding]) -> list[float]:
+    """Times with boxes, but for those at which a fault is on whose place is not annotated."""
     placeless = [finding.window for finding in findings if not finding.boxes]
+    times = {box.time_seconds for finding in findings for box in finding.boxes}
+    return sorted(time for time in times if not any(window.holds(time) for window in placeless))
+
+
+def _boxes_at(times: Sequence[float], findings: Sequence[Finding]) -> list[Box]:
     return [
-        box
+        replace(box, time_seconds=time)
+        for time in times
         for finding in findings
-        for box in finding.boxes
-        if not any(window.holds(box.time_seconds) for window in placeless)
+        if finding.window.holds(time)
+        for box in finding.boxes_at(time)
     ]
 
 
-def _spans(value: Value) -> tuple[TimeWindow, ...]:
+def _spans(value: Value) -> list[TimeWindow]:
     assert not isinstance(value, str)
-    return value
+    return _merged(value)
 
 
 def _is_right(attempt: Attempt, truth: Value) -> bool:

@@ -1,4 +1,4 @@
-"""The commands `cac-reward annotate import|check|convert`; also `python -m cac_reward.data`."""
+"""The commands below `cac-reward annotate`; also `python -m cac_reward.data`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from cac_reward.data.storage import (
     iterate_records,
     upgraded_annotations,
 )
+from cac_reward.data.teaching.__main__ import add_teach_arguments
+from cac_reward.judges.base import JudgeUnreachableError
 
 FAULTS = 3
 """Exit status where entries were left out, or a check has found faults."""
@@ -56,6 +58,8 @@ def add_annotate_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--videos", type=Path, metavar="DIR", help="pack the videos into shards")
     convert.add_argument("--max-clips", type=int, metavar="N", help="of a shard (1000)")
     convert.set_defaults(run=_convert)
+    teach = commands.add_parser("teach", help="have a chat model write the reasoning of clips")
+    add_teach_arguments(teach)
 
 
 def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -198,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, JudgeUnreachableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -197,8 +197,15 @@ def fingerprint(files: JudgeFiles, options: LoadOptions) -> str:
     return digest.hexdigest()
 
 
-def load(files: JudgeFiles, options: LoadOptions) -> tuple[Any, Any]:
+def load(
+    files: JudgeFiles, options: LoadOptions, *, trainable_adapter: bool = False
+) -> tuple[Any, Any]:
     """Load model and processor of a known family, in evaluation mode and without gradient.
+
+    Args:
+        files: where they are.
+        options: how they are brought into memory.
+        trainable_adapter: return an adapter as peft's model around its base, to train it further.
 
     Raises:
         ValueError: If the family is unknown, or files are damaged, missing or do not fit.
@@ -221,12 +228,12 @@ def load(files: JudgeFiles, options: LoadOptions) -> tuple[Any, Any]:
     if options.quantization is None:
         model = model.to(options.device)
     if files.base is not None:
-        model = _with_adapter(model, files.folder)
+        model = _with_adapter(model, files.folder, trainable_adapter)
     check_attention(model, options.attention)
     return model.eval().requires_grad_(False), processor
 
 
-def _with_adapter(model: Any, folder: Path) -> Any:
+def _with_adapter(model: Any, folder: Path, trainable: bool) -> Any:
     """A model with a LoRA adapter in place, not merged: half precision would round it away.
 
     Raises:
@@ -243,7 +250,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     try:
         with safe_open(weights, framework="pt") as opened:
             stored = set(opened.keys())
-        adapted = PeftModel.from_pretrained(model, folder)
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"adapter must fit its base, got {folder}: {error}") from error
     different = stored ^ set(get_peft_model_state_dict(adapted))
@@ -252,4 +259,4 @@ def _with_adapter(model: Any, folder: Path) -> Any:
             f"adapter must fit its base, got {folder} with {len(different)} weights that only one "
             f"of them has, such as {sorted(different)[0]!r}; name its true base as base="
         )
-    return adapted.get_base_model()
+    return adapted if trainable else adapted.get_base_model()

@@ -1,0 +1,48 @@
+"""The command `cac-reward train`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from cac_reward.training.stages import StageResult, load_curriculum, run_stage
+
+STOPPED = 130
+"""Exit status after Ctrl-C."""
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.description = (
+        "Train a judge by one stage's YAML, or by a curriculum of stages. The same command goes on "
+        "where it stopped. For several processes: accelerate launch -m cac_reward train CONFIG"
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="of a stage, or of a curriculum")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="of every stage, as updates=100"
+    )
+    parser.set_defaults(run=run_train)
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """Run every stage that is not finished; says what each came to."""
+    logging.getLogger("libav").setLevel(logging.CRITICAL)
+    stages = load_curriculum(options.config, options.overrides)
+    for number, stage in enumerate(stages, 1):
+        print(f"stage {number} of {len(stages)}: {stage.trainer} on {stage.model.path}")
+        try:
+            result = run_stage(stage)
+        except KeyboardInterrupt:
+            print(f"stopped; the same command goes on from {stage.output}", file=sys.stderr)
+            return STOPPED
+        _report(result)
+    return 0
+
+
+def _report(result: StageResult) -> None:
+    for name, value in result.measured.items():
+        print(f"  {name:28} {value:.4f}")
+    print(f"  {result.updates} updates in {result.seconds:.0f} s; judge: {result.judge}")
+    if result.skipped is not None:
+        print(result.skipped, file=sys.stderr)

@@ -1,0 +1,99 @@
+"""The classifier: two linear heads that say which frames are broken, and whether the clip is.
+
+They read what the judge's text model knows right behind each frame. Axes: B sequences, L tokens, D
+width, N frames of all sequences.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+HEADS = "cac_heads"
+"""Name of the heads within the judge's module."""
+HEADS_FILE = "cac_heads.safetensors"
+
+
+class ClassifierHeads(nn.Module):
+    """Log-odds of a fault in each frame, and in the whole clip from the last frame's state.
+
+    Attached to a judge it reads along with every forward pass that was announced by `watch`.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.frame = nn.Linear(width, 1)
+        self.clip = nn.Linear(width, 1)
+        for one in (self.frame, self.clip):
+            nn.init.zeros_(one.weight)
+            nn.init.zeros_(one.bias)
+        self._ends: Tensor | None = None
+        self._read: tuple[Tensor, Tensor] | None = None
+
+    def watch(self, frame_ends: Tensor) -> None:
+        """Announce where the frames of the next pass end: [N 2] of row and place, in order."""
+        self._ends = frame_ends
+        self._read = None
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Log-odds [N] of the frames and [B] of the clips of the pass that was announced.
+
+        Raises:
+            RuntimeError: If there was none.
+        """
+        if self._read is None:
+            raise RuntimeError("heads must be told of a pass by watch() before it runs")
+        read, self._read = self._read, None
+        return read
+
+    def forward(self, hidden: Tensor, frame_ends: Tensor) -> tuple[Tensor, Tensor]:
+        """Read states [B L D]; a clip without frames has log-odds 0."""
+        rows, places = frame_ends.unbind(1)
+        states = hidden[rows, places].to(self.frame.weight.dtype)
+        last = torch.full((len(hidden),), -1, device=hidden.device, dtype=torch.long)
+        last[rows] = torch.arange(len(rows), device=hidden.device)
+        clips = self.clip(states)[last.clamp(min=0), 0] if len(rows) else hidden.new_zeros(0)
+        return self.frame(states)[:, 0], clips * (last >= 0)
+
+    def _along(self, module: nn.Module, arguments: tuple, output: Any) -> None:
+        if self._ends is not None:
+            ends, self._ends = self._ends, None
+            self._read = self(output.last_hidden_state, ends)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `cac_heads.safetensors` into a judge's folder."""
+        state = {name: one.detach().float().cpu() for name, one in self.state_dict().items()}
+        save_file(state, Path(folder) / HEADS_FILE)
+
+    def restore(self, folder: str | Path) -> bool:
+        """Read them back; False where the folder has none.
+
+        Raises:
+            ValueError: If they are of another width.
+        """
+        path = Path(folder) / HEADS_FILE
+        if not path.is_file():
+            return False
+        state = load_file(path)
+        width = state["frame.weight"].shape[1]
+        if width != self.frame.in_features:
+            raise ValueError(
+                f"heads must read states of {self.frame.in_features} numbers, got {width} in {path}"
+            )
+        self.load_state_dict(state)
+        return True
+
+
+def attach_heads(model: Any) -> ClassifierHeads:
+    """Give a judge its heads; those it has already are returned."""
+    if hasattr(model, HEADS):
+        return getattr(model, HEADS)
+    heads = ClassifierHeads(model.config.get_text_config().hidden_size)
+    heads = heads.to(next(model.parameters()).device)
+    setattr(model, HEADS, heads)
+    model.model.register_forward_hook(heads._along)
+    return heads

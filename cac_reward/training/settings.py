@@ -1,0 +1,399 @@
+"""What a stage's YAML under configs/reward says, typed and checked to the last key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from cac_reward.frames import WORDINGS, InspectSettings, JudgeSettings, ScanSettings
+from cac_reward.training.lesson_kinds import LESSONS
+from cac_reward.training.stage_rewards import REWARDS
+
+TRAINERS = ("sft", "grpo")
+LEARNS = ("all", "language", "heads")
+OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
+
+
+@dataclass(kw_only=True)
+class LoraSettings:
+    """Low-rank adapters in place of the whole weights."""
+
+    rank: int = 64
+    """At least 1."""
+    alpha: int = 128
+    """Scale of the adapter is alpha / rank; above 0."""
+    dropout: float = 0.0
+    """In [0, 1)."""
+    dora: bool = False
+    """Learn magnitudes beside directions (DoRA)."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of layers, or 'all-linear' for every linear layer of what learns but the output."""
+
+    def __post_init__(self) -> None:
+        _at_least("lora.rank", self.rank, 1)
+        _at_least("lora.alpha", self.alpha, 1)
+        _within("lora.dropout", self.dropout, 0, 1)
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """Which judge is trained, and what of it learns."""
+
+    path: str
+    """Folder or hub id of a checkpoint or of a peft adapter, which then goes on learning."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    base: str | None = None
+    """Of an adapter; by default the one that it names."""
+    dtype: str = "bfloat16"
+    """Of the weights: float32, bfloat16, float16. Adapters are float32 whatever this says."""
+    attention: str = "sdpa"
+    """As for judges: sdpa, eager, flash_attention_2, xformers."""
+    pictures_together: bool = True
+    """Vision attention runs once for all pictures of one size, not once for each; same numbers."""
+    learns: str = "language"
+    """'all' with the vision tower, 'language' without it, 'heads' for the classifier alone."""
+    lora: LoraSettings | None = None
+    """None trains whole weights."""
+    gradient_checkpointing: bool = True
+    """Trade a third of the speed for memory."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.learns", self.learns, LEARNS)
+        if self.learns == "heads" and self.lora is not None:
+            raise ValueError("model.lora must be null where model.learns is 'heads'")
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    """Which clips it learns from, and on which it is measured."""
+
+    train: list[str]
+    """Annotation files (.jsonl, .parquet) or shards with their videos (.tar), at least one."""
+    held_out: list[str] = field(default_factory=list)
+    """Of the same kinds; empty measures nothing while training."""
+    videos: str | None = None
+    """Root of the clips' paths; by default each file's own folder."""
+    split: str | None = None
+    """Only clips of this split of `train`."""
+    held_out_split: str | None = None
+    """Only clips of this split of `held_out`."""
+    anomalous_share: float | None = None
+    """Of lessons, on anomalous clips; null takes clips as they come."""
+    workers: int = 2
+    """Processes that read videos; 0 reads in the training process."""
+    max_skipped_share: float = 0.02
+    """The run stops when more than this share of the clips read could not be, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError("data.train must name at least one file, got none")
+        _at_least("data.workers", self.workers, 0)
+        if self.anomalous_share is not None:
+            _within("data.anomalous_share", self.anomalous_share, 0, 1, closed=True)
+        _within("data.max_skipped_share", self.max_skipped_share, 0, 1, closed=True)
+
+
+@dataclass(kw_only=True)
+class LossSettings:
+    """Weights of the parts of the SFT loss; a weight of 0 leaves its part out."""
+
+    words: float = 1.0
+    """Cross-entropy of the judge's own tokens, a weighted mean over the batch."""
+    decision_words: float = 1.0
+    """Weight of a token that decides a verdict, where the others weigh 1."""
+    frames: float = 0.0
+    """Binary cross-entropy of a head that says of every frame whether a fault is on."""
+    clip: float = 0.0
+    """Binary cross-entropy of a head that says whether the clip is anomalous."""
+    anomalous_weight: float = 1.0
+    """Of anomalous frames and clips in the two heads' losses, against 1 for clean ones."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"loss.{name} must be at least 0, got {value}")
+        if not self.words + self.frames + self.clip > 0:
+            raise ValueError("loss must have a part with a weight above 0, got none")
+
+
+@dataclass(kw_only=True)
+class RolloutSettings:
+    """How GRPO's answers are drawn."""
+
+    group: int = 8
+    """Answers to each question, at least 2."""
+    temperature: float = 1.0
+    """Above 0."""
+    max_call_tokens: int = 128
+    """Most tokens of turn 1."""
+    max_answer_tokens: int = 512
+    """Most tokens of turn 2, or of a single-turn answer."""
+    vllm: bool = False
+    """Draw them with vLLM beside the training (colocate); needs vllm installed."""
+    vllm_memory: float = 0.3
+    """Share of the GPU that vLLM may take, in (0, 1)."""
+
+    def __post_init__(self) -> None:
+        _at_least("rollout.group", self.group, 2)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"rollout.temperature must be above 0, got {self.temperature}")
+        for name in ("max_call_tokens", "max_answer_tokens"):
+            _at_least(f"rollout.{name}", getattr(self, name), 1)
+        if not 0 < self.vllm_memory < 1:
+            raise ValueError(f"rollout.vllm_memory must be in (0, 1), got {self.vllm_memory}")
+
+
+@dataclass(kw_only=True)
+class GrpoSettings:
+    """The loss of GRPO, by TRL's names."""
+
+    kl_weight: float = 0.0
+    """beta: of the divergence from where the stage began, at least 0."""
+    loss_type: str = "dapo"
+    """As TRL's: 'grpo', 'dr_grpo', 'dapo', 'bnpo', ..."""
+    scale_rewards: str = "group"
+    """'group', 'batch' or 'none': by what spread a reward is divided."""
+    clip_low: float = 0.2
+    """The ratio of new to old chance is clipped below 1 - clip_low."""
+    clip_high: float = 0.2
+    """And above 1 + clip_high."""
+    updates_per_rollout: int = 1
+    """Optimiser steps on each set of answers, at least 1."""
+
+    def __post_init__(self) -> None:
+        _at_least("grpo.updates_per_rollout", self.updates_per_rollout, 1)
+        if not 0 <= self.kl_weight < math.inf:
+            raise ValueError(f"grpo.kl_weight must be at least 0, got {self.kl_weight}")
+
+
+@dataclass(kw_only=True)
+class OptimizerSettings:
+    """How weights move."""
+
+    name: str = "adamw"
+    """'adamw'; 'adamw_8bit' (bitsandbytes); 'muon' for matrices, with AdamW for all else."""
+    learning_rate: float = 1e-5
+    """Highest of the schedule; above 0."""
+    muon_rate: float = 2e-3
+    """Of muon's matrices; above 0."""
+    weight_decay: float = 0.0
+    """At least 0."""
+    warmup: int = 0
+    """Updates over which the rate rises, at least 0."""
+    schedule: str = "cosine"
+    """'cosine', 'linear' or 'constant', by transformers' names."""
+    max_grad_norm: float = 1.0
+    """Longer gradients are scaled down to it; above 0."""
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.name", self.name, OPTIMIZERS)
+        for name in ("learning_rate", "muon_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} must be above 0, got {getattr(self, name)}")
+        _at_least("optimizer.warmup", self.warmup, 0)
+
+
+@dataclass(kw_only=True)
+class EvaluationSettings:
+    """How the judge is measured while it learns: by judging held-out clips as users will."""
+
+    every: int = 0
+    """Updates between measurements; 0 measures at the end only."""
+    clips: int = 256
+    """Most held-out clips, the first of the file; at least 1."""
+    batch: int = 16
+    """Clips judged together."""
+    best: str = "clip.balanced_accuracy"
+    """The measure by which the best checkpoint is chosen; higher is better."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("clips", 1), ("batch", 1)):
+            _at_least(f"evaluation.{name}", getattr(self, name), least)
+
+
+@dataclass(kw_only=True)
+class JudgeView:
+    """How the judge is asked, now and ever after; None keeps what stands beside the checkpoint."""
+
+    wording: str | None = None
+    """'brief' or 'full'."""
+    domain: str | None = None
+    """The only footage it will know."""
+    scan: ScanSettings | None = None
+    """What turn 1 sees."""
+    inspect: InspectSettings | None = None
+    """What turn 2 sees."""
+
+    def __post_init__(self) -> None:
+        if self.wording is not None:
+            _one_of("judge.wording", self.wording, WORDINGS)
+
+    def over(self, known: JudgeSettings) -> JudgeSettings:
+        """These settings, with those of a checkpoint where nothing is said."""
+        return JudgeSettings(
+            wording=self.wording or known.wording,
+            domain=self.domain or known.domain,
+            scan=self.scan or known.scan,
+            inspect=self.inspect or known.inspect,
+        )
+
+
+@dataclass(kw_only=True)
+class StageSettings:
+    """One stage of training."""
+
+    trainer: str = "sft"
+    """'sft' learns from written answers, 'grpo' from rewards for its own."""
+    model: ModelSettings
+    """The judge."""
+    judge: JudgeView = field(default_factory=JudgeView)
+    """How it is asked."""
+    data: DataSettings
+    """The clips."""
+    lessons: dict[str, float]
+    """What is asked of a clip, as the names of `LESSONS` and their shares."""
+    options: dict[str, float] = field(default_factory=dict)
+    """Of lessons: shares of what they show; see `LessonOptions`."""
+    classes: list[str] = field(default_factory=list)
+    """Of the lessons 'classification': what a clip's category may be, at least two."""
+    loss: LossSettings = field(default_factory=LossSettings)
+    """Of 'sft'."""
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    """Of 'grpo'."""
+    grpo: GrpoSettings = field(default_factory=GrpoSettings)
+    """Of 'grpo'."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Of 'grpo': names of `stage_rewards.REWARDS` and their weights."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    """How weights move."""
+    updates: int = 1000
+    """Optimiser steps, at least 1."""
+    batch: int = 1
+    """Lessons, or answers, in memory at a time on each process."""
+    accumulation: int = 1
+    """Batches of each process to an update."""
+    bf16: bool = True
+    """Compute in bfloat16 where it is safe (autocast)."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """Measuring while training."""
+    save_every: int = 100
+    """Updates between checkpoints, at least 1."""
+    keep: int = 2
+    """Latest checkpoints kept, beside the best; at least 1."""
+    trackers: list[str] = field(default_factory=list)
+    """tensorboard, wandb, trackio, ...: what transformers reports to."""
+    seed: int = 0
+    """Fixes lessons, their order, dropout and sampled answers; at least 0."""
+    output: str
+    """Folder of checkpoints, logs and the judge."""
+
+    def __post_init__(self) -> None:
+        _one_of("trainer", self.trainer, TRAINERS)
+        _check_shares("lessons", self.lessons, LESSONS)
+        for name, least in (
+            *(("updates", 1), ("batch", 1), ("accumulation", 1), ("save_every", 1)),
+            *(("keep", 1), ("seed", 0)),
+        ):
+            _at_least(name, getattr(self, name), least)
+        if self.trainer == "grpo":
+            _check_shares("rewards", self.rewards, REWARDS)
+            silent = [name for name in self.lessons if not LESSONS[name].answered]
+            if silent:
+                raise ValueError(f"lessons must be ones that rewards can judge, got {silent[0]!r}")
+            if self.model.learns == "heads":
+                raise ValueError("model.learns must be 'all' or 'language' for 'grpo', got 'heads'")
+        elif self.rewards:
+            raise ValueError("rewards must be left out for 'sft'; it learns from written answers")
+
+
+def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageSettings:
+    """Read a stage's YAML and apply `key.path=value` overrides.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If something does not fit, with its key.
+    """
+    return build_stage(read_yaml(path), str(path), overrides)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """A YAML file as OmegaConf's tree."""
+    path = Path(path)
+    if not path.is_file():
+        near = get_close_matches(path.name, [one.name for one in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise FileNotFoundError(f"config must be an existing YAML file, got {path}{hint}")
+    try:
+        return OmegaConf.load(path)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config must be readable YAML, got {path}: {error}") from error
+
+
+def build_stage(tree: Any, name: str, overrides: Sequence[str] = ()) -> StageSettings:
+    """A tree of plain values as settings."""
+    for override in overrides:
+        if "=" not in override.strip("="):
+            raise ValueError(f"overrides must be key=value, got {override!r}")
+    try:
+        merged = OmegaConf.merge(
+            OmegaConf.structured(StageSettings), tree, OmegaConf.from_dotlist(list(overrides))
+        )
+        settings = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise ValueError(f"{name}: {_unknown_key(error)}") from error
+    except (OmegaConfBaseException, YAMLError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(f"{name}: {error.full_key or 'config'}: {said}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    assert isinstance(settings, StageSettings)
+    return settings
+
+
+def to_tree(settings: StageSettings) -> dict[str, Any]:
+    """Settings as plain dictionaries and lists; `build_stage` reads them back."""
+    return asdict(settings)
+
+
+def _unknown_key(error: ConfigKeyError) -> str:
+    kind = error.object_type
+    known = list(getattr(kind, "__dataclass_fields__", {}))
+    near = get_close_matches(str(error.key), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"{error.full_key} must be a known key, got none of that name; {hint}"
+
+
+def _check_shares(name: str, shares: dict[str, float], known: Any) -> None:
+    for key, value in shares.items():
+        if key not in known:
+            near = get_close_matches(key, list(known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name} must name some of {', '.join(known)}, got {key!r}{hint}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}.{key} must be at least 0, got {value}")
+    if not sum(shares.values()) > 0:
+        raise ValueError(f"{name} must have at least one with a share above 0, got {shares}")
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _within(name: str, value: float, low: float, high: float, closed: bool = False) -> None:
+    if not (low <= value < high or (closed and value == high)):
+        raise ValueError(f"{name} must be in [{low}, {high}{']' if closed else ')'}, got {value}")

@@ -1,0 +1,163 @@
+"""Which lesson comes when, and how it is made; a function of the seed alone.
+
+Every lesson has a number. What is asked, of which clip and with which dice follows from the seed
+and the number, so that a run that goes on reads what it would have read.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cac_reward.report import VERDICTS
+from cac_reward.training.clips import ClipStore, Skipped
+from cac_reward.training.lesson_kinds import LESSONS
+from cac_reward.training.lessons import ClipInView, Lesson, LessonOptions, View
+
+MOST_TRIES = 16
+"""Clips tried in the place of one that cannot be read, before the lesson is given up."""
+JPEG_QUALITIES = (40, 91)
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A lesson's clip, read, and those that could not be."""
+
+    kind: str
+    seen: ClipInView | None
+    """None where no clip could be read."""
+    skipped: tuple[Skipped, ...]
+
+    def write(self) -> Lesson | None:
+        return None if self.seen is None else LESSONS[self.kind].write(self.seen)
+
+
+class LessonSource:
+    """Plans and draws lessons.
+
+    Args:
+        store: the clips.
+        view: how the judge sees them.
+        shares: of lessons, by the names of `LESSONS`.
+        options: of lessons.
+        count: lessons in all.
+        seed: of everything that is drawn.
+        anomalous_share: of lessons on anomalous clips; None takes clips as they come.
+
+    Raises:
+        ValueError: If no clip fits a kind of lesson that has a share.
+    """
+
+    def __init__(
+        self,
+        store: ClipStore,
+        view: View,
+        shares: Mapping[str, float],
+        options: LessonOptions,
+        *,
+        count: int,
+        seed: int,
+        anomalous_share: float | None = None,
+    ) -> None:
+        self.store = store
+        self.view = view
+        self.options = options
+        self.seed = seed
+        self.names = [name for name, share in shares.items() if share > 0]
+        chances = np.array([shares[name] for name in self.names])
+        random = np.random.default_rng([seed, 0])
+        self.kinds = random.choice(len(self.names), count, p=chances / chances.sum())
+        self.clips = np.zeros(count, np.int64)
+        self._fitting = self._fit()
+        anomalous = None if anomalous_share is None else random.random(count) < anomalous_share
+        for kind in range(len(self.names)):
+            for wanted in (None,) if anomalous is None else (False, True):
+                rows = self.kinds == kind
+                if anomalous is not None:
+                    rows &= anomalous == wanted
+                pool = self._pool(kind, wanted)
+                self.clips[rows] = _in_rounds(pool, int(rows.sum()), random)
+
+    def _fit(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each kind: numbers of the clips that fit, and whether they are anomalous."""
+        found: list[tuple[list[int], list[bool]]] = [([], []) for _ in self.names]
+        for number in range(len(self.store)):
+            clip = self.store.annotation(number)
+            for name, (numbers, broken) in zip(self.names, found, strict=True):
+                if LESSONS[name].fits(clip, self.view):
+                    numbers.append(number)
+                    broken.append(clip.verdict == VERDICTS[1])
+        for name, (numbers, _) in zip(self.names, found, strict=True):
+            if not numbers:
+                raise ValueError(
+                    f"lessons.{name} must fit at least one clip, got none among "
+                    f"{len(self.store)} in {', '.join(map(str, self.store.files))}"
+                )
+        return [(np.array(numbers), np.array(broken)) for numbers, broken in found]
+
+    def _pool(self, kind: int, wanted: bool | None) -> np.ndarray:
+        numbers, broken = self._fitting[kind]
+        pool = numbers if wanted is None else numbers[broken == wanted]
+        if not len(pool):
+            raise ValueError(
+                f"data.anomalous_share must be null or have both kinds of clips for "
+                f"lessons.{self.names[kind]}, got no {VERDICTS[bool(wanted)]} one"
+            )
+        return pool
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def draw(self, number: int) -> Drawn:
+        """Read the clip of a lesson; the next that fits takes the place of one unreadable."""
+        kind = int(self.kinds[number])
+        numbers, _ = self._fitting[kind]
+        first = int(np.searchsorted(numbers, self.clips[number]))
+        skipped: list[Skipped] = []
+        for offset in range(min(MOST_TRIES, len(numbers))):
+            at = int(numbers[(first + offset) % len(numbers)])
+            clip = self.store.annotation(at)
+            try:
+                video = self.store.video(at, clip)
+            except (ValueError, OSError) as error:
+                skipped.append(Skipped(clip.name, str(error)))
+                continue
+            random = np.random.default_rng([self.seed, 1, number])
+            frames = video.frames
+            if random.random() < self.options.compressed:
+                frames = compress(frames, int(random.integers(*JPEG_QUALITIES)))
+            other = self.store.annotation(int(random.integers(len(self.store)))).prompt
+            seen = ClipInView(
+                clip=clip,
+                frames=frames,
+                fps=video.fps,
+                view=self.view,
+                options=self.options,
+                random=random,
+                other_prompt="" if other == clip.prompt else other,
+            )
+            return Drawn(self.names[kind], seen, tuple(skipped))
+        return Drawn(self.names[kind], None, tuple(skipped))
+
+
+def compress(frames: Tensor, quality: int) -> Tensor:
+    """Each frame of [F 3 H W] uint8 through JPEG and back."""
+    out = []
+    for frame in frames.permute(0, 2, 3, 1).numpy():
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
+        out.append(np.asarray(Image.open(buffer)))
+    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
+
+
+def _in_rounds(pool: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """So many of a pool: all of it in a new order, again and again."""
+    rounds = [random.permutation(pool) for _ in range(-(-count // len(pool)))]
+    chosen: Sequence[np.ndarray] = rounds or [pool]
+    return np.concatenate(chosen)[:count]

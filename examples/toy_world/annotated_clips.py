@@ -1,0 +1,233 @@
+"""Toy clips as files with annotations: what `cac-reward train` learns the toy judge from.
+
+`python -m examples.toy_world.annotated_clips --output runs/toy_clips` writes lossless videos and
+three annotation files: `rendered.jsonl` straight from the renderer, `redrawn.jsonl` through the
+autoencoder and partly redrawn by the toy generator (where a bank of such clips is given), and
+`held_out.jsonl` of prompts and seeds that training never sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cac_reward.data.annotations import AnnotatedClip, Caption
+from cac_reward.data.storage import annotation_writer
+from cac_reward.report import Box, Finding, TimeWindow
+from cac_reward.training.lesson_kinds import SHOWS_PROMPT
+from cac_reward.whole_files import whole_file
+from examples.toy_world import judge_bank
+from examples.toy_world.training_state import EVALUATION_SEED, render_batch
+from examples.toy_world.world import (
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    Clip,
+    PlantedFault,
+    WorldSettings,
+    render_clip,
+    sample_prompts,
+    write_prompt,
+)
+
+STAGE = 3
+HELD_OUT_SEED = EVALUATION_SEED + 500_000_000
+GRID = 32
+WHY = {
+    "vanish": "vanishes",
+    "teleport": "jumps",
+    "recolour": "changes colour",
+    "deform": "changes shape",
+    "duplicate": "is there twice",
+    "freeze": "stops",
+    "flicker": "flickers",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Rendition:
+    """One clip as one file: what is true of it, and how it looks."""
+
+    clip: Clip
+    frames: np.ndarray
+    """[F H W 3] uint8."""
+    path: str
+    prompt: str
+    shows_prompt: bool
+
+
+def snap(box: Sequence[float]) -> tuple[float, float, float, float]:
+    """A relative box on the pixel grid, at least one pixel wide and high."""
+    low = [min(round(value * GRID), GRID - 1) for value in box[:2]]
+    high = [max(round(value * GRID), least + 1) for value, least in zip(box[2:], low, strict=True)]
+    return (low[0] / GRID, low[1] / GRID, high[0] / GRID, high[1] / GRID)
+
+
+def finding(fault: PlantedFault) -> Finding:
+    """A planted fault as annotations state it, with a box on each of its frames."""
+    return Finding(
+        fault.type,
+        TimeWindow(*fault.window),
+        tuple(Box(time, *snap(box)) for time, box in fault.boxes),
+        fault.severity,
+        f"{fault.target} {WHY[fault.type]}",
+    )
+
+
+def captions(clip: Clip) -> tuple[Caption, ...]:
+    """What is to be seen in each frame: colours, shapes and boxes, in the order of colours."""
+    table = np.array(list(COLOURS.values()), float)
+    names = list(COLOURS)
+    found = []
+    for frame in range(len(clip.frames)):
+        seen = {}
+        for track in reversed(clip.tracks):
+            if track.alpha[frame] > 0.5:
+                colour = int(np.abs(track.rgb[frame] - table).sum(1).argmin())
+                box = [round(value * 1000) for value in snap(track.box(frame))]
+                seen[colour] = f"{names[colour]} {track.shape} {box}"
+        text = "; ".join(seen[colour] for colour in sorted(seen)) or "nothing"
+        window = TimeWindow(frame / clip.fps, (frame + 1) / clip.fps)
+        found.append(Caption(window, text))
+    return tuple(found)
+
+
+def annotation(rendition: Rendition, split: str) -> AnnotatedClip:
+    """Everything the renderer knows of a clip."""
+    clip = rendition.clip
+    return AnnotatedClip(
+        path=rendition.path,
+        source="toy_world",
+        source_video=f"seed {clip.seed}",
+        split=split,
+        prompt=rendition.prompt,
+        fps=clip.fps,
+        duration_seconds=len(clip.frames) / clip.fps,
+        width=clip.frames.shape[2],
+        height=clip.frames.shape[1],
+        verdict="anomalous" if clip.faults else "clean",
+        findings=tuple(finding(one) for one in clip.faults),
+        captions=captions(clip),
+        extra={SHOWS_PROMPT: "yes" if rendition.shows_prompt else "no"},
+    )
+
+
+def wrong_prompt(clip: Clip, random: np.random.Generator) -> str:
+    """A prompt that is not true of the clip: another clip's, or its own with one thing changed.
+
+    The first kind is easy and gets the question learnt, the second makes the answer careful.
+    """
+    if random.random() < 0.35:
+        other = clip.prompt
+        while other == clip.prompt:
+            other = sample_prompts(1, int(random.integers(2**31)), "train")[0]
+        return other
+    objects = []
+    for part in clip.prompt.split(" and a "):
+        colour, shape, _, *motion = part.removeprefix("a ").split()
+        objects.append((colour, shape, " ".join(motion)))
+    at = int(random.integers(len(objects)))
+    colour, shape, motion = objects[at]
+    unused = [name for name in COLOURS if name not in {one for one, _, _ in objects}]
+    change = random.random()
+    if change < 0.3:
+        colour = str(random.choice(unused))
+    elif change < 0.6:
+        shape = str(random.choice([name for name in SHAPES if name != shape]))
+    elif change < 0.9 or len(objects) == 3:
+        motion = str(random.choice([name for name in MOTIONS if name != motion]))
+    else:
+        new = (str(random.choice(unused)), str(random.choice(SHAPES)), str(random.choice(MOTIONS)))
+        return write_prompt([*objects, new])
+    objects[at] = (colour, shape, motion)
+    return write_prompt(objects)
+
+
+def rendition(clip: Clip, frames: np.ndarray, path: str, salt: int) -> Rendition:
+    """A clip with its own prompt or a wrong one, as its seed decides."""
+    random = np.random.default_rng([clip.seed, salt])
+    shown = bool(random.random() < 0.5)
+    prompt = clip.prompt if shown else wrong_prompt(clip, random)
+    return Rendition(clip, frames, path, prompt, shown)
+
+
+def rendered(count: int) -> Iterator[Rendition]:
+    """Training clips straight from the renderer."""
+    for number in range(count):
+        clip = render_batch(STAGE, number, 1)[0]
+        yield rendition(clip, clip.frames, f"rendered/{number:06}.mkv", 0)
+
+
+def redrawn(bank_file: Path) -> Iterator[Rendition]:
+    """Training clips through the autoencoder, and through the generator where truth survived."""
+    bank = torch.load(bank_file, weights_only=True, mmap=True)
+    for number in range(len(bank["kept"])):
+        clip = render_batch(judge_bank.STAGE, number, 1)[0]
+        yield rendition(clip, bank["decoded"][number].numpy(), f"decoded/{number:06}.mkv", 1)
+        if bank["kept"][number]:
+            yield rendition(clip, bank["redrawn"][number].numpy(), f"redrawn/{number:06}.mkv", 2)
+
+
+def held_out(count: int, settings: WorldSettings = WorldSettings()) -> Iterator[Rendition]:
+    """Clips of held-out prompts, from seeds of their own."""
+    for number in range(count):
+        clip = render_clip(HELD_OUT_SEED + number, settings, split="evaluation")
+        yield rendition(clip, clip.frames, f"held_out/{number:06}.mkv", 3)
+
+
+def encode(frames: np.ndarray, fps: float) -> bytes:
+    """[F H W 3] uint8 as a lossless video (ffv1 in Matroska)."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=Fraction(fps).limit_denominator(1000))
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "bgr0"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def write_clips(output: Path, name: str, clips: Iterable[Rendition], total: int) -> Path:
+    """Videos below `output` and `NAME.jsonl` beside them; videos that are there stay."""
+    file = output / f"{name}.jsonl"
+    split = "val" if name == "held_out" else "train"
+    with annotation_writer(file) as write:
+        for one in tqdm(clips, desc=name, total=total, unit="clip"):
+            place = output / one.path
+            if not place.is_file():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(place, "wb") as opened:
+                    opened.write(encode(one.frames, one.clip.fps))
+            write(annotation(one, split))
+    return file
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the clips that the toy judge learns from."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/toy_clips"))
+    parser.add_argument("--count", type=int, default=24_000, help="rendered clips (24,000)")
+    parser.add_argument("--held-out", type=int, default=512, help="held-out clips (512)")
+    parser.add_argument(
+        "--bank", type=Path, help="of judge_bank, for redrawn.jsonl (left out without it)"
+    )
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_clips(options.output, "rendered", rendered(options.count), options.count)
+    write_clips(options.output, "held_out", held_out(options.held_out), options.held_out)
+    if options.bank is not None:
+        write_clips(options.output, "redrawn", redrawn(options.bank), judge_bank.BANK * 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,15 +13,19 @@ from torch import Tensor
 from diffusion_rl.__main__ import main
 from diffusion_rl.algorithms import ALGORITHMS
 from diffusion_rl.configuration import RunSettings, build
+from diffusion_rl.finetune import FinetuneSettings, finetune
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.launch import CONFIG_FILE, LORA, build_generator, prepare, train
 from diffusion_rl.lora import (
+    LoraSettings,
     attach_lora,
     lora_state,
     reference_policy,
     trained_parameters,
 )
-from diffusion_rl.rollout import sample_videos
+from diffusion_rl.rewards import Reward
+from diffusion_rl.rollout import RolloutSettings, sample_videos
+from diffusion_rl.row_settings import SETTINGS
 
 PROMPTS = ["a red circle moves left", "the blue square"]
 SEEDS = [3, 4]
@@ -117,6 +121,24 @@ def check_run(settings: RunSettings, pipeline: Any) -> AbstractVideoGenerator:
     assert not torch.equal(base, tuned)
     check_evaluation(settings, folder)
     return loaded
+
+
+def check_learns(generator: AbstractVideoGenerator, row: str) -> None:
+    """One update of a row of the table moves the adapter, replays being exact."""
+    options = {"inner_steps": 1} | ({"history_min_count": 2} if row == "ddpo" else {})
+    algorithm = SETTINGS[row](**options)
+    own_rollout = RolloutSettings(
+        num_inference_steps=3, stochastic_steps=1, prompts_per_update=1, videos_per_prompt=2
+    )
+    old = ALGORITHMS[row].uses_old_policy
+    parameters = attach_lora(generator.transformer, LoraSettings(rank=2), old_policy=old)
+    before = [parameter.clone() for parameter in parameters]
+    settings = FinetuneSettings(algorithm=algorithm, rollout=own_rollout, updates=1)
+    (report,) = finetune(generator, [Reward("bright", brightness)], PROMPTS, settings)
+    assert report.grad_norm > 0
+    if ALGORITHMS[row].learning_steps == "recorded":
+        assert report.ratio_deviation < 1e-5
+    assert any(not torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
 
 
 def check_evaluation(settings: RunSettings, lora: Path) -> None:

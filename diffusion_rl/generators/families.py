@@ -36,6 +36,11 @@ FAMILIES: dict[str, Family] = {
         lora_targets=_WAN,
         options=("learns", "guidance_scale_2"),
     ),
+    "cogvideox": Family(
+        loader="diffusion_rl.generators.cogvideox:CogVideoXGenerator.from_pretrained",
+        transformer="CogVideoXTransformer3DModel",
+        lora_targets=(*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
+    ),
 }
 """By name; docs/generators.md describes each."""
 

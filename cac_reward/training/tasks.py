@@ -21,6 +21,7 @@ from cac_reward.training.task_answers import (
     TaskAnswer,
     Value,
     parse_value,
+    write_task_answer,
 )
 
 FIRST_REASONING = "first_reasoning"
@@ -99,6 +100,20 @@ def task_answer(task: Task, clip: AnnotatedClip) -> TaskAnswer:
         if thought is None:
             raise ValueError(f"clip must have {FIRST_REASONING!r} in extra, got none")
     return TaskAnswer(final, Attempt(before, thought), _needed(clip, "reflection"))
+
+
+def lacking(task: Task, clip: AnnotatedClip) -> str | None:
+    """Why SFT cannot teach a task on a clip, or None where it can.
+
+    A clip taught one task may be unfit for another: a first answer that is a letter reflects on a
+    question, not on a grounding.
+    """
+    try:
+        task_question(task, clip)
+        write_task_answer(task, task_answer(task, clip))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def without_reasoning(findings: Sequence[Finding]) -> tuple[Finding, ...]:

@@ -1,5 +1,6 @@
 """Tasks: what is asked, what is right, and what SFT teaches of an annotated clip."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from cac_reward.answers import parse_findings, write_findings
 from cac_reward.data.annotations import AnnotatedClip
 from cac_reward.data.importers.base import ImportSettings
 from cac_reward.data.importers.vau_bench import COLUMNS, read_vau_bench
+from cac_reward.data.teaching import srvau
 from cac_reward.report import Box, Finding, TimeWindow
 from cac_reward.training.task_answers import (
     KINDS,
+    NO_WINDOW,
     Attempt,
     Task,
     TaskAnswer,
@@ -20,6 +23,7 @@ from cac_reward.training.task_answers import (
 )
 from cac_reward.training.tasks import (
     FIRST_REASONING,
+    lacking,
     right_value,
     task_answer,
     task_question,
@@ -97,8 +101,11 @@ def test_the_answer_that_is_taught() -> None:
     assert text == "Description: A yard.\nIt burns.\nReasoning: Smoke at 0.5 s."
 
 
+FITTING = {"qa": "A", "grounding": "[3.0, 4.0]"}
+
+
 @pytest.mark.parametrize(
-    ("asked", "lacking", "why"),
+    ("asked", "missing", "why"),
     [
         (task("qa"), {"answer": None}, "clip must have 'options' and 'answer' for qa"),
         (task("grounding"), {"findings": ()}, "'verdict' \"clean\" or 'findings' for grounding"),
@@ -121,10 +128,24 @@ def test_the_answer_that_is_taught() -> None:
     ],
 )
 def test_a_clip_that_lacks_something_says_what(
-    asked: Task, lacking: dict[str, object], why: str
+    asked: Task, missing: dict[str, object], why: str
 ) -> None:
+    clip = replace(CLIP, **missing)
     with pytest.raises(ValueError, match=why):
-        task_answer(asked, replace(CLIP, **lacking))
+        task_answer(asked, clip)
+    assert re.search(why, lacking(asked, clip) or "")
+    assert lacking(asked, replace(CLIP, first_answer=FITTING.get(asked.kind))) is None
+
+
+def test_a_text_that_breaks_the_form_keeps_a_clip_from_being_taught() -> None:
+    tagged = replace(CLIP, reasoning="so <answer>B</answer>")
+    assert "must hold no tag" in (lacking(task("qa", thinking=True), tagged) or "")
+    assert lacking(task("qa"), tagged) is None
+    assert "question with options" in (lacking(task("qa"), CLEAN) or "")
+
+
+def test_what_a_teacher_writes_is_what_is_looked_for() -> None:
+    assert (srvau.FIRST_REASONING, srvau.NO_WINDOW) == (FIRST_REASONING, NO_WINDOW)
 
 
 def test_the_brief_questions() -> None:

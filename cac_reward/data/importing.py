@@ -12,6 +12,7 @@ from cac_reward.data.importers.labelled import read_coco_json, read_cvat_xml
 from cac_reward.data.importers.shanghaitech import read_shanghaitech
 from cac_reward.data.importers.ucf_crime import read_uca, read_ucf_crime
 from cac_reward.data.importers.vau_bench import read_vau_bench
+from cac_reward.data.importers.vif_bench import read_vif_bench
 from cac_reward.data.importers.vif_cot_4k import read_vif_cot_4k
 from cac_reward.data.importers.xd_violence import read_xd_violence
 
@@ -30,6 +31,7 @@ class Importer:
 IMPORTERS = {
     "vau_bench": Importer(read_vau_bench, ("fps", "videos", "split"), "VAU-Bench's CSV"),
     "vif_cot_4k": Importer(read_vif_cot_4k, ("fps", "videos", "split"), "ViF-CoT-4K's JSON"),
+    "vif_bench": Importer(read_vif_bench, ("fps", "videos", "split"), "ViF-Bench's index"),
     "deeptrace_reward": Importer(
         read_deeptrace_reward, ("videos", "split"), "DeepTraceReward's all_data.json"
     ),

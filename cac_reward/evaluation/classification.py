@@ -93,6 +93,55 @@ def average_precision(p_anomalous: Tensor, anomalous: Tensor, weights: Tensor) -
     return _share((positive * precision).sum().item(), positive.sum().item())
 
 
+def pr_auc(p_anomalous: Tensor, anomalous: Tensor, weights: Tensor) -> float:
+    """Measure the area under the straight lines between the points of precision over recall.
+
+    result = sum over distinct scores, falling, of  (R_k - R_(k-1)) * (P_k + P_(k-1)) / 2,  P_0 = 1
+
+    More than `average_precision` where many samples share a score.
+
+    Args:
+        p_anomalous: [N] in [0, 1].
+        anomalous: [N] bool, the truth.
+        weights: [N] at least 0.
+
+    Returns:
+        In [0, 1]; NaN where nothing is anomalous.
+
+    Source:
+        What XD-Violence's published code reports as AP: scikit-learn's `auc` of
+        `precision_recall_curve`.
+    """
+    positive, negative = _by_score(*_check(p_anomalous, anomalous, weights))
+    # Scores that no weight falls on are no points of the curve.
+    positive, negative = (one[positive + negative > 0].flip(0) for one in (positive, negative))
+    found = positive.cumsum(0)
+    precision = found / (found + negative.cumsum(0))
+    before = torch.cat([torch.ones(1, dtype=precision.dtype), precision])[:-1]
+    return _share((positive * (precision + before) / 2).sum().item(), positive.sum().item())
+
+
+def anchored_roc_auc(p_anomalous: Tensor, anomalous: Tensor, weights: Tensor) -> float:
+    """`roc_auc` with one more clean sample of score 0 and one more anomalous one of score 1.
+
+    So that the frames of a video that are all clean, or all anomalous, have a value.
+
+    Args:
+        p_anomalous: [N] in [0, 1].
+        anomalous: [N] bool, the truth.
+        weights: [N] at least 0.
+
+    Returns:
+        In [0, 1].
+    """
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    return roc_auc(
+        torch.cat([ends, p_anomalous.double()]),
+        torch.cat([ends.bool(), anomalous.bool()]),
+        torch.cat([torch.ones(2, dtype=torch.float64), weights.double()]),
+    )
+
+
 def calibration_error(p_anomalous: Tensor, anomalous: Tensor, weights: Tensor) -> float:
     """Repeat each sample by its weight, a whole number, and take `expected_calibration_error`.
 

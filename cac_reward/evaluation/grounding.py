@@ -109,18 +109,22 @@ def frame_labels(findings: Sequence[Finding], *, fps: float, num_frames: int) ->
     return inside
 
 
-def frame_scores(report: AnomalyReport) -> list[float]:
+def frame_scores(
+    anomalous: float, findings: Sequence[Finding], *, fps: float, num_frames: int
+) -> list[float]:
     """P(anomalous) of each frame of a judged clip; [F] in [0, 1].
 
     Ours, since a judge gives one probability for a clip: frames in the window of a finding have
     the clip's, others 0. A report without findings says nothing of where, so all have the clip's.
+
+    Args:
+        anomalous: P(anomalous) of the clip.
+        findings: Of the report.
+        fps: Frames per second of the clip.
+        num_frames: Of the clip.
     """
-    assert report.score is not None
-    anomalous = 1 - report.score
-    if not report.findings:
-        return [anomalous] * report.num_frames
-    inside = frame_labels(report.findings, fps=report.fps, num_frames=report.num_frames)
-    return [anomalous if one else 0.0 for one in inside]
+    inside = frame_labels(findings, fps=fps, num_frames=num_frames)
+    return [anomalous if one or not findings else 0.0 for one in inside]
 
 
 def is_found(finding: Finding, predicted: Sequence[Finding]) -> bool:

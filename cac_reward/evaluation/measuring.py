@@ -1,6 +1,6 @@
 """All measures of a judge on annotated clips, with intervals and with how many clips each rests on.
 
-What is missing is left out of a measure and counted, never filled in.
+What is missing is left out of a measure and counted, never filled in, but in measures 'of all'.
 Axes: N clips.
 """
 
@@ -14,20 +14,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cac_reward.data.annotations import AnnotatedClip
 from cac_reward.evaluation import grounding
 from cac_reward.evaluation.classification import (
+    anchored_roc_auc,
     average_precision,
     calibration_error,
+    pr_auc,
     rates,
     roc_auc,
 )
 from cac_reward.evaluation.intervals import Estimate, bootstrap
 from cac_reward.evaluation.pairing import Pair, Pairing
-from cac_reward.report import VERDICTS, AnomalyReport, Finding
+from cac_reward.evaluation.predictions import Prediction
+from cac_reward.evaluation.protocols import Protocol
+from cac_reward.evaluation.sums import Mean, mean_of, ratio, weighed
+from cac_reward.evaluation.tasks import classes, generators, questions
+from cac_reward.report import VERDICTS, Finding
 
-Mean = tuple[Tensor, Tensor]
-"""Numerators and denominators of the clips, [N] each; a clip with denominator 0 does not count."""
+LATER = "vau_eval."
+"""Measures that a protocol may name though this evaluation has none of them."""
+NOT_ANSWERED = Prediction()
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,19 @@ class Evaluation:
     counts: Mapping[str, int]
     """Clips by what is known of them."""
     measurements: tuple[Measurement, ...]
+    """Those of the protocol first."""
     settings: Mapping[str, float]
     """Of the bootstrap."""
+    protocol: Protocol | None = None
+    """The benchmark whose figures head the measures."""
 
 
 def evaluate(
     pairing: Pairing,
     *,
     answers: Mapping[str, str] | None = None,
+    scores: Mapping[str, Mapping[str, float]] | None = None,
+    protocol: Protocol | None = None,
     draws: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -65,55 +76,76 @@ def evaluate(
     """Measure the answers of a judge.
 
     Args:
-        pairing: Annotated clips and their records.
-        answers: To the clips' questions, by the clips' names.
+        pairing: Annotated clips and what was answered.
+        answers: To the clips' questions, by the clips' names; else the predictions' own.
+        scores: More measures by name, each a number for some clips, by the clips' names.
+        protocol: The benchmark; the clips must be of its split and pass `Protocol.check`.
         draws: Of the bootstrap, over recordings (`AnnotatedClip.origin`); 0 for no intervals.
         level: Of the intervals, in (0, 1).
         seed: Of the draws.
 
     Raises:
-        ValueError: If there is no pair, or a setting is out of range.
+        ValueError: If there is no pair, a setting is out of range, or the protocol names a measure
+            that there is not.
     """
-    pairs = pairing.pairs
+    if not pairing.pairs:
+        raise ValueError("pairing must hold at least one pair, got none")
+    pairs = [*pairing.pairs, *(Pair(clip, NOT_ANSWERED) for clip in pairing.unanswered)]
     means = _means(pairs, answers or {})
+    for name, numbers in (scores or {}).items():
+        means[name] = mean_of([numbers.get(pair.clip.name, math.nan) for pair in pairs])
+    paired: dict[str, dict[str, Mean]] = {}
+    if protocol is not None and "pairs" in protocol.needs:
+        paired = generators(pairs)
+        for name, each in paired.items():
+            means |= {f"generator.{kind}.{name}": one for kind, one in each.items()}
     ranked = _ranked(pairs)
 
     def measure(weights: Tensor) -> dict[str, float]:
         found: dict[str, float] = {}
-        for level_name, (scores, truth, member, size) in ranked.items():
-            weight = weights[member] * size
-            values = rates(scores, truth, weight)
-            values["roc_auc"] = roc_auc(scores, truth, weight)
-            values["average_precision"] = average_precision(scores, truth, weight)
-            if level_name == "clip":
-                values["calibration_error"] = calibration_error(scores, truth, weight)
-            found |= {f"{level_name}.{name}": value for name, value in values.items()}
-        for name, (above, below) in means.items():
-            whole = (weights * below).sum().item()
-            found[name] = (weights * above).sum().item() / whole if whole else math.nan
-        return found
+        for name, each in paired.items():
+            known = [one for mean in each.values() if not math.isnan(one := weighed(mean, weights))]
+            found[f"generators.{name}"] = sum(known) / len(known) if known else math.nan
+        for level_name, samples in ranked.items():
+            found |= _ranking(level_name, samples, weights)
+        return found | {name: weighed(mean, weights) for name, mean in means.items()}
 
     groups = [pair.clip.origin for pair in pairs]
     estimates = bootstrap(measure, groups, draws=draws, level=level, seed=seed)
     bases = {name: int((below > 0).sum()) for name, (_, below) in means.items()}
     bases |= {name: len(member.unique()) for name, (_, _, member, _) in ranked.items()}
-    rows = tuple(
+    bases["generators"] = sum(
+        int((below > 0).sum()) for _, below in paired.get("accuracy", {}).values()
+    )
+    rows = [
         Measurement(name, one, bases[name if name in bases else name.split(".")[0]])
         for name, one in estimates.items()
-    )
-    reports = [pair.record.report for pair in pairs if pair.record.report]
-    judges = tuple(sorted({f"{report.judge_id} ({report.mode})" for report in reports}))
+    ]
+    judges = tuple(sorted({pair.prediction.judge for pair in pairs if pair.prediction.judge}))
     settings = {"draws": draws, "level": level, "seed": seed, "recordings": len(set(groups))}
-    return Evaluation(judges, _counts(pairing), rows, settings)
+    ordered = tuple(_headed(rows, protocol))
+    return Evaluation(judges, _counts(pairing, pairs), ordered, settings, protocol)
 
 
-def _counts(pairing: Pairing) -> dict[str, int]:
-    pairs = pairing.pairs
-    reports = [pair.record.report for pair in pairs if pair.record.report is not None]
+def _headed(rows: Sequence[Measurement], protocol: Protocol | None) -> list[Measurement]:
+    """The protocol's measures in its order, then the others in theirs."""
+    if protocol is None:
+        return list(rows)
+    named = {one.name: one for one in rows}
+    for name in protocol.head:
+        if name not in named and not name.startswith(LATER):
+            raise ValueError(f"head must name measures, got {name!r} in {protocol.benchmark}")
+    head = [named[name] for name in protocol.head if name in named]
+    return head + [one for one in rows if one not in head]
+
+
+def _counts(pairing: Pairing, pairs: Sequence[Pair]) -> dict[str, int]:
+    answers = [pair.prediction for pair in pairing.pairs]
     verdicts = Counter(pair.clip.verdict for pair in pairs)
+    judged = [pair for pair in pairs if _judged(pair)]
     return {
-        "annotated clips": len(pairs) + len(pairing.unanswered),
-        "with a prediction": len(pairs),
+        "annotated clips": len(pairs),
+        "with a prediction": len(answers),
         "without a prediction": len(pairing.unanswered),
         "predictions without an annotation": len(pairing.unannotated),
         "anomalous": verdicts[VERDICTS[1]],
@@ -122,43 +154,73 @@ def _counts(pairing: Pairing) -> dict[str, int]:
         "anomalous, windows not annotated": sum(
             pair.clip.verdict == VERDICTS[1] and not pair.clip.findings for pair in pairs
         ),
-        "not judged: file not readable": len(pairs) - len(reports),
-        "not judged: answer not usable": sum(report.score is None for report in reports),
-        "judged without findings asked (fast)": sum(_judged(p) and not _located(p) for p in pairs),
+        "not judged: file not readable": sum(one.judge is None for one in answers),
+        "not judged: answer not usable": sum(
+            one.judge is not None and one.failure is not None for one in answers
+        ),
+        "answered without a verdict": sum(
+            one.p_clean is None and one.failure is None for one in answers
+        ),
+        "judged without findings asked (fast)": sum(not pair.prediction.located for pair in judged),
+        "judged, length in frames not known": sum(pair.length is None for pair in judged),
+        "judged, length not as annotated": sum(_length_differs(pair) for pair in judged),
+        "findings left out: window not usable": sum(one.windows_unusable for one in answers),
     }
 
 
+def _length_differs(pair: Pair) -> bool:
+    """By more than a frame and 1%."""
+    ours, theirs = pair.prediction.num_frames, pair.clip.num_frames
+    return ours is not None and theirs is not None and abs(ours - theirs) > max(1, 0.01 * theirs)
+
+
 def _judged(pair: Pair) -> bool:
-    return pair.record.report is not None and pair.record.report.score is not None
+    return pair.prediction.p_clean is not None
 
 
-def _located(pair: Pair) -> bool:
-    """Whether the judge was asked where; a verdict alone says nothing of places, right or wrong."""
-    return _judged(pair) and _report(pair).mode != "fast"
+Samples = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Scores, truths, the clip of each, and how many each stands for; [S] each."""
 
 
-def _report(pair: Pair) -> AnomalyReport:
-    assert pair.record.report is not None
-    return pair.record.report
+def _ranking(level: str, samples: Samples, weights: Tensor) -> dict[str, float]:
+    """Rates and rankings of clips or frames."""
+    scores, truth, member, size = samples
+    weight = weights[member] * size
+    values = rates(scores, truth, weight)
+    values["roc_auc"] = roc_auc(scores, truth, weight)
+    values["average_precision"] = average_precision(scores, truth, weight)
+    if level == "clip":
+        values["calibration_error"] = calibration_error(scores, truth, weight)
+    else:
+        values["pr_auc"] = pr_auc(scores, truth, weight)
+    return {f"{level}.{name}": value for name, value in values.items()}
 
 
-def _ranked(pairs: Sequence[Pair]) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """For 'clip' and 'frame': scores, truths, the clip of each, and how many each stands for."""
+def _frames(pair: Pair) -> Counter[tuple[float, bool]]:
+    """Score and truth of a judged clip's frames, counted; none where either is not known."""
+    anomalous = pair.clip.verdict == VERDICTS[1]
+    p_clean, length = pair.prediction.p_clean, pair.length
+    unknown = pair.clip.verdict is None or (anomalous and not pair.clip.findings)
+    if p_clean is None or length is None or unknown:
+        return Counter()
+    fps, num_frames = length
+    labels = grounding.frame_labels(pair.clip.findings, fps=fps, num_frames=num_frames)
+    scores = grounding.frame_scores(
+        1 - p_clean, pair.prediction.findings, fps=fps, num_frames=num_frames
+    )
+    # A clip has few different frames: a million frames are a few thousand weighted samples.
+    return Counter(zip(scores, labels, strict=True))
+
+
+def _ranked(pairs: Sequence[Pair]) -> dict[str, Samples]:
+    """For 'clip' and 'frame', what is ranked."""
     clips: list[tuple[float, bool, int, int]] = []
     frames: list[tuple[float, bool, int, int]] = []
     for row, pair in enumerate(pairs):
-        if not _judged(pair) or pair.clip.verdict is None:
-            continue
-        report, anomalous = _report(pair), pair.clip.verdict == VERDICTS[1]
-        clips.append((1 - report.reward, anomalous, row, 1))
-        if anomalous and not pair.clip.findings:
-            continue
-        labels = grounding.frame_labels(
-            pair.clip.findings, fps=report.fps, num_frames=report.num_frames
-        )
-        # A clip has few different frames: a million frames are a few thousand weighted samples.
-        same = Counter(zip(grounding.frame_scores(report), labels, strict=True))
-        frames += [(score, label, row, size) for (score, label), size in same.items()]
+        p_clean = pair.prediction.p_clean
+        if p_clean is not None and pair.clip.verdict is not None:
+            clips.append((1 - p_clean, pair.clip.verdict == VERDICTS[1], row, 1))
+        frames += [(score, label, row, size) for (score, label), size in _frames(pair).items()]
     return {
         name: (
             torch.tensor([one[0] for one in samples], dtype=torch.float64),
@@ -170,26 +232,41 @@ def _ranked(pairs: Sequence[Pair]) -> dict[str, tuple[Tensor, Tensor, Tensor, Te
     }
 
 
+def _macro(pair: Pair) -> float:
+    """ROC-AUC of one clip's frames by themselves, anchored."""
+    frames = _frames(pair)
+    if not frames:
+        return math.nan
+    scores, labels = zip(*frames, strict=True)
+    sizes = torch.tensor(list(frames.values()), dtype=torch.float64)
+    return anchored_roc_auc(torch.tensor(scores), torch.tensor(labels), sizes)
+
+
 def _means(pairs: Sequence[Pair], answers: Mapping[str, str]) -> dict[str, Mean]:
     """Measures that are averages over clips, findings or boxes."""
-    means = {"clip.judged": _parts([(float(_judged(pair)), 1.0) for pair in pairs])}
+    predictions = [pair.prediction for pair in pairs]
+    means = {"clip.judged": mean_of([float(_judged(pair)) for pair in pairs])}
+    means["frame.macro_roc_auc"] = mean_of([_macro(pair) for pair in pairs])
     means |= _when_and_where(pairs)
-    written = [
-        (0, 0) if pair.record.report is None else grounding.raw_boxes(pair.record.report)
-        for pair in pairs
-    ]
-    means["space.invalid_box_rate"] = _parts([(bad, every) for every, bad in written])
+    means["space.invalid_box_rate"] = ratio(
+        [(one.boxes_invalid, one.boxes_written) for one in predictions]
+    )
     for kind in sorted({one.type for pair in pairs for one in pair.clip.findings}):
         means |= _of_type(kind, pairs)
-    means["question.accuracy"] = _parts([_answered(pair.clip, answers) for pair in pairs])
-    spent = [
-        sum(pair.record.report.timings.values())
-        if pair.record.report is not None and pair.record.report.timings
-        else math.nan
-        for pair in pairs
-    ]
-    means["cost.seconds_per_clip"] = _plain(spent)
+    means |= questions(pairs, answers)
+    means |= classes(pairs)
+    seconds = [math.nan if one.seconds is None else one.seconds for one in predictions]
+    means["cost.seconds_per_clip"] = mean_of(seconds)
+    for name, kind in (("tokens", ""), ("tokens_read", ".read"), ("tokens_written", ".written")):
+        means[f"cost.{name}_per_clip"] = mean_of([_tokens(one, kind) for one in predictions])
     return means
+
+
+def _tokens(prediction: Prediction, kind: str) -> float:
+    """Of all stages together; NaN where they were not counted."""
+    if prediction.tokens is None:
+        return math.nan
+    return float(sum(count for name, count in prediction.tokens.items() if name.endswith(kind)))
 
 
 def _when_and_where(pairs: Sequence[Pair]) -> dict[str, Mean]:
@@ -197,27 +274,27 @@ def _when_and_where(pairs: Sequence[Pair]) -> dict[str, Mean]:
 
     def over(measure: Callable[[Sequence[Finding], Sequence[Finding]], float]) -> list[float]:
         return [
-            measure(_report(pair).findings, pair.clip.findings) if asked else math.nan
+            measure(pair.prediction.findings, pair.clip.findings) if asked else math.nan
             for pair, asked in zip(pairs, wanted, strict=True)
         ]
 
-    wanted = [_located(pair) and bool(pair.clip.findings) for pair in pairs]
+    wanted = [pair.prediction.located and bool(pair.clip.findings) for pair in pairs]
     iou = over(grounding.temporal_iou)
-    means = {"time.mean_iou": _plain(iou)}
+    means = {"time.mean_iou": mean_of(iou)}
     for least in grounding.RECALL_THRESHOLDS:
         reached = [math.nan if math.isnan(one) else float(one >= least) for one in iou]
-        means[f"time.recall_at_{least}"] = _plain(reached)
-    means["time.effective_f1"] = _plain(over(grounding.effective_temporal_f1))
-    means["time.count_accuracy"] = _plain(over(grounding.count_is_right))
-    means["space.box_mean_iou"] = _plain(over(grounding.mean_box_iou))
+        means[f"time.recall_at_{least}"] = mean_of(reached)
+    means["time.effective_f1"] = mean_of(over(grounding.effective_temporal_f1))
+    means["time.count_accuracy"] = mean_of(over(grounding.count_is_right))
+    means["space.box_mean_iou"] = mean_of(over(grounding.mean_box_iou))
     tubes = [math.nan] * len(pairs)
     for row, pair in enumerate(pairs):
-        if wanted[row]:
-            report = _report(pair)
+        if wanted[row] and pair.length is not None:
+            fps, num_frames = pair.length
             tubes[row] = grounding.dense_tube_iou(
-                report.findings, pair.clip.findings, fps=report.fps, num_frames=report.num_frames
+                pair.prediction.findings, pair.clip.findings, fps=fps, num_frames=num_frames
             )
-    means["space.tube_mean_iou"] = _plain(tubes)
+    means["space.tube_mean_iou"] = mean_of(tubes)
     return means
 
 
@@ -227,33 +304,11 @@ def _of_type(kind: str, pairs: Sequence[Pair]) -> dict[str, Mean]:
     for pair in pairs:
         faults = [one for one in pair.clip.findings if one.type == kind]
         every = float(len(faults))
-        caught = every if _judged(pair) and _report(pair).verdict == VERDICTS[1] else 0.0
+        caught = every if pair.prediction.verdict == VERDICTS[1] else 0.0
         rows["recall"].append((caught, every if _judged(pair) else 0.0))
-        said = _report(pair).findings if _located(pair) else ()
+        said = pair.prediction.findings if pair.prediction.located else ()
         alike = [one for one in said if one.type == kind]
-        base = every if _located(pair) else 0.0
+        base = every if pair.prediction.located else 0.0
         rows["found"].append((float(sum(grounding.is_found(one, said) for one in faults)), base))
         rows["named"].append((float(sum(grounding.is_found(one, alike) for one in faults)), base))
-    return {f"type.{kind}.{name}": _parts(parts) for name, parts in rows.items()}
-
-
-def _answered(clip: AnnotatedClip, answers: Mapping[str, str]) -> tuple[float, float]:
-    """Right answers of 1, or of none where the clip has no options or there is no answer.
-
-    An answer is a letter, with or without what stands behind it after a full stop or a bracket.
-    """
-    said = answers.get(clip.name, answers.get(clip.path))
-    if not clip.options or clip.answer is None or said is None:
-        return 0.0, 0.0
-    letter = said.strip().lstrip("(").upper()
-    right = letter[:1] == clip.answer and (len(letter) == 1 or letter[1] in ".):")
-    return float(right), 1.0
-
-
-def _plain(values: Sequence[float]) -> Mean:
-    return _parts([(0.0, 0.0) if math.isnan(one) else (one, 1.0) for one in values])
-
-
-def _parts(parts: Sequence[tuple[float, float]]) -> Mean:
-    above, below = zip(*parts, strict=True)
-    return torch.tensor(above, dtype=torch.float64), torch.tensor(below, dtype=torch.float64)
+    return {f"type.{kind}.{name}": ratio(parts) for name, parts in rows.items()}

@@ -1,4 +1,4 @@
-"""Which report is about which annotated clip."""
+"""Which answer is about which annotated clip."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from reprlib import repr as short
 
 from cac_reward.data.annotations import AnnotatedClip
+from cac_reward.data.importers.vau_bench import VIDEO_NAME
 from cac_reward.data.lines import parse_record, read_lines
+from cac_reward.evaluation.predictions import Prediction
 from cac_reward.plain import read_record, read_string
-from cac_reward.records import ClipRecord
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,18 @@ class Pair:
     """An annotated clip and what was answered on it."""
 
     clip: AnnotatedClip
-    record: ClipRecord
+    prediction: Prediction
+
+    @property
+    def length(self) -> tuple[float, int] | None:
+        """Frames per second and frames: as judged, else as annotated; None where not known."""
+        for fps, num_frames in (
+            (self.prediction.fps, self.prediction.num_frames),
+            (self.clip.fps, self.clip.num_frames),
+        ):
+            if fps is not None and num_frames is not None:
+                return fps, num_frames
+        return None
 
 
 @dataclass(frozen=True)
@@ -26,59 +38,68 @@ class Pairing:
     """All pairs in the order of the annotations, and what stayed alone."""
 
     pairs: tuple[Pair, ...]
-    unanswered: tuple[str, ...]
-    """Names of annotated clips without a record."""
+    unanswered: tuple[AnnotatedClip, ...]
+    """Annotated clips without a prediction."""
     unannotated: tuple[str, ...]
-    """Paths of records without an annotated clip."""
+    """Paths of predictions without an annotated clip."""
 
 
 def pair_up(
-    clips: Iterable[AnnotatedClip], records: Mapping[str, ClipRecord], root: Path
+    clips: Iterable[AnnotatedClip], predictions: Mapping[str, Prediction], root: Path
 ) -> Pairing:
-    """Find the record of each annotated clip.
+    """Find the prediction of each annotated clip.
 
-    By the clip's name as it stands; or by its file; or by the last part of its path, where no other
-    clip and no other record has it: answers made elsewhere come with other folders.
+    By the clip's name as it stands; or by the name that its data set's list gives it
+    (`VIDEO_NAME`); or by its file; or by the last two parts of its path, or the last, where no
+    other clip and no other prediction has them: answers made elsewhere come with other folders.
 
     Args:
         clips: Annotated.
-        records: By their path.
+        predictions: By their path.
         root: Of the clips' relative paths.
 
     Raises:
-        ValueError: If two clips have one name, two clips find one record, or nothing pairs up.
+        ValueError: If two clips have one name, two clips find one prediction, or nothing pairs up.
     """
     clips = list(clips)
-    by_file = {Path(path).resolve(): path for path in records}
-    by_last = _once((Path(path).name, path) for path in records)
-    own_last = _once((Path(clip.name).name, clip.name) for clip in clips)
+    by_file = {Path(path).resolve(): path for path in predictions}
+    ends = [
+        (
+            _once((_end(path, parts), path) for path in predictions),
+            _once((_end(clip.name, parts), clip.name) for clip in clips),
+            parts,
+        )
+        for parts in (2, 1)
+    ]
     pairs: dict[str, Pair] = {}
-    unanswered: list[str] = []
+    unanswered: list[AnnotatedClip] = []
     seen: set[str] = set()
     for clip in clips:
         if clip.name in seen:
             raise ValueError(f"annotations must name each clip once, got {clip.name} twice")
         seen.add(clip.name)
-        found = clip.name if clip.name in records else by_file.get((root / clip.name).resolve())
-        last = Path(clip.name).name
-        if found is None and own_last.get(last) is not None:
-            found = by_last.get(last)
+        named = [one for one in (clip.name, clip.extra.get(VIDEO_NAME)) if one in predictions]
+        found = named[0] if named else by_file.get((root / clip.name).resolve())
+        for theirs, ours, parts in ends:
+            end = _end(clip.name, parts)
+            if found is None and ours.get(end) is not None:
+                found = theirs.get(end)
         if found is None:
-            unanswered.append(clip.name)
+            unanswered.append(clip)
         elif found in pairs:
             raise ValueError(
                 f"predictions must have one line for each clip, got {found} for "
                 f"{pairs[found].clip.name} and {clip.name}"
             )
         else:
-            pairs[found] = Pair(clip, records[found])
+            pairs[found] = Pair(clip, predictions[found])
     if not pairs:
         raise ValueError(
             f"predictions must be on the annotated clips, got none of {len(clips)} among "
-            f"{len(records)}; first annotated {short(next(iter(seen), None))}, first predicted "
-            f"{short(next(iter(records), None))}; name the clips' folder with --videos"
+            f"{len(predictions)}; first annotated {short(next(iter(seen), None))}, first predicted "
+            f"{short(next(iter(predictions), None))}; name the clips' folder with --videos"
         )
-    alone = tuple(path for path in records if path not in pairs)
+    alone = tuple(path for path in predictions if path not in pairs)
     return Pairing(tuple(pairs.values()), tuple(unanswered), alone)
 
 
@@ -105,6 +126,11 @@ def read_answers(path: Path) -> dict[str, str]:
         if answers.setdefault(name, answer) != answer:
             raise ValueError(f"{path}: {place}: {name} must be answered once, got two answers")
     return answers
+
+
+def _end(path: str, parts: int) -> str:
+    """The last parts of a path; all of a shorter one."""
+    return "/".join(Path(path).parts[-parts:])
 
 
 def _once(pairs: Iterable[tuple[str, str]]) -> dict[str, str | None]:

@@ -350,11 +350,12 @@ def _with_tools(tools: Sequence[Mapping[str, object]]) -> dict[str, Any]:
 
 def _note_usage(meter: TokenMeter, row: int, answer: Any) -> None:
     """Add what the server says that a request cost; some servers say nothing."""
-    if answer.usage is None:
-        meter.lose(row)
+    read = getattr(answer.usage, "prompt_tokens", None)
+    written = getattr(answer.usage, "completion_tokens", None)
+    if isinstance(read, int) and isinstance(written, int):
+        meter.add(row, read=read, written=written)
     else:
-        spent = answer.usage
-        meter.add(row, read=spent.prompt_tokens, written=spent.completion_tokens)
+        meter.lose(row)
 
 
 def _top_log_probs(answer: Any) -> dict[str, float]:

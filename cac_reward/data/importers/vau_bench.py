@@ -30,6 +30,8 @@ COLUMNS = (
     *("Video Name", "Question", *OPTIONS, "Correct Option", "Key Object", "Description"),
     *("Reasoning", "Anomaly Class", "Start Time", "End Time"),
 )
+VIDEO_NAME = "video_name"
+"""Key in `AnnotatedClip.extra`: what the file calls a video whose path ends otherwise."""
 MISSING = "-1"
 NORMAL = "Normal"
 # Videos are called so in the mixed files; in the data sets themselves they have no such prefix.
@@ -81,6 +83,9 @@ def _clip(
         origin, own_name = _origin(cells["Video Name"], path)
         fields = settings.clip(cells["Video Name"], own_name)
     given = {name: None if one in ("", MISSING) else one for name, one in cells.items()}
+    extra = {} if given["Key Object"] is None else {"key_object": str(given["Key Object"])}
+    if Path(fields["path"]).name != cells["Video Name"]:
+        extra[VIDEO_NAME] = cells["Video Name"]
     verdict, window = _judged(cells)
     kind = UNSPECIFIED
     if given["Anomaly Class"] not in (None, NORMAL):
@@ -97,7 +102,7 @@ def _clip(
         findings=() if window is None else (Finding(kind, window),),
         description=given["Description"],
         reasoning=given["Reasoning"],
-        extra={} if given["Key Object"] is None else {"key_object": given["Key Object"]},
+        extra=extra,
     )
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import pickle
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,31 @@ def real(**values: Any) -> dict[str, Any]:
         video_id="r1", video_path="real_videos/r1.mp4", video_type="real_video", split="test"
     )
     return {name: one for name, one in row.items() if not name.startswith("faketrace")} | values
+
+
+def test_vif_bench_pairs_generated_clips_with_real_ones(tmp_path: Path) -> None:
+    index = {
+        "real": ["/data/test_normalized/real/v1", "frames/real/v2"],
+        "kling-v1": ["/data/test_normalized/kling-v1/v1", "/data/full-videos/kling-v1/v1", "v3", 7],
+    }
+    real, other, fake, short, number = outcomes(
+        "vif_bench", write_json(tmp_path / "test_index.json", index)
+    )
+    assert real == AnnotatedClip(
+        path="real/v1",
+        source="vif_bench/real",
+        source_video="v1",
+        split="test",
+        verdict="clean",
+    )
+    assert other == replace(real, path="real/v2", source_video="v2")
+    assert fake == replace(
+        real, path="kling-v1/v1", source="vif_bench/kling-v1", verdict="anomalous"
+    )
+    assert "line 6, column 'kling-v1': folder must be below the one of its generator" in str(short)
+    assert "folder must be text, got 7" in str(number)
+    with pytest.raises(ValueError, match="line 2: folders of 'real' must be a list, got 3"):
+        outcomes("vif_bench", write_json(tmp_path / "other.json", {"real": 3}))
 
 
 def test_deeptrace_reward_videos(tmp_path: Path) -> None:
@@ -701,8 +727,8 @@ def test_videos_fill_in_what_files_do_not_say(tmp_path: Path) -> None:
 
 def test_settings_that_are_not_used_are_refused(tmp_path: Path) -> None:
     assert set(IMPORTERS) == {
-        *("vau_bench", "vif_cot_4k", "deeptrace_reward", "ucf_crime", "uca", "xd_violence"),
-        *("shanghaitech", "cvat", "coco"),
+        *("vau_bench", "vif_cot_4k", "vif_bench", "deeptrace_reward", "ucf_crime", "uca"),
+        *("xd_violence", "shanghaitech", "cvat", "coco"),
     }
     with pytest.raises(ValueError, match="sentences must be left out for vau_bench"):
         import_annotations("vau_bench", [], ImportSettings(sentences=(tmp_path,)))

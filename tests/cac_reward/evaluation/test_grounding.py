@@ -104,9 +104,9 @@ def report(score: float | None = 0.2, **given: object) -> AnomalyReport:
 
 
 def test_frames_have_the_clips_probability_where_something_is_found() -> None:
-    found = report(findings=(finding(0.5, 1.0),))
-    assert frame_scores(found) == [0, 0, 0.8, 0.8, 0, 0, 0, 0]
-    assert frame_scores(report()) == [0.8] * 8
+    found = (finding(0.5, 1.0),)
+    assert frame_scores(0.8, found, fps=4, num_frames=8) == [0, 0, 0.8, 0.8, 0, 0, 0, 0]
+    assert frame_scores(0.8, (), fps=4, num_frames=8) == [0.8] * 8
 
 
 def test_a_finding_is_found_from_three_tenths_on() -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from cac_reward.data.annotations import AnnotatedClip
 from cac_reward.evaluation.measuring import Evaluation, evaluate
-from cac_reward.evaluation.pairing import pair_up, read_answers
+from cac_reward.evaluation.pairing import Pairing, pair_up, read_answers
+from cac_reward.evaluation.predictions import Prediction
 from cac_reward.evaluation.writing import markdown, table, write_json, write_markdown
 from cac_reward.records import ClipRecord
 from cac_reward.report import AnomalyReport, Box, Finding, TimeWindow
@@ -47,20 +48,30 @@ CLIPS = [
 ]
 RECORDS = [
     record("a.mp4", 0.25, finding(0.5, 1.0, Box(0.5, 0, 0, 1, 1)), timings={"scan": 1, "look": 2}),
-    record("b.mp4", 0.25, finding(0.0, 0.5)),
+    record(
+        "b.mp4",
+        0.25,
+        finding(0.0, 0.5),
+        tokens={"scan.read": 10, "scan.written": 2, "inspect.read": 20, "inspect.written": 3},
+    ),
     record("c.mp4", 0.75, timings={"scan": 1}),
     record("d.mp4", 0.25, finding(0.0, 0.5)),
     record("e.mp4", None, judge_text='"box": [5, 0, 1, 1] "box": [0, 0, 1, 1]'),
     record("f.mp4", 0.75, mode="fast"),
-    record("g.mp4", 0.0),
+    record("g.mp4", 0.0, tokens={"scan.read": 7, "scan.written": 0}),
     record("h.mp4", 0.0),
     ClipRecord(path="i.mp4", error="not a video"),
 ]
 
 
+def paired(clips: list[AnnotatedClip], records: dict[str, ClipRecord]) -> Pairing:
+    answered = {path: Prediction.from_record(one) for path, one in records.items()}
+    return pair_up(clips, answered, ROOT)
+
+
 def measured(**options: object) -> Evaluation:
     values: dict = {"draws": 0, **options}
-    return evaluate(pair_up(CLIPS, {one.path: one for one in RECORDS}, ROOT), **values)
+    return evaluate(paired(CLIPS, {one.path: one for one in RECORDS}), **values)
 
 
 def test_every_measure_is_what_a_person_counts() -> None:
@@ -95,6 +106,12 @@ def test_every_measure_is_what_a_person_counts() -> None:
     assert values["type.flicker.named"] == 0
     assert values["cost.seconds_per_clip"] == 2
     assert math.isnan(values["question.accuracy"])
+    assert math.isnan(values["question.accuracy_of_all"])
+    assert math.isnan(values["class.accuracy"])
+    assert values["cost.tokens_read_per_clip"] == (30 + 7) / 2
+    assert values["cost.tokens_written_per_clip"] == 5 / 2
+    assert values["cost.tokens_per_clip"] == (35 + 7) / 2
+    assert found["cost.tokens_per_clip"].num_clips == 2
 
 
 def test_what_is_missing_is_counted() -> None:
@@ -111,14 +128,14 @@ def test_what_is_missing_is_counted() -> None:
 
 def test_a_fault_under_another_name_is_found_but_not_named() -> None:
     records = {"a.mp4": record("a.mp4", 0.1, finding(0.5, 1.0, kind="flicker"))}
-    found = evaluate(pair_up(CLIPS[:1], records, ROOT), draws=0).measurements
+    found = evaluate(paired(CLIPS[:1], records), draws=0).measurements
     values = {one.name: one.estimate.value for one in found}
     assert (values["type.melts.found"], values["type.melts.named"]) == (1, 0)
 
 
 def test_without_any_score_nothing_is_made_up() -> None:
     records = {"a.mp4": record("a.mp4", None)}
-    evaluation = evaluate(pair_up(CLIPS[:1], records, ROOT), draws=10)
+    evaluation = evaluate(paired(CLIPS[:1], records), draws=10)
     values = {one.name: one.estimate.value for one in evaluation.measurements}
     assert values.pop("clip.judged") == 0
     assert all(math.isnan(value) for value in values.values())
@@ -131,14 +148,19 @@ def test_questions(tmp_path: Path) -> None:
         for name in "abcde"
     ]
     records = {one.path: record(one.path, 0.9) for one in asked}
+    asked += [clip("f.mp4", verdict="clean", question="Which?", options=("x", "y"), answer="B")]
     given = {"a.mp4": "B", "b.mp4": "(b) because", "c.mp4": "A", "d.mp4": "Both"}
     file = tmp_path / "answers.jsonl"
     lines = [json.dumps({"path": path, "answer": text}) for path, text in given.items()]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert read_answers(file) == given
-    found = evaluate(pair_up(asked, records, ROOT), answers=read_answers(file), draws=0)
-    (row,) = [one for one in found.measurements if one.name == "question.accuracy"]
+    found = evaluate(paired(asked, records), answers=read_answers(file), draws=0)
+    rows = {one.name: one for one in found.measurements}
+    row = rows["question.accuracy"]
     assert (row.estimate.value, row.num_clips) == (0.5, 4)
+    # e.mp4 has no answer, f.mp4 no prediction at all.
+    row = rows["question.accuracy_of_all"]
+    assert (row.estimate.value, row.num_clips) == (2 / 6, 6)
 
 
 @pytest.mark.parametrize(
@@ -171,26 +193,26 @@ def test_records_are_found_by_name_file_and_last_part() -> None:
         clip("shard.tar", key="7", verdict="clean"),
     ]
     paths = ["clips/sub/a.mp4", "b.mp4", "/far/c.mp4", "/far/same.mp4", "shard.tar#7"]
-    found = pair_up(clips, {path: record(path, 0.5) for path in paths}, ROOT)
-    assert [(one.clip.name, one.record.path) for one in found.pairs] == [
-        ("sub/a.mp4", "clips/sub/a.mp4"),
-        ("b.mp4", "b.mp4"),
-        ("c.mp4", "/far/c.mp4"),
-        ("shard.tar#7", "shard.tar#7"),
+    found = paired(clips, {path: record(path, 0.5, judge_id=path) for path in paths})
+    assert [(one.clip.name, one.prediction.judge) for one in found.pairs] == [
+        ("sub/a.mp4", "clips/sub/a.mp4 (full)"),
+        ("b.mp4", "b.mp4 (full)"),
+        ("c.mp4", "/far/c.mp4 (full)"),
+        ("shard.tar#7", "shard.tar#7 (full)"),
     ]
-    assert found.unanswered == ("x/same.mp4", "y/same.mp4")
+    assert [one.name for one in found.unanswered] == ["x/same.mp4", "y/same.mp4"]
     assert found.unannotated == ("/far/same.mp4",)
 
 
 def test_what_cannot_be_paired_is_refused() -> None:
     one = {"z.mp4": record("z.mp4", 0.5)}
     with pytest.raises(ValueError, match="got none of 9 among 1.*--videos"):
-        pair_up(CLIPS, one, ROOT)
+        paired(CLIPS, one)
     with pytest.raises(ValueError, match=r"each clip once, got a\.mp4"):
-        pair_up([CLIPS[0], CLIPS[0]], one, ROOT)
+        paired([CLIPS[0], CLIPS[0]], one)
     twice = [clip("z.mp4", verdict="clean"), clip("./z.mp4", verdict="clean")]
     with pytest.raises(ValueError, match="one line for each clip"):
-        pair_up(twice, {"clips/z.mp4": record("clips/z.mp4", 0.5)}, ROOT)
+        paired(twice, {"clips/z.mp4": record("clips/z.mp4", 0.5)})
 
 
 def test_files_hold_what_was_measured(tmp_path: Path) -> None:
@@ -212,6 +234,6 @@ def test_files_hold_what_was_measured(tmp_path: Path) -> None:
 
 def test_a_name_from_outside_stays_in_its_cell() -> None:
     records = {"a.mp4": record("a.mp4", 0.1, judge_id="<script>|x")}
-    text = markdown(evaluate(pair_up(CLIPS[:1], records, ROOT), draws=0))
+    text = markdown(evaluate(paired(CLIPS[:1], records), draws=0))
     assert "<script>" not in text
     assert "&lt;script>\\|x" in text

@@ -17,6 +17,7 @@ from cac_reward.questions import (
     VERDICT_PREFIX,
     Message,
     alignment_message,
+    inspect_message,
 )
 from cac_reward.report import VERDICTS, Box, TimeWindow
 from cac_reward.training.lessons import ClipInView, Lesson, View, Words
@@ -57,6 +58,34 @@ def write_inspect(seen: ClipInView) -> Lesson:
         answer = Words.learnt(text, (len(text) - len(choice), len(text)))
     labels = (*seen.labels(scanned), *seen.labels(inspected))
     return Lesson((*opening, call, look, answer), view.tools, labels, seen.clip_label)
+
+
+def write_verdict(seen: ClipInView) -> Lesson:
+    """A verdict at once on the frames of turn 1, as rewards without a second look are taught."""
+    indices, opening = seen.scan()
+    text = VERDICT_PREFIX + VERDICT_CHOICES[bool(seen.clip_label)]
+    words = Words.learnt(text, (len(VERDICT_PREFIX), len(text)))
+    return Lesson((*opening, words), (), seen.labels(indices), seen.clip_label)
+
+
+def write_whole(seen: ClipInView) -> Lesson:
+    """Findings and verdict in one turn, on the frames of turn 1."""
+    indices, opening = open_whole(seen)
+    writer = seen.view.family.box_writer(*opening[-1].frames[0].shape[-2:])
+    text = write_findings(seen.stated(seen.findings, indices), writer)
+    choice = VERDICT_CHOICES[bool(seen.findings)]
+    words = Words.learnt(text, (len(text) - len(choice), len(text)))
+    return Lesson((*opening, words), (), seen.labels(indices), seen.clip_label)
+
+
+def open_whole(seen: ClipInView) -> tuple[list[int], tuple[Message, ...]]:
+    """Frames of turn 1 with turn 2's question, up to where the judge answers."""
+    settings = seen.view.settings
+    indices = scan_indices(len(seen.frames), seen.fps, settings.scan)
+    shown = seen.view.show(seen.frames, indices, settings.scan.pixels)
+    times, units = frame_times(indices, seen.fps), seen.view.family.box_units
+    asked = inspect_message(shown, times, settings.wording, units)
+    return indices, (Message("user", asked.content),)
 
 
 def write_frame(seen: ClipInView) -> Lesson:
@@ -193,6 +222,10 @@ def _located(clip: AnnotatedClip, view: View) -> bool:
     return clip.verdict == VERDICTS[0] or bool(clip.findings)
 
 
+def _judged(clip: AnnotatedClip, view: View) -> bool:
+    return clip.verdict is not None
+
+
 def _boxed(clip: AnnotatedClip, view: View) -> bool:
     return clip.verdict == VERDICTS[0] or any(one.boxes for one in clip.findings)
 
@@ -212,6 +245,8 @@ TASKS = ("qa", "grounding", "classification", "description")
 LESSONS: Mapping[str, LessonKind] = {
     "scan": LessonKind(write_scan, _located, False),
     "inspect": LessonKind(write_inspect, _located, True),
+    "verdict": LessonKind(write_verdict, _judged, False),
+    "whole": LessonKind(write_whole, _located, False),
     "frame": LessonKind(write_frame, _boxed, False),
     "caption": LessonKind(write_caption, lambda clip, view: bool(clip.captions), False),
     "alignment": LessonKind(write_alignment, lambda clip, view: bool(clip.prompt), False),

@@ -118,15 +118,24 @@ class JudgeSFTTrainer(LearningMixin, SFTTrainer):
             labels = inputs["input_ids"].masked_fill(weights == 0, -100)
             outputs = model(**inputs, labels=labels, fused_lm_head=True)
             parts["words"] = mean_or_zero(-outputs.log_probs.float(), weights[:, 1:])
+            self._note_decisions(outputs.is_top1, weights[:, 1:])
         else:
             model(**inputs, logits_to_keep=1)
         if heads is not None:
             parts |= head_losses(*heads.take(), frame_labels, clip_labels, loss)
-        for name, value in parts.items():
-            self._metrics["train"][f"loss_{name}"].append(value.detach().item())
         shares = {"words": loss.words, "frames": loss.frames, "clip": loss.clip}
+        for name, value in parts.items():
+            if shares[name] > 0:
+                self._metrics["train"][f"loss_{name}"].append(value.detach().item())
         total = sum((shares[name] * value for name, value in parts.items()), torch.zeros(()))
         return (total, {}) if return_outputs else total
+
+    def _note_decisions(self, right: Tensor, weights: Tensor) -> None:
+        """Share of the words that decide a verdict that are likeliest, where they are marked."""
+        decisive = weights > 1
+        if self.stage.loss.decision_words > 1 and decisive.any():
+            share = right.float()[decisive].mean().item()
+            self._metrics["train"]["decisions_right"].append(share)
 
 
 def head_losses(

@@ -1,9 +1,9 @@
 """Toy clips as files with annotations: what `cac-reward train` learns the toy judge from.
 
 `python -m examples.toy_world.annotated_clips --output runs/toy_clips` writes lossless videos and
-three annotation files: `rendered.jsonl` straight from the renderer, `redrawn.jsonl` through the
-autoencoder and partly redrawn by the toy generator (where a bank of such clips is given), and
-`held_out.jsonl` of prompts and seeds that training never sees.
+annotation files. For training: `rendered.jsonl` straight from the renderer, `redrawn.jsonl` through
+the autoencoder and partly redrawn by the toy generator (from a bank of such clips), `mixed.jsonl`
+with small objects and short faults. `held_out*.jsonl` are of prompts and seeds never trained on.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from examples.toy_world.world import (
 )
 
 STAGE = 3
+MIXED_STAGE = 5
 HELD_OUT_SEED = EVALUATION_SEED + 500_000_000
 GRID = 32
 WHY = {
@@ -177,11 +178,62 @@ def redrawn(bank_file: Path) -> Iterator[Rendition]:
             yield rendition(clip, bank["redrawn"][number].numpy(), f"redrawn/{number:06}.mkv", 2)
 
 
-def held_out(count: int, settings: WorldSettings = WorldSettings()) -> Iterator[Rendition]:
+@dataclass(frozen=True)
+class HeldOutSet:
+    """Clips that training never sees, and what is unusual about them."""
+
+    settings: WorldSettings = WorldSettings()
+    fault: str | None = None
+    """The only type of fault; None for all that training knows."""
+
+
+SMALL = WorldSettings(object_scale=0.58, fault_frames=1)
+"""Objects under 5% of the area (by their boxes), faults in under 10% of the frames."""
+UNSEEN_FAULT = "deform"
+"""The type that `mixed.jsonl` leaves out."""
+HELD_OUT: dict[str, HeldOutSet] = {
+    "held_out": HeldOutSet(),
+    "held_out_small": HeldOutSet(SMALL),
+    "held_out_colours": HeldOutSet(WorldSettings(hue_shift=25.0)),
+    "held_out_sizes": HeldOutSet(WorldSettings(object_scale=0.75)),
+    "held_out_speeds": HeldOutSet(WorldSettings(speed_scale=1.6)),
+    "held_out_faults": HeldOutSet(fault=UNSEEN_FAULT),
+}
+
+
+def mixed(count: int) -> Iterator[Rendition]:
+    """Training clips of which every other is of small objects with short faults.
+
+    One type of fault never occurs, so that it can be asked of a judge that has not met it.
+    """
+    made = number = 0
+    while made < count:
+        settings = SMALL if made % 2 else WorldSettings()
+        clip = render_batch(MIXED_STAGE, number, 1, settings)[0]
+        number += 1
+        if all(fault.type != UNSEEN_FAULT for fault in clip.faults):
+            yield rendition(clip, clip.frames, f"mixed/{made:06}.mkv", 4)
+            made += 1
+
+
+def held_out(name: str, count: int) -> Iterator[Rendition]:
     """Clips of held-out prompts, from seeds of their own."""
-    for number in range(count):
-        clip = render_clip(HELD_OUT_SEED + number, settings, split="evaluation")
-        yield rendition(clip, clip.frames, f"held_out/{number:06}.mkv", 3)
+    wanted = HELD_OUT[name]
+    made = number = 0
+    while made < count:
+        fault = wanted.fault if made % 2 else "none"
+        clip = render_clip(
+            HELD_OUT_SEED + number,
+            wanted.settings,
+            split="evaluation",
+            fault=None if wanted.fault is None else fault,
+        )
+        number += 1
+        unmet = wanted.fault is None and name != "held_out"
+        if unmet and any(one.type == UNSEEN_FAULT for one in clip.faults):
+            continue
+        yield rendition(clip, clip.frames, f"{name}/{made:06}.mkv", 3)
+        made += 1
 
 
 def encode(frames: np.ndarray, fps: float) -> bytes:
@@ -200,7 +252,7 @@ def encode(frames: np.ndarray, fps: float) -> bytes:
 def write_clips(output: Path, name: str, clips: Iterable[Rendition], total: int) -> Path:
     """Videos below `output` and `NAME.jsonl` beside them; videos that are there stay."""
     file = output / f"{name}.jsonl"
-    split = "val" if name == "held_out" else "train"
+    split = "val" if name in HELD_OUT else "train"
     with annotation_writer(file) as write:
         for one in tqdm(clips, desc=name, total=total, unit="clip"):
             place = output / one.path
@@ -213,20 +265,32 @@ def write_clips(output: Path, name: str, clips: Iterable[Rendition], total: int)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the clips that the toy judge learns from."""
+    """Write the clips that toy judges learn from and are measured on."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/toy_clips"))
-    parser.add_argument("--count", type=int, default=24_000, help="rendered clips (24,000)")
-    parser.add_argument("--held-out", type=int, default=512, help="held-out clips (512)")
     parser.add_argument(
-        "--bank", type=Path, help="of judge_bank, for redrawn.jsonl (left out without it)"
+        "--sets",
+        nargs="+",
+        default=["rendered", "held_out"],
+        choices=["rendered", "mixed", "redrawn", *HELD_OUT],
+        metavar="NAME",
+        help=f"some of rendered, mixed, redrawn, {', '.join(HELD_OUT)} (rendered, held_out)",
     )
+    parser.add_argument("--count", type=int, default=24_000, help="of each training set (24,000)")
+    parser.add_argument("--held-out", type=int, default=512, help="of each held-out set (512)")
+    parser.add_argument("--bank", type=Path, help="of judge_bank, which redrawn needs")
     options = parser.parse_args(arguments)
+    if "redrawn" in options.sets and options.bank is None:
+        parser.error("--bank must name the bank of judge_bank for the set 'redrawn'")
     options.output.mkdir(parents=True, exist_ok=True)
-    write_clips(options.output, "rendered", rendered(options.count), options.count)
-    write_clips(options.output, "held_out", held_out(options.held_out), options.held_out)
-    if options.bank is not None:
-        write_clips(options.output, "redrawn", redrawn(options.bank), judge_bank.BANK * 2)
+    for name in options.sets:
+        if name == "redrawn":
+            write_clips(options.output, name, redrawn(options.bank), judge_bank.BANK * 2)
+        elif name in HELD_OUT:
+            write_clips(options.output, name, held_out(name, options.held_out), options.held_out)
+        else:
+            made = rendered(options.count) if name == "rendered" else mixed(options.count)
+            write_clips(options.output, name, made, options.count)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from examples.toy_world.painting import background, distance, turn_hue
+
 COLOURS = {
     "red": (235, 50, 50),
     "green": (50, 215, 60),
@@ -44,6 +46,15 @@ class WorldSettings:
     """Frames per second."""
     fault_rate: float = 0.5
     """Share of clips that carry planted faults, in [0, 1]."""
+    object_scale: float = 1.0
+    """Size of the objects against the usual, in (0, 1.1]."""
+    speed_scale: float = 1.0
+    """Speed of the objects against the usual, above 0."""
+    fault_frames: int | None = None
+    """How many frames every fault lasts, at least 1; None for the usual lengths. A teleport takes
+    two and a freeze at least two, whatever this says."""
+    hue_shift: float = 0.0
+    """Turns every colour by so many degrees; prompts keep calling them by their usual names."""
 
     def __post_init__(self) -> None:
         if self.size < 16:
@@ -52,6 +63,12 @@ class WorldSettings:
             raise ValueError(f"num_frames must be at least 9, got {self.num_frames}")
         if not 0 <= self.fault_rate <= 1:
             raise ValueError(f"fault_rate must be in [0, 1], got {self.fault_rate}")
+        if not 0 < self.object_scale <= 1.1:
+            raise ValueError(f"object_scale must be in (0, 1.1], got {self.object_scale}")
+        if not self.speed_scale > 0:
+            raise ValueError(f"speed_scale must be above 0, got {self.speed_scale}")
+        if self.fault_frames is not None and self.fault_frames < 1:
+            raise ValueError(f"fault_frames must be at least 1, got {self.fault_frames}")
 
 
 @dataclass(frozen=True)
@@ -191,7 +208,7 @@ def render_clip(
         if planted is not None:
             break
     objects = [(t.colour, t.shape, t.motion) for t in planted[2]]
-    frames = _draw(planted[0], _background(random, settings), settings)
+    frames = _draw(planted[0], background(random, settings.size), settings)
     truth = (tuple(planted[1]), tuple(planted[0]))
     return Clip(frames, settings.fps, write_prompt(objects), *truth, seed)
 
@@ -232,7 +249,7 @@ def _sample_tracks(random: np.random.Generator, settings: WorldSettings, split: 
         if split_of(write_prompt(objects)) != split:
             continue
         for _ in range(12):
-            tracks = [_sample_track(random, *thing, len(objects)) for thing in objects]
+            tracks = [_sample_track(random, settings, thing, len(objects)) for thing in objects]
             for track in tracks:
                 track.centre = _path(track, times)
             if _apart(tracks):
@@ -242,11 +259,13 @@ def _sample_tracks(random: np.random.Generator, settings: WorldSettings, split: 
 
 
 def _sample_track(
-    random: np.random.Generator, colour: str, shape: str, motion: str, count: int
+    random: np.random.Generator, settings: WorldSettings, thing: tuple[str, str, str], count: int
 ) -> Track:
+    colour, shape, motion = thing
     radius = random.uniform(0.15, 0.19) if count < 3 else random.uniform(0.14, 0.155)
+    radius *= settings.object_scale
     wall = radius * _REACH[shape] + 0.01
-    speed = random.uniform(0.045, 0.075)
+    speed = random.uniform(0.045, 0.075) * settings.speed_scale
     angle = {"sideways": 0.0, "up and down": np.pi / 2, "diagonally": np.pi / 4}[motion]
     signs = random.choice([-1.0, 1.0], size=2)
     velocity = speed * np.array([np.cos(angle), np.sin(angle)]) * signs
@@ -302,6 +321,8 @@ def _plant_one(
     track = replace(old, rgb=old.rgb.copy(), alpha=old.alpha.copy(), stretch=old.stretch.copy())
     first = int(random.integers(2, frames - 5))
     last = min(frames - 1, first + 2 + severity + int(random.integers(0, 3)))
+    if settings.fault_frames is not None:
+        last = min(frames - 1, first + settings.fault_frames - 1)
     if kind == "teleport":
         last = min(frames - 1, first + 1)
         first -= 1
@@ -351,17 +372,6 @@ def _move_away(random: np.random.Generator, track: Track, frame: int, frames: in
     return bool(np.linalg.norm(after[frame] - before[frame]) > 0.32)
 
 
-def _background(random: np.random.Generator, settings: WorldSettings) -> np.ndarray:
-    """[H W 3] plain or graded grey, in 0..255."""
-    low, high = np.sort(random.uniform(15, 95, 2))
-    if random.random() < 0.5:
-        high = low
-    angle = random.uniform(0, 2 * np.pi)
-    axis = (np.arange(settings.size) + 0.5) / settings.size - 0.5
-    ramp = 0.5 + (axis[None, :] * np.cos(angle) + axis[:, None] * np.sin(angle)) / 1.42
-    return np.repeat((low + (high - low) * ramp)[:, :, None], 3, axis=2)
-
-
 def _draw(tracks: list[Track], background: np.ndarray, settings: WorldSettings) -> np.ndarray:
     """Paint all tracks over the background, anti-aliased. [F H W 3] uint8."""
     size = settings.size
@@ -372,24 +382,10 @@ def _draw(tracks: list[Track], background: np.ndarray, settings: WorldSettings) 
         centre = track.centre.astype(np.float32)
         x = ((axis[None, :] - centre[:, :1]) / radius[:, :1])[:, None, :]
         y = ((axis[None, :] - centre[:, 1:]) / radius[:, 1:])[:, :, None]
-        distance = _distance(track.shape, x, y)
+        far = distance(track.shape, x, y)
         sharp = np.float32(track.radius * size)
-        cover = np.clip(0.5 - distance * sharp, 0, 1)
+        cover = np.clip(0.5 - far * sharp, 0, 1)
         cover = cover * track.alpha.astype(np.float32)[:, None, None]
-        rgb = track.rgb.astype(np.float32)[:, None, None, :]
+        rgb = turn_hue(track.rgb, settings.hue_shift).astype(np.float32)[:, None, None, :]
         image += cover[..., None] * (rgb - image)
     return np.round(image).astype(np.uint8)
-
-
-def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance to a shape of radius 1 around the origin; negative inside."""
-    if shape == "circle":
-        return np.sqrt(x * x + y * y) - 1
-    if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.88
-    if shape == "triangle":
-        side = np.maximum(0.894 * np.abs(x) - 0.447 * (y + 1), -np.inf)
-        return np.maximum(side, y - 0.9)
-    wide = np.maximum(np.abs(x) - 1.05, np.abs(y) - 0.36)
-    tall = np.maximum(np.abs(y) - 1.05, np.abs(x) - 0.36)
-    return np.minimum(wide, tall)

@@ -38,7 +38,7 @@ PART_TEXT = (
     "this is what they found, as data:\n{annotation}\n"
     "Write structured reasoning that leads from what is to be seen to their result:\n"
     '- "scene": place, people and things, in one or two sentences;\n'
-    '- "events": what happens, in order of time, a list of {"window": ..., "what": ...};\n'
+    '- "events": what happens, in order of time, a list of {{"window": ..., "what": ...}};\n'
     '- "findings": one entry for each finding above, an empty list where the stretch is clean;\n'
     '- "reasoning": in two to five sentences, how one can tell from the picture;\n'
     '- "verdict": clean or anomalous.\n'

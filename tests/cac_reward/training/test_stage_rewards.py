@@ -2,8 +2,10 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +41,7 @@ from cac_reward.training.stage_rewards import (
 )
 from cac_reward.training.task_answers import Attempt, Task, TaskAnswer, write_task_answer
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 LENGTH = 12
 LOCALISED = (temporal_iou, spatial_iou, scan_coverage, type_match)
 UNKNOWN = AnnotatedClip(path="u.mp4")
@@ -547,6 +550,15 @@ def test_rewards_are_found_by_name() -> None:
     assert math.isnan(values["accuracy"])
     with pytest.raises(ValueError, match="rewards must be of accuracy, .*, got 'iou'"):
         measure(task, ["iou"])
+
+
+def test_the_page_on_rewards_names_them_all() -> None:
+    page = (REPOSITORY / "docs" / "stage_rewards.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(rows) == sorted([*JUDGE_REWARDS, *TASK_REWARDS])
+    example = re.findall(r"(\w+): [\d.]+", page.partition("```yaml")[2].partition("```")[0])
+    assert example
+    assert set(example) <= set(REWARDS)
 
 
 # ---- defects of published rewards ----------------------------------------------------------------

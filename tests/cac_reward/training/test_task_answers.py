@@ -268,6 +268,33 @@ def test_a_task_checks_itself(values: dict[str, Any], why: str) -> None:
         Task(**values)
 
 
+PIECES = [
+    *(
+        f"<{slash}{tag}>"
+        for tag in ("think", "answer", "glue", "reflection")
+        for slash in ("", "/")
+    ),
+    *("Normal", "Anomaly", "Fire", "A", "[1, 2]", "[[1, 2], [0, 3]]", "[-1.0, -1.0]", "<|", " "),
+    *("Description: ", "\nReasoning: ", "1e999", "[" * 2000, "9" * 5000, "\ud800"),
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(TASKS), st.data())
+def test_what_is_read_is_written_alike_and_anything_else_is_an_answer_error(
+    task: Task, data: st.DataObject
+) -> None:
+    whole = write_task_answer(task, data.draw(task_answers(task)))
+    cut = data.draw(st.integers(0, len(whole)))
+    soup = "".join(data.draw(st.lists(st.sampled_from(PIECES), max_size=8)))
+    for text in (soup, whole[:cut] + soup + whole[cut:], whole[cut:]):
+        try:
+            answer = parse_task_answer(task, text, CLIP)
+        except AnswerError:
+            continue
+        assert parse_task_answer(task, write_task_answer(task, answer), CLIP) == answer
+
+
 def test_a_long_answer_is_refused_or_read_in_time() -> None:
     # The parser's cost must not explode on repeated half-tags.
     text = "<think>" + "<thin" * 3000 + "</think><answer>B</answer>"

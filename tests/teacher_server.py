@@ -81,7 +81,7 @@ def agreeing(body: Body) -> dict[str, Any]:
         "first_answer_is_right": "your answer is right" in texts(body),
         "reflection": "The square should have been followed to the end.",
     }
-    if "answer" in known:
+    if "letter of the right option" in texts(body):
         return {**looked, "reasoning": PROSE, "answer": known["answer"]}
     return {**looked, **verdict}
 

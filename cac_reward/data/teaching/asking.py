@@ -169,7 +169,7 @@ class Teacher:
             try:
                 choice = self._send(messages, schema if with_schema else None, more)
             except _REFUSALS as error:
-                raise JudgeUnreachableError(self._complaint(error)) from error
+                raise self._unreachable(error) from error
             except openai.OpenAIError as error:
                 if with_schema and self._takes_schema is None and isinstance(error, _BAD_REQUEST):
                     with_schema = False
@@ -242,11 +242,13 @@ class Teacher:
         timed_out = isinstance(error, openai.APITimeoutError)
         absent = isinstance(error, openai.APIConnectionError) and not timed_out
         if absent and not self.tally.accepted + self.tally.rejected:
-            return JudgeUnreachableError(self._complaint(error))
+            return self._unreachable(error)
         return UnansweredError(f"the request failed: {str(error)[:400]}")
 
-    def _complaint(self, error: Exception) -> str:
-        return (
+    def _unreachable(self, error: Exception) -> JudgeUnreachableError:
+        """What ends the run, before another request is begun in vain."""
+        self.halt("the server answers nobody")
+        return JudgeUnreachableError(
             f"endpoint {self.base_url} must answer for the model {self.settings.model!r}, got: "
             f"{error}; check address, model and key ({KEY_VARIABLE})"
         )

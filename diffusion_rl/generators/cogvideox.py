@@ -51,28 +51,28 @@ class CogVideoXGenerator(AbstractPipelineGenerator):
             raise ValueError(f"max_sequence_length must be the model's {longest}, got {length}")
 
     @property
+    def compression(self) -> tuple[int, int]:
+        return self.pipeline.vae_scale_factor_temporal, self.pipeline.vae_scale_factor_spatial
+
+    @property
     def pixel_factor(self) -> int:
-        return self.pipeline.vae_scale_factor_spatial * self.pipeline.transformer.config.patch_size
+        return self.compression[1] * self.pipeline.transformer.config.patch_size
 
     @property
     def frame_factor(self) -> int:
         # Of an even number of latent frames the autoencoder makes too many frames.
-        return 2 * self.pipeline.vae_scale_factor_temporal
+        return 2 * self.compression[0]
 
     @property
     def padding(self) -> int:
         """Latent frames put before the video's own, so that CogVideoX 1.5 can pair them."""
-        frames = (self.num_frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
+        frames = super().latent_shape[1]
         return -frames % (self.pipeline.transformer.config.patch_size_t or 1)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        return (
-            self.pipeline.transformer.config.in_channels,
-            (self.num_frames - 1) // self.pipeline.vae_scale_factor_temporal + 1 + self.padding,
-            self.height // self.pipeline.vae_scale_factor_spatial,
-            self.width // self.pipeline.vae_scale_factor_spatial,
-        )
+        channels, frames, height, width = super().latent_shape
+        return channels, frames + self.padding, height, width
 
     @property
     def levels(self) -> Tensor:

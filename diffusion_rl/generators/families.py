@@ -41,6 +41,12 @@ FAMILIES: dict[str, Family] = {
         transformer="CogVideoXTransformer3DModel",
         lora_targets=(*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
     ),
+    "ltx": Family(
+        loader="diffusion_rl.generators.ltx:LtxGenerator.from_pretrained",
+        transformer="LTXVideoTransformer3DModel",
+        lora_targets=(*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
+        options=("decode_timestep", "decode_noise_scale"),
+    ),
 }
 """By name; docs/generators.md describes each."""
 

@@ -111,13 +111,28 @@ class AbstractPipelineGenerator(AbstractVideoGenerator):
 
     @property
     @abstractmethod
+    def compression(self) -> tuple[int, int]:
+        """Frames and pixels of a side that one latent position stands for."""
+
+    @property
+    @abstractmethod
     def pixel_factor(self) -> int:
         """What height and width must be multiples of."""
 
     @property
-    @abstractmethod
     def frame_factor(self) -> int:
         """What num_frames - 1 must be a multiple of."""
+        return self.compression[0]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        frames, pixels = self.compression
+        return (
+            self.pipeline.transformer.config.out_channels,
+            (self.num_frames - 1) // frames + 1,
+            self.height // pixels,
+            self.width // pixels,
+        )
 
     @property
     def dtype(self) -> torch.dtype:

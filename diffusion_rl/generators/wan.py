@@ -39,23 +39,14 @@ class WanGenerator(AbstractPipelineGenerator):
         check_flow_scheduler(self.pipeline.scheduler)
 
     @property
+    def compression(self) -> tuple[int, int]:
+        return self.pipeline.vae_scale_factor_temporal, self.pipeline.vae_scale_factor_spatial
+
+    @property
     def pixel_factor(self) -> int:
         # The pipeline asks for multiples of 16 whatever its parts could do.
         patch = self.pipeline.transformer.config.patch_size
-        return math.lcm(16, *(self.pipeline.vae_scale_factor_spatial * size for size in patch[1:]))
-
-    @property
-    def frame_factor(self) -> int:
-        return self.pipeline.vae_scale_factor_temporal
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        return (
-            self.pipeline.transformer.config.in_channels,
-            (self.num_frames - 1) // self.pipeline.vae_scale_factor_temporal + 1,
-            self.height // self.pipeline.vae_scale_factor_spatial,
-            self.width // self.pipeline.vae_scale_factor_spatial,
-        )
+        return math.lcm(16, *(self.compression[1] * size for size in patch[1:]))
 
     def velocity(
         self, latent: Tensor, sigma: Tensor, text: Tensor, extras: Mapping[str, Tensor]

@@ -25,6 +25,8 @@ from cac_reward.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
 
+SMALL_FRAME = 256 * 256
+"""Pixels up to which one thread reads a frame fastest."""
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,ogg,flv,asf,mpeg"
 
 
@@ -317,10 +319,15 @@ def _read_frames(
     pictures: list[Tensor] = []
     times: list[float | None] = []
     matrices: dict[int, tuple[int, ...] | None] = {}
+    # Waking threads for each small frame costs many times what they save.
+    threads = 1 if stream.height * stream.width <= SMALL_FRAME else 0
+    stream.codec_context.thread_count = threads
+    converter = _import_av().video.reformatter.VideoReformatter()
     for frame in container.decode(stream):
         limits.check(name, len(pictures) + 1, frame.height, frame.width)
         shrunk = fit_size(frame.height, frame.width, longest_side)
-        picture = torch.from_numpy(frame.to_ndarray(format="rgb24", **shrunk)).permute(2, 0, 1)
+        seen = converter.reformat(frame, format="rgb24", threads=threads, **shrunk)
+        picture = torch.from_numpy(seen.to_ndarray()).permute(2, 0, 1)
         # A frame asked for its matrix stays in memory until the garbage is collected.
         if frame.rotation not in matrices:
             matrices[frame.rotation] = display_matrix(frame)

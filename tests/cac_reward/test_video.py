@@ -442,22 +442,13 @@ def test_frames_shrink_while_they_are_decoded(
     assert (small.num_frames, small.fps) == (whole.num_frames, whole.fps)
 
 
-def test_a_clip_must_keep_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clip_must_keep_its_size() -> None:
     pictures = [np.zeros((4, 6, 3), np.uint8), np.zeros((6, 4, 3), np.uint8)]
-    frames = [
-        SimpleNamespace(
-            height=4,
-            width=6,
-            rotation=0,
-            side_data=[],
-            time=0.0,
-            to_ndarray=lambda format, one=one: one,
-        )
-        for one in pictures
-    ]
+    frames = [av.VideoFrame.from_ndarray(one, format="rgb24") for one in pictures]
     container = SimpleNamespace(decode=lambda _: iter(frames))
+    stream = SimpleNamespace(height=4, width=6, codec_context=SimpleNamespace())
     with pytest.raises(ValueError, match=r"must keep one size, got \(4, 6\) and \(6, 4\) in x"):
-        module._read_frames(container, None, "x", VideoLimits())
+        module._read_frames(container, stream, "x", VideoLimits())
 
 
 def test_wrong_layouts_and_types_are_refused() -> None:

@@ -50,7 +50,7 @@ class Drift:
     rank_correlation: float
     """Spearman's, ties at their mean rank; NaN where all scores are one."""
     flipped: float
-    """Share of verdicts that change sides of 0.5."""
+    """Share of verdicts that change sides of 0.5; NaN, as all figures, where no clip counts."""
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -80,6 +80,7 @@ def compare(crf: int, before: Tensor, after: Tensor) -> Drift:
         mean=moved.mean().item() if len(moved) else math.nan,
         largest=moved.max().item() if len(moved) else math.nan,
         rank_correlation=rank_correlation(before, after),
+        # The mean of nothing is NaN.
         flipped=((before >= 0.5) != (after >= 0.5)).float().mean().item(),
     )
 
@@ -108,11 +109,19 @@ def write_table(drifts: Sequence[Drift]) -> str:
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for one in drifts:
-        lines.append(
-            f"| {one.crf} | {one.clips} | {one.unjudged} | {one.mean:.4f} | {one.largest:.4f} | "
-            f"{one.rank_correlation:.4f} | {one.flipped:.1%} |"
-        )
+        figures = ["no clip has a score"] * 4
+        if one.clips:
+            order = one.rank_correlation
+            figures = [f"{one.mean:.4f}", f"{one.largest:.4f}"]
+            figures += ["no order" if math.isnan(order) else f"{order:.4f}", f"{one.flipped:.1%}"]
+        cells = [str(one.crf), str(one.clips), str(one.unjudged), *figures]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def plain(one: Drift) -> dict[str, float | None]:
+    """A line as JSON has it; a figure that there is none of is null."""
+    return {name: None if math.isnan(value) else value for name, value in asdict(one).items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = f"{scorer.judge.name}, mode {given.mode}\n\n{write_table(drifts)}\n"
     given.output.mkdir(parents=True, exist_ok=True)
     with whole_file(given.output / "codec_drift.json") as opened:
-        opened.write(json.dumps([asdict(one) for one in drifts], indent=1) + "\n")
+        opened.write(json.dumps([plain(one) for one in drifts], indent=1, allow_nan=False) + "\n")
     with whole_file(given.output / "codec_drift.md") as opened:
         opened.write(table)
     print(table)

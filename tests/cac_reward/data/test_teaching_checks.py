@@ -198,6 +198,15 @@ def test_texts_that_are_not_taught(text: str, rules: list[str]) -> None:
     assert [rule for rule, _ in prose_reasons("text", text, TimeWindow(2.0, 4.0))] == rules
 
 
+@pytest.mark.parametrize(
+    ("text", "fits"), [("2 s", True), ("2.01 s", True), ("2.02 s", False), ("5 s", False)]
+)
+def test_a_duration_is_no_longer_than_its_stretch(text: str, fits: bool) -> None:
+    """Between the stretch's length and its start a number can be neither duration nor time."""
+    found = list(prose_reasons("text", f"for {text}", TimeWindow(6.0, 8.0)))
+    assert [rule for rule, _ in found] == ([] if fits else ["outside"])
+
+
 def test_who_answers_blindly_may_speak_of_annotations() -> None:
     said = "annotated lines on the field"
     whole = TimeWindow(0.0, 4.0)

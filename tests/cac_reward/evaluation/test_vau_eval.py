@@ -318,3 +318,18 @@ def test_a_real_model_that_cannot_write_the_form_is_counted(
     lines = [Rating.from_json(line) for line in output.read_text().splitlines()]
     assert [one.scores for one in lines] == [None, None]
     assert all(one.tokens is not None and one.tokens[0] > 100 for one in lines)
+
+
+def test_ctrl_c_says_how_to_go_on(
+    files: tuple[Path, list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stopped(*_: object) -> list[Rating]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cac_reward.evaluation.vau_eval.rate", stopped)
+    output, given = files
+    rating = ["--vau-eval", "http://x", "--vau-eval-model", "m", "--vau-eval-output", str(output)]
+    assert main([*given, *rating]) == 130
+    assert f"stopped; the same command goes on from {output}" in capsys.readouterr().err

@@ -47,6 +47,15 @@ FAMILIES: dict[str, Family] = {
         lora_targets=(*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
         options=("decode_timestep", "decode_noise_scale"),
     ),
+    "hunyuan1.5": Family(
+        loader="diffusion_rl.generators.hunyuan15:HunyuanVideo15Generator.from_pretrained",
+        transformer="HunyuanVideo15Transformer3DModel",
+        lora_targets=(
+            *_ATTENTION,
+            *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+            *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+        ),
+    ),
 }
 """By name; docs/generators.md describes each."""
 

@@ -32,6 +32,29 @@ class Record:
     """Why it could not be read as such; None where it could."""
 
 
+def annotation_files(path: Path) -> list[Path]:
+    """The file itself, or the files of a folder in the order of their names.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the suffix is another one, or a folder holds files of several kinds or none.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"annotations must be an existing file or folder, got {path}")
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"annotations must end in one of {', '.join(SUFFIXES)}, got {path}")
+        return [path]
+    found = sorted(one for one in path.iterdir() if one.suffix in SUFFIXES)
+    kinds = sorted({one.suffix for one in found})
+    if len(kinds) != 1:
+        raise ValueError(
+            f"folder of annotations must hold files of one kind, {', '.join(SUFFIXES)}, got "
+            f"{' and '.join(kinds) or 'none'} in {path}"
+        )
+    return found
+
+
 def iterate_records(path: str | os.PathLike[str]) -> Iterator[Record]:
     """Everything in an annotation file, or in the files of one kind in a folder, in their order.
 
@@ -43,7 +66,7 @@ def iterate_records(path: str | os.PathLike[str]) -> Iterator[Record]:
         ValueError: If the suffix is another one, or the file is broken as a whole.
     """
     path = Path(path)
-    for file in _files(path):
+    for file in annotation_files(path):
         prefix = f"{file.name} " if path.is_dir() else ""
         for place, load in _entries(file):
             try:
@@ -131,23 +154,6 @@ def _clips(
         except ValueError as error:
             raise ValueError(f"{path}: {record.place}: {error}") from error
         yield record.place, clip
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise FileNotFoundError(f"annotations must be an existing file or folder, got {path}")
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise ValueError(f"annotations must end in one of {', '.join(SUFFIXES)}, got {path}")
-        return [path]
-    found = sorted(one for one in path.iterdir() if one.suffix in SUFFIXES)
-    kinds = sorted({one.suffix for one in found})
-    if len(kinds) != 1:
-        raise ValueError(
-            f"folder of annotations must hold files of one kind, {', '.join(SUFFIXES)}, got "
-            f"{' and '.join(kinds) or 'none'} in {path}"
-        )
-    return found
 
 
 def _entries(file: Path) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def write_card(
         "---",
         "library_name: transformers",
         "pipeline_tag: image-text-to-text",
-        f"base_model: {stage.model.path}",
+        f"base_model: {json.dumps(stage.model.path)}",
         "tags: [cac_reward, video-anomaly, reward-model]",
         "---",
         "# A judge of generated videos",

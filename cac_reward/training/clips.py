@@ -9,18 +9,18 @@ from __future__ import annotations
 import io
 import tarfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cac_reward.data.annotations import AnnotatedClip, SchemaError
 from cac_reward.data.lines import parse_record
-from cac_reward.data.storage import refusal
+from cac_reward.data.storage import annotation_files, refusal
 from cac_reward.video import Video
-
-SUFFIXES = (".jsonl", ".parquet", ".tar")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Skipped:
 class ClipStore:
     """The clips of annotation files, in their order.
 
-    Only where each clip's line begins is kept in memory: 8 bytes for each. Parquet files are read
-    a row group at a time, shards by the places of their members.
+    Only where each clip stands is kept in memory: 12 bytes for each. Parquet files are read a row
+    group at a time, shards by the places of their members.
 
     Args:
         files: `.jsonl`, `.parquet`, `.tar` (not compressed), or folders of one kind of them.
@@ -51,7 +51,7 @@ class ClipStore:
         self, files: Sequence[str | Path], *, videos: str | Path | None = None, split: str | None
     ) -> None:
         self.videos = None if videos is None else Path(videos)
-        self.files = [found for one in files for found in _files(Path(one))]
+        self.files = [found for one in files for found in annotation_files(Path(one))]
         self._which = array("I")
         self._where = array("Q")
         self._readers = [_open(file) for file in self.files]
@@ -92,58 +92,79 @@ class _Lines:
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def places(self) -> list[int]:
-        found: list[int] = []
+    def places(self) -> Iterator[int]:
         at = 0
         with self.file.open("rb") as opened:
             for line in opened:
                 if line.strip():
-                    found.append(at)
+                    yield at
                 at += len(line)
-        return found
 
     def annotation(self, where: int) -> AnnotatedClip:
         with self.file.open("rb") as opened:
             opened.seek(where)
-            return _read(opened.readline(), self.file, f"byte {where}")
+            line = opened.readline()
+        return _clip(lambda: parse_record(line), self.file, lambda: f"line {self._number(where)}")
+
+    def _number(self, where: int) -> int:
+        """Of the line at a place, from 1; for messages, since it reads all before it."""
+        with self.file.open("rb") as opened:
+            before = 0
+            for number, line in enumerate(opened, 1):
+                if before >= where:
+                    return number
+                before += len(line)
+        raise AssertionError(f"{self.file} has no byte {where}")
 
     def video(self, where: int) -> bytes | None:
         return None
 
 
 class _Shard:
-    """A `.tar` that `annotate convert` wrote: places are those of the annotations' members."""
+    """A `.tar` that `annotate convert` wrote: places are those of the annotations' members.
+
+    The video of a clip, where it is packed, is the member behind the annotation with its name.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._videos: dict[int, tuple[int, int]] = {}
 
-    def places(self) -> list[int]:
-        found: list[tuple[int, int]] = []
-        last: dict[str, int] = {}
-        with tarfile.open(self.file, "r:") as shard:
-            for member in shard:
-                stem, _, suffix = member.name.partition(".")
-                if suffix == "json":
-                    found.append((member.offset_data, member.size))
-                    last = {stem: member.offset_data}
-                elif stem in last:
-                    self._videos[last[stem]] = (member.offset_data, member.size)
-        self._sizes = dict(found)
-        return [offset for offset, _ in found]
+    def places(self) -> Iterator[int]:
+        try:
+            with tarfile.open(self.file, "r:") as shard:
+                while (member := shard.next()) is not None:
+                    if member.isfile() and _split(member)[1] == "json":
+                        yield member.offset
+                    shard.members = []  # type: ignore[attr-defined] # It would keep all it has read.
+        except tarfile.TarError as error:
+            raise ValueError(
+                f"{self.file} must be a whole tar file, not compressed, got one that is not: "
+                f"{error}"
+            ) from error
 
     def annotation(self, where: int) -> AnnotatedClip:
-        return _read(self._bytes(where, self._sizes[where]), self.file, f"byte {where}")
+        with self._opened(where) as shard:
+            member = shard.next()
+            assert member is not None
+            content = _content(shard, member)
+        place = f"sample {_split(member)[0]}"
+        return _clip(lambda: parse_record(content), self.file, lambda: place)
 
     def video(self, where: int) -> bytes | None:
-        if where not in self._videos:
-            return None
-        return self._bytes(*self._videos[where])
+        with self._opened(where) as shard:
+            annotation, beside = shard.next(), shard.next()
+            assert annotation is not None
+            if beside is None or _split(beside)[0] != _split(annotation)[0]:
+                return None
+            return _content(shard, beside)
 
-    def _bytes(self, offset: int, size: int) -> bytes:
+    @contextmanager
+    def _opened(self, where: int) -> Iterator[tarfile.TarFile]:
+        """The shard from a member on."""
         with self.file.open("rb") as opened:
-            opened.seek(offset)
-            return opened.read(size)
+            opened.seek(where)
+            with tarfile.open(fileobj=opened, mode="r:") as shard:
+                yield shard
 
 
 class _Table:
@@ -151,31 +172,36 @@ class _Table:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._group: tuple[int, list[dict[str, object]]] = (-1, [])
-        self._starts: list[int] = []
+        self._group: tuple[int, Any] = (-1, None)
+        self._starts = np.zeros(0, np.int64)
 
     def places(self) -> range:
-        import pyarrow.parquet
-
-        meta = pyarrow.parquet.ParquetFile(self.file).metadata
+        meta = self._opened().metadata
         sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
-        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self._starts = np.cumsum([0, *sizes])
         return range(meta.num_rows)
 
     def annotation(self, where: int) -> AnnotatedClip:
-        import pyarrow.parquet
-
         from cac_reward.data.parquet import from_row
 
         group = int(np.searchsorted(self._starts, where, side="right")) - 1
         if self._group[0] != group:
-            table = pyarrow.parquet.ParquetFile(self.file).read_row_group(group)
-            self._group = (group, table.to_pylist())
-        row = self._group[1][where - self._starts[group]]
-        return _clip(from_row(row), self.file, f"row {where + 1}")
+            self._group = (group, self._opened().read_row_group(group))
+        (row,) = self._group[1].slice(where - self._starts[group], 1).to_pylist()
+        return _clip(lambda: from_row(row), self.file, lambda: f"row {where + 1}")
 
     def video(self, where: int) -> bytes | None:
         return None
+
+    def _opened(self) -> Any:
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.ParquetFile(self.file)
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(
+                f"{self.file} must be a parquet file, got one of another kind"
+            ) from error
 
 
 def _open(file: Path) -> _Lines | _Shard | _Table:
@@ -184,29 +210,25 @@ def _open(file: Path) -> _Lines | _Shard | _Table:
     return _Lines(file) if file.suffix == ".jsonl" else _Table(file)
 
 
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise FileNotFoundError(f"annotations must be an existing file or folder, got {path}")
-    found = (
-        sorted(one for one in path.iterdir() if one.suffix in SUFFIXES) if path.is_dir() else [path]
-    )
-    if not found or any(one.suffix not in SUFFIXES for one in found):
-        raise ValueError(f"annotations must end in one of {', '.join(SUFFIXES)}, got {path}")
-    return found
+def _split(member: tarfile.TarInfo) -> tuple[str, str]:
+    """Name of a member's sample and what it is of it: all behind the first dot of the last part."""
+    folder, _, last = member.name.rpartition("/")
+    stem, _, suffix = last.partition(".")
+    return f"{folder}/{stem}", suffix
 
 
-def _read(line: bytes, file: Path, place: str) -> AnnotatedClip:
+def _content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    opened = shard.extractfile(member)
+    if opened is None:
+        raise ValueError(f"shard must hold plain files, got {member.name!r}, which is not one")
+    return opened.read()
+
+
+def _clip(plain: Callable[[], object], file: Path, place: Callable[[], str]) -> AnnotatedClip:
+    """A clip from what reads its plain values; `place` names where, should something be wrong."""
     try:
-        plain = parse_record(line)
-    except ValueError as error:
-        raise ValueError(f"{file}: {place}: {error}") from error
-    return _clip(plain, file, place)
-
-
-def _clip(plain: object, file: Path, place: str) -> AnnotatedClip:
-    try:
-        return AnnotatedClip.from_dict(plain)
+        return AnnotatedClip.from_dict(plain())
     except SchemaError as error:
-        raise refusal(error, file, place) from error
+        raise refusal(error, file, place()) from error
     except ValueError as error:
-        raise ValueError(f"{file}: {place}: {error}") from error
+        raise ValueError(f"{file}: {place()}: {error}") from error

@@ -71,11 +71,13 @@ class Encoder:
             for one in lesson.messages
         ]
         openings = [self.renderer.render(plain[:at], lesson.tools) for at in said]
+        self.renderer.render(plain, lesson.tools, answering=False)  # Checks the last turn too.
         whole = all(
             later.startswith(earlier + _words(lesson, at).text + self.tokenizer.eos_token)
             for earlier, later, at in zip(openings, openings[1:], said, strict=False)
         )
-        parts = [said] if whole else [[at] for at in said]
+        taught = [at for at in said if _words(lesson, at).weights or _words(lesson, at).ends]
+        parts = [said] if whole else [[at] for at in taught]
         return [self._encode(lesson, plain, openings, said, part) for part in parts]
 
     def _encode(
@@ -134,8 +136,8 @@ class Encoder:
 
         Returns:
             input_ids, attention_mask, mm_token_type_ids [B L]; pixel_values and image_grid_thw;
-            weights [B L] float; clip_labels [B]; frame_ends [N 2] row and place of the last token
-            of each frame, frame_labels [N].
+            weights [B L] float; clip_labels [B]; frame_ends [N 2] row and place of the token right
+            behind each frame, frame_labels [N].
         """
         length = max(len(one.tokens) for one in lessons)
         ids = torch.full((len(lessons), length), self._pad)

@@ -55,9 +55,12 @@ class ClassifierHeads(nn.Module):
         rows, places = frame_ends.unbind(1)
         states = hidden[rows, places].to(self.frame.weight.dtype)
         last = torch.full((len(hidden),), -1, device=hidden.device, dtype=torch.long)
-        last[rows] = torch.arange(len(rows), device=hidden.device)
-        clips = self.clip(states)[last.clamp(min=0), 0] if len(rows) else hidden.new_zeros(0)
-        return self.frame(states)[:, 0], clips * (last >= 0)
+        # Of several frames in a row the last counts; plain indexing would leave that open on a GPU.
+        numbers = torch.arange(len(rows), device=hidden.device)
+        last = last.scatter_reduce(0, rows, numbers, "amax")
+        padded = torch.cat([states, states.new_zeros(1, states.shape[1])])
+        clips = self.clip(padded)[last, 0] * (last >= 0)
+        return self.frame(states)[:, 0], clips
 
     def _along(self, module: nn.Module, arguments: tuple, output: Any) -> None:
         if self._ends is not None:
@@ -73,12 +76,16 @@ class ClassifierHeads(nn.Module):
         """Read them back; False where the folder has none.
 
         Raises:
-            ValueError: If they are of another width.
+            ValueError: If they are no heads, or of another width.
         """
         path = Path(folder) / HEADS_FILE
         if not path.is_file():
             return False
         state = load_file(path)
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(
+                f"heads must hold {', '.join(self.state_dict())}, got {', '.join(state)} in {path}"
+            )
         width = state["frame.weight"].shape[1]
         if width != self.frame.in_features:
             raise ValueError(

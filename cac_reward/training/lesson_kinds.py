@@ -8,7 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from cac_reward.answers import write_findings, write_scan_answer, write_tool_call
+from cac_reward.answers import (
+    MAX_FINDINGS,
+    MAX_WINDOWS,
+    write_findings,
+    write_scan_answer,
+    write_tool_call,
+)
 from cac_reward.data.annotations import AnnotatedClip
 from cac_reward.frames import InspectSettings, frame_times, inspect_indices, scan_indices
 from cac_reward.questions import (
@@ -18,11 +24,12 @@ from cac_reward.questions import (
     Message,
     alignment_message,
     inspect_message,
+    sanitise_prompt,
 )
 from cac_reward.report import VERDICTS, Box, TimeWindow
-from cac_reward.training.lessons import ClipInView, Lesson, View, Words
+from cac_reward.training.lessons import ClipInView, Lesson, View, Words, merged_windows
 from cac_reward.training.task_answers import Task, write_task_answer
-from cac_reward.training.tasks import right_value, task_answer, task_question
+from cac_reward.training.tasks import lacking, task_answer, task_question
 
 FRAME_TEXTS = {
     "brief": "Mark.",
@@ -152,8 +159,9 @@ def write_alignment(seen: ClipInView) -> Lesson:
     """Whether the clip shows a prompt: its own, or one that it does not."""
     known = seen.clip.extra.get(SHOWS_PROMPT)
     prompt, shown = seen.clip.prompt, known != "no"
-    if known is None and seen.other_prompt and seen.chance(seen.options.wrong_prompts):
-        prompt, shown = seen.other_prompt, False
+    other = sanitise_prompt(seen.other_prompt)
+    if known is None and other and seen.chance(seen.options.wrong_prompts):
+        prompt, shown = other, False
     settings = seen.view.settings
     indices = scan_indices(len(seen.frames), seen.fps, settings.scan)
     frames = seen.view.show(seen.frames, indices, settings.scan.pixels)
@@ -169,18 +177,30 @@ show; without it the prompt is taken as shown, and another clip's as not shown."
 
 
 def task_of(kind: str, seen: ClipInView) -> Task:
-    """The question of one turn that is put to a clip, with or without thinking and reflection."""
-    clip, options = seen.clip, seen.options
-    thinking = seen.chance(options.thinking) and (clip.reasoning is not None or not options.written)
-    looked_back = clip.first_answer is not None and clip.reflection is not None
-    reflection = seen.chance(options.reflection) and (looked_back or not options.written)
-    return Task(
-        kind=kind,
-        thinking=thinking,
-        reflection=reflection and kind != "description",
-        classes=seen.view.classes if kind == "classification" else (),
-        wording=seen.view.settings.wording,
-    )
+    """The question of one turn that is put to a clip, with or without thinking and reflection.
+
+    Where answers are taught, a clip that lacks thoughts, or whose first answer is one to another
+    task, is asked without them.
+    """
+    options = seen.options
+    thinking = seen.chance(options.thinking)
+    reflection = seen.chance(options.reflection) and kind != "description"
+    tasks = [
+        Task(
+            kind=kind,
+            thinking=thinks,
+            reflection=reflects,
+            classes=seen.view.classes if kind == "classification" else (),
+            wording=seen.view.settings.wording,
+        )
+        for thinks, reflects in (
+            *((thinking, reflection), (thinking, False)),
+            *((False, reflection), (False, False)),
+        )
+    ]
+    if not options.written:
+        return tasks[0]
+    return next((one for one in tasks if lacking(one, seen.clip) is None), tasks[-1])
 
 
 def open_task(task: Task, seen: ClipInView) -> tuple[list[int], tuple[Message, ...]]:
@@ -218,8 +238,9 @@ class LessonKind:
 
 
 def _located(clip: AnnotatedClip, view: View) -> bool:
-    """Whether it is known that there is no fault, or when all are."""
-    return clip.verdict == VERDICTS[0] or bool(clip.findings)
+    """Whether it is known that there is no fault, or when all are; an answer can hold so many."""
+    few = len(clip.findings) <= MAX_FINDINGS and len(merged_windows(clip.findings)) <= MAX_WINDOWS
+    return clip.verdict == VERDICTS[0] or (bool(clip.findings) and few)
 
 
 def _judged(clip: AnnotatedClip, view: View) -> bool:
@@ -230,13 +251,17 @@ def _boxed(clip: AnnotatedClip, view: View) -> bool:
     return clip.verdict == VERDICTS[0] or any(one.boxes for one in clip.findings)
 
 
+def _prompted(clip: AnnotatedClip, view: View) -> bool:
+    return bool(sanitise_prompt(clip.prompt))
+
+
 def _known(kind: str) -> Callable[[AnnotatedClip, View], bool]:
     def fits(clip: AnnotatedClip, view: View) -> bool:
         classes = view.classes if kind == "classification" else ()
         if kind == "classification" and len(classes) < 2:
             raise ValueError(f"classes must be at least two for lessons.{kind}, got {classes}")
         task = Task(kind=kind, thinking=False, classes=classes, wording=view.settings.wording)
-        return right_value(task, clip) is not None
+        return lacking(task, clip) is None
 
     return fits
 
@@ -249,7 +274,7 @@ LESSONS: Mapping[str, LessonKind] = {
     "whole": LessonKind(write_whole, _located, False),
     "frame": LessonKind(write_frame, _boxed, False),
     "caption": LessonKind(write_caption, lambda clip, view: bool(clip.captions), False),
-    "alignment": LessonKind(write_alignment, lambda clip, view: bool(clip.prompt), False),
+    "alignment": LessonKind(write_alignment, _prompted, False),
     **{kind: LessonKind(_write_task(kind), _known(kind), kind != "description") for kind in TASKS},
 }
 """What can be asked of a clip, by name. 'inspect' is the whole conversation of two turns; GRPO lets

@@ -32,6 +32,7 @@ from cac_reward.questions import (
     write_time,
 )
 from cac_reward.report import VERDICTS, Box, Finding, TimeWindow
+from cac_reward.training.rules import near_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,10 @@ class LessonOptions:
             if one.name == "written":
                 continue
             if one.name in ("boxes", "turns"):
-                if value != int(value) or value < 1:
-                    raise ValueError(f"options.{one.name} must be a whole number of at least 1")
+                if not (1 <= value < math.inf and value == int(value)):
+                    raise ValueError(
+                        f"options.{one.name} must be a whole number of at least 1, got {value}"
+                    )
                 object.__setattr__(self, one.name, int(value))
             elif one.name == "misplaced_seconds":
                 if not 0 <= value < math.inf:
@@ -93,7 +96,10 @@ class LessonOptions:
         known = [one.name for one in fields(cls) if one.name != "written"]
         for name in values:
             if name not in known:
-                raise ValueError(f"options must name some of {', '.join(known)}, got {name!r}")
+                raise ValueError(
+                    f"options must name some of {', '.join(known)}, got {name!r}"
+                    f"{near_name(name, known)}"
+                )
         return cls(**values, written=written)  # type: ignore[arg-type]
 
 
@@ -159,7 +165,10 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class ClipInView:
-    """A clip with its frames, as a lesson is written from it."""
+    """A clip with its frames, as a lesson is written from it.
+
+    What the annotation says of times behind the last frame is cut off.
+    """
 
     clip: AnnotatedClip
     frames: Tensor
@@ -171,19 +180,29 @@ class ClipInView:
     other_prompt: str = ""
     """Of another clip; '' where none is known."""
 
+    def __post_init__(self) -> None:
+        clip = replace(
+            self.clip,
+            findings=tuple(
+                self._inside(one) for one in self.clip.findings if self._begins(one.window)
+            ),
+            captions=tuple(one for one in self.clip.captions if self._begins(one.window)),
+        )
+        object.__setattr__(self, "clip", clip)
+
     @property
     def seconds(self) -> float:
         return len(self.frames) / self.fps
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """In the order of their beginnings, cut where the clip ends."""
-        kept = [
-            self._inside(one)
-            for one in self.clip.findings
-            if one.window.start_seconds < self.seconds
-        ]
-        return tuple(sorted(kept, key=lambda one: one.window))
+        """In the order of their beginnings."""
+        return tuple(sorted(self.clip.findings, key=lambda one: one.window))
+
+    def _begins(self, window: TimeWindow) -> bool:
+        """Whether a window begins before the clip's end, also as it is written, rounded."""
+        start = window.start_seconds
+        return max(start, round(start, 2)) < self.seconds
 
     def _inside(self, finding: Finding) -> Finding:
         if finding.window.end_seconds <= self.seconds:
@@ -195,13 +214,7 @@ class ClipInView:
     @property
     def windows(self) -> tuple[TimeWindow, ...]:
         """Of all findings, merged where they touch."""
-        merged: list[TimeWindow] = []
-        for one in self.findings:
-            start, end = one.window.start_seconds, one.window.end_seconds
-            if merged and start <= merged[-1].end_seconds:
-                start, end = merged[-1].start_seconds, max(end, merged.pop().end_seconds)
-            merged.append(TimeWindow(start, end))
-        return tuple(merged)
+        return merged_windows(self.clip.findings)
 
     @property
     def clip_label(self) -> float:
@@ -262,6 +275,17 @@ class ClipInView:
             )
             for one in findings
         ]
+
+
+def merged_windows(findings: Sequence[Finding]) -> tuple[TimeWindow, ...]:
+    """The windows of findings in order, merged where they touch."""
+    merged: list[TimeWindow] = []
+    for window in sorted(one.window for one in findings):
+        start, end = window.start_seconds, window.end_seconds
+        if merged and start <= merged[-1].end_seconds:
+            start, end = merged[-1].start_seconds, max(end, merged.pop().end_seconds)
+        merged.append(TimeWindow(start, end))
+    return tuple(merged)
 
 
 def _thinned(boxes: Sequence[Box], most: int, times: Sequence[float]) -> tuple[Box, ...]:

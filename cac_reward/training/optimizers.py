@@ -31,17 +31,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
         adamw_rate: float,
         weight_decay: float,
     ) -> None:
-        self._parts = {
-            MATRICES: torch.optim.Muon(
-                list(matrices),
+        self._parts: dict[str, torch.optim.Optimizer] = {}
+        # torch's optimisers refuse to have nothing to move; adapters have matrices only.
+        if matrices := list(matrices):
+            self._parts[MATRICES] = torch.optim.Muon(
+                matrices,
                 lr=muon_rate,
                 weight_decay=weight_decay,
                 adjust_lr_fn="match_rms_adamw",
-            ),
-            OTHERS: torch.optim.AdamW(
-                list(others), lr=adamw_rate, betas=(0.9, 0.98), weight_decay=weight_decay
-            ),
-        }
+            )
+        if others := list(others):
+            self._parts[OTHERS] = torch.optim.AdamW(
+                others, lr=adamw_rate, betas=(0.9, 0.98), weight_decay=weight_decay
+            )
         groups = [{**part.param_groups[0], "part": name} for name, part in self._parts.items()]
         super().__init__(groups, {})
 

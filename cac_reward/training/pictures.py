@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
 
@@ -23,6 +24,7 @@ ATTENTIONS: dict[type[nn.Module], ModuleType] = {
     modeling_qwen3_vl_moe.Qwen3VLMoeVisionAttention: modeling_qwen3_vl_moe,
     modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention: modeling_qwen2_5_vl,
     modeling_qwen3_5.Qwen3_5VisionAttention: modeling_qwen3_5,
+    modeling_qwen3_5_moe.Qwen3_5MoeVisionAttention: modeling_qwen3_5_moe,
 }
 """Vision attention of each family, and the module with its rotary function."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -15,11 +14,16 @@ from yaml import YAMLError
 
 from cac_reward.frames import WORDINGS, InspectSettings, JudgeSettings, ScanSettings
 from cac_reward.training.lesson_kinds import LESSONS
+from cac_reward.training.lessons import LessonOptions
+from cac_reward.training.rules import above_zero, at_least, check_shares, one_of, within
 from cac_reward.training.stage_rewards import REWARDS
 
 TRAINERS = ("sft", "grpo")
 LEARNS = ("all", "language", "heads")
 OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "vespo")
+SPREADS = ("group", "batch", "none")
 
 
 @dataclass(kw_only=True)
@@ -38,9 +42,11 @@ class LoraSettings:
     """Names of layers, or 'all-linear' for every linear layer of what learns but the output."""
 
     def __post_init__(self) -> None:
-        _at_least("lora.rank", self.rank, 1)
-        _at_least("lora.alpha", self.alpha, 1)
-        _within("lora.dropout", self.dropout, 0, 1)
+        at_least("model.lora.rank", self.rank, 1)
+        at_least("model.lora.alpha", self.alpha, 1)
+        within("model.lora.dropout", self.dropout, 0, 1)
+        if not self.targets:
+            raise ValueError("model.lora.targets must name at least one layer, got none")
 
 
 @dataclass(kw_only=True)
@@ -67,7 +73,7 @@ class ModelSettings:
     """Trade a third of the speed for memory."""
 
     def __post_init__(self) -> None:
-        _one_of("model.learns", self.learns, LEARNS)
+        one_of("model.learns", self.learns, LEARNS)
         if self.learns == "heads" and self.lora is not None:
             raise ValueError("model.lora must be null where model.learns is 'heads'")
 
@@ -96,10 +102,10 @@ class DataSettings:
     def __post_init__(self) -> None:
         if not self.train:
             raise ValueError("data.train must name at least one file, got none")
-        _at_least("data.workers", self.workers, 0)
+        at_least("data.workers", self.workers, 0)
         if self.anomalous_share is not None:
-            _within("data.anomalous_share", self.anomalous_share, 0, 1, closed=True)
-        _within("data.max_skipped_share", self.max_skipped_share, 0, 1, closed=True)
+            within("data.anomalous_share", self.anomalous_share, 0, 1, closed=True)
+        within("data.max_skipped_share", self.max_skipped_share, 0, 1, closed=True)
 
 
 @dataclass(kw_only=True)
@@ -119,8 +125,7 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"loss.{name} must be at least 0, got {value}")
+            at_least(f"loss.{name}", value, 0)
         if not self.words + self.frames + self.clip > 0:
             raise ValueError("loss must have a part with a weight above 0, got none")
 
@@ -143,11 +148,10 @@ class RolloutSettings:
     """Share of the GPU that vLLM may take, in (0, 1)."""
 
     def __post_init__(self) -> None:
-        _at_least("rollout.group", self.group, 2)
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"rollout.temperature must be above 0, got {self.temperature}")
+        at_least("rollout.group", self.group, 2)
+        above_zero("rollout.temperature", self.temperature)
         for name in ("max_call_tokens", "max_answer_tokens"):
-            _at_least(f"rollout.{name}", getattr(self, name), 1)
+            at_least(f"rollout.{name}", getattr(self, name), 1)
         if not 0 < self.vllm_memory < 1:
             raise ValueError(f"rollout.vllm_memory must be in (0, 1), got {self.vllm_memory}")
 
@@ -159,7 +163,7 @@ class GrpoSettings:
     kl_weight: float = 0.0
     """beta: of the divergence from where the stage began, at least 0."""
     loss_type: str = "dapo"
-    """As TRL's: 'grpo', 'dr_grpo', 'dapo', 'bnpo', ..."""
+    """As TRL's: 'grpo', 'dr_grpo', 'dapo', 'bnpo', 'cispo', 'sapo' or 'vespo'."""
     scale_rewards: str = "group"
     """'group', 'batch' or 'none': by what spread a reward is divided."""
     clip_low: float = 0.2
@@ -170,9 +174,12 @@ class GrpoSettings:
     """Optimiser steps on each set of answers, at least 1."""
 
     def __post_init__(self) -> None:
-        _at_least("grpo.updates_per_rollout", self.updates_per_rollout, 1)
-        if not 0 <= self.kl_weight < math.inf:
-            raise ValueError(f"grpo.kl_weight must be at least 0, got {self.kl_weight}")
+        at_least("grpo.updates_per_rollout", self.updates_per_rollout, 1)
+        one_of("grpo.loss_type", self.loss_type, LOSSES)
+        one_of("grpo.scale_rewards", self.scale_rewards, SPREADS)
+        within("grpo.clip_low", self.clip_low, 0, 1, closed=True)
+        for name in ("kl_weight", "clip_high"):
+            at_least(f"grpo.{name}", getattr(self, name), 0)
 
 
 @dataclass(kw_only=True)
@@ -190,16 +197,22 @@ class OptimizerSettings:
     warmup: int = 0
     """Updates over which the rate rises, at least 0."""
     schedule: str = "cosine"
-    """'cosine', 'linear' or 'constant', by transformers' names."""
+    """'cosine', 'linear', 'constant' or 'constant_with_warmup', by transformers' names."""
     max_grad_norm: float = 1.0
     """Longer gradients are scaled down to it; above 0."""
 
     def __post_init__(self) -> None:
-        _one_of("optimizer.name", self.name, OPTIMIZERS)
+        one_of("optimizer.name", self.name, OPTIMIZERS)
         for name in ("learning_rate", "muon_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"optimizer.{name} must be above 0, got {getattr(self, name)}")
-        _at_least("optimizer.warmup", self.warmup, 0)
+            above_zero(f"optimizer.{name}", getattr(self, name))
+        for name in ("warmup", "weight_decay"):
+            at_least(f"optimizer.{name}", getattr(self, name), 0)
+        one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        if self.schedule == "constant" and self.warmup:
+            raise ValueError(
+                f"optimizer.warmup must be 0 for the schedule 'constant', got {self.warmup}; "
+                "'constant_with_warmup' rises first"
+            )
 
 
 @dataclass(kw_only=True)
@@ -217,7 +230,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("every", 0), ("clips", 1), ("batch", 1)):
-            _at_least(f"evaluation.{name}", getattr(self, name), least)
+            at_least(f"evaluation.{name}", getattr(self, name), least)
 
 
 @dataclass(kw_only=True)
@@ -235,7 +248,9 @@ class JudgeView:
 
     def __post_init__(self) -> None:
         if self.wording is not None:
-            _one_of("judge.wording", self.wording, WORDINGS)
+            one_of("judge.wording", self.wording, WORDINGS)
+        if self.domain is not None and not self.domain:
+            raise ValueError(f"judge.domain must be a name or null, got {self.domain!r}")
 
     def over(self, known: JudgeSettings) -> JudgeSettings:
         """These settings, with those of a checkpoint where nothing is said."""
@@ -297,16 +312,23 @@ class StageSettings:
     """Folder of checkpoints, logs and the judge."""
 
     def __post_init__(self) -> None:
-        _one_of("trainer", self.trainer, TRAINERS)
-        _check_shares("lessons", self.lessons, LESSONS)
+        one_of("trainer", self.trainer, TRAINERS)
+        check_shares("lessons", self.lessons, LESSONS)
+        LessonOptions.build(self.options, written=self.trainer == "sft")
+        if self.lessons.get("classification") and len(set(self.classes)) < 2:
+            raise ValueError(
+                f"classes must be at least two for lessons.classification, got {self.classes}"
+            )
         for name, least in (
             *(("updates", 1), ("batch", 1), ("accumulation", 1), ("save_every", 1)),
             *(("keep", 1), ("seed", 0)),
         ):
-            _at_least(name, getattr(self, name), least)
+            at_least(name, getattr(self, name), least)
         if self.trainer == "grpo":
-            _check_shares("rewards", self.rewards, REWARDS)
-            silent = [name for name in self.lessons if not LESSONS[name].answered]
+            check_shares("rewards", self.rewards, REWARDS)
+            silent = [
+                name for name, share in self.lessons.items() if share and not LESSONS[name].answered
+            ]
             if silent:
                 raise ValueError(f"lessons must be ones that rewards can judge, got {silent[0]!r}")
             if self.model.learns == "heads":
@@ -352,7 +374,8 @@ def build_stage(tree: Any, name: str, overrides: Sequence[str] = ()) -> StageSet
         raise ValueError(f"{name}: {_unknown_key(error)}") from error
     except (OmegaConfBaseException, YAMLError) as error:
         said = str(error).splitlines()[0]
-        raise ValueError(f"{name}: {error.full_key or 'config'}: {said}") from error
+        key = getattr(error, "full_key", None) or "config"
+        raise ValueError(f"{name}: {key}: {said}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
     assert isinstance(settings, StageSettings)
@@ -370,30 +393,3 @@ def _unknown_key(error: ConfigKeyError) -> str:
     near = get_close_matches(str(error.key), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
     return f"{error.full_key} must be a known key, got none of that name; {hint}"
-
-
-def _check_shares(name: str, shares: dict[str, float], known: Any) -> None:
-    for key, value in shares.items():
-        if key not in known:
-            near = get_close_matches(key, list(known), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{name} must name some of {', '.join(known)}, got {key!r}{hint}")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}.{key} must be at least 0, got {value}")
-    if not sum(shares.values()) > 0:
-        raise ValueError(f"{name} must have at least one with a share above 0, got {shares}")
-
-
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _within(name: str, value: float, low: float, high: float, closed: bool = False) -> None:
-    if not (low <= value < high or (closed and value == high)):
-        raise ValueError(f"{name} must be in [{low}, {high}{']' if closed else ')'}, got {value}")

@@ -7,6 +7,7 @@ and the number, so that a run that goes on reads what it would have read.
 from __future__ import annotations
 
 import io
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cac_reward.data.annotations import AnnotatedClip
 from cac_reward.report import VERDICTS
 from cac_reward.training.clips import ClipStore, Skipped
 from cac_reward.training.lesson_kinds import LESSONS
 from cac_reward.training.lessons import ClipInView, Lesson, LessonOptions, View
+from cac_reward.video import Video
 
 MOST_TRIES = 16
 """Clips tried in the place of one that cannot be read, before the lesson is given up."""
@@ -76,8 +79,9 @@ class LessonSource:
         self.clips = np.zeros(count, np.int64)
         self._fitting = self._fit()
         anomalous = None if anomalous_share is None else random.random(count) < anomalous_share
+        sides = {None: (None,), 0.0: (False,), 1.0: (True,)}.get(anomalous_share, (False, True))
         for kind in range(len(self.names)):
-            for wanted in (None,) if anomalous is None else (False, True):
+            for wanted in sides:
                 rows = self.kinds == kind
                 if anomalous is not None:
                     rows &= anomalous == wanted
@@ -86,7 +90,7 @@ class LessonSource:
 
     def _fit(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each kind: numbers of the clips that fit, and whether they are anomalous."""
-        found: list[tuple[list[int], list[bool]]] = [([], []) for _ in self.names]
+        found = [(array("q"), array("b")) for _ in self.names]
         for number in range(len(self.store)):
             clip = self.store.annotation(number)
             for name, (numbers, broken) in zip(self.names, found, strict=True):
@@ -99,7 +103,7 @@ class LessonSource:
                     f"lessons.{name} must fit at least one clip, got none among "
                     f"{len(self.store)} in {', '.join(map(str, self.store.files))}"
                 )
-        return [(np.array(numbers), np.array(broken)) for numbers, broken in found]
+        return [(np.array(numbers), np.array(broken, bool)) for numbers, broken in found]
 
     def _pool(self, kind: int, wanted: bool | None) -> np.ndarray:
         numbers, broken = self._fitting[kind]
@@ -124,26 +128,39 @@ class LessonSource:
             at = int(numbers[(first + offset) % len(numbers)])
             clip = self.store.annotation(at)
             try:
-                video = self.store.video(at, clip)
+                seen = self._see(clip, self.store.video(at, clip), number)
+                self._check_cut(self.names[kind], clip, seen)
             except (ValueError, OSError) as error:
                 skipped.append(Skipped(clip.name, str(error)))
                 continue
-            random = np.random.default_rng([self.seed, 1, number])
-            frames = video.frames
-            if random.random() < self.options.compressed:
-                frames = compress(frames, int(random.integers(*JPEG_QUALITIES)))
-            other = self.store.annotation(int(random.integers(len(self.store)))).prompt
-            seen = ClipInView(
-                clip=clip,
-                frames=frames,
-                fps=video.fps,
-                view=self.view,
-                options=self.options,
-                random=random,
-                other_prompt="" if other == clip.prompt else other,
-            )
             return Drawn(self.names[kind], seen, tuple(skipped))
         return Drawn(self.names[kind], None, tuple(skipped))
+
+    def _see(self, clip: AnnotatedClip, video: Video, number: int) -> ClipInView:
+        """A clip with the dice of a lesson."""
+        random = np.random.default_rng([self.seed, 1, number])
+        frames = video.frames
+        if random.random() < self.options.compressed:
+            frames = compress(frames, int(random.integers(*JPEG_QUALITIES)))
+        other = self.store.annotation(int(random.integers(len(self.store)))).prompt
+        return ClipInView(
+            clip=clip,
+            frames=frames,
+            fps=video.fps,
+            view=self.view,
+            options=self.options,
+            random=random,
+            other_prompt="" if other == clip.prompt else other,
+        )
+
+    def _check_cut(self, kind: str, clip: AnnotatedClip, seen: ClipInView) -> None:
+        """Refuse a clip that is shorter than what is to be taught of it."""
+        lost = clip.findings and not seen.clip.findings
+        if lost or not LESSONS[kind].fits(seen.clip, self.view):
+            raise ValueError(
+                f"video must be as long as its annotation says for lessons.{kind}, got "
+                f"{seen.seconds:.2f} s, and all that is annotated begins behind them"
+            )
 
 
 def compress(frames: Tensor, quality: int) -> Tensor:

@@ -85,8 +85,7 @@ class Exam:
         said = answer["reasoning"]
         found = list(prose_reasons("reasoning", said, within, reader_sees_video_only=not blind))
         if self.kind == "grounding":
-            claims, reasons = read_claims(answer)
-            found += reasons
+            claims = read_claims(answer)
             found += claim_reasons(claims, within)
             found += verdict_reasons(answer["verdict"], claims)
         return found
@@ -94,7 +93,7 @@ class Exam:
     def differences(self, answer: Answer) -> list[Reason]:
         """What of an answer is not as annotated."""
         if self.kind == "grounding":
-            claims, _ = read_claims(answer)
+            claims = read_claims(answer)
             found = disagreements(answer["verdict"], claims, self.stretch, self.settings.min_iou)
             return list(found)
         if answer["answer"] == self.right:
@@ -220,7 +219,7 @@ def _taught(
     first, second = answers["first"], answers["second"]
     value = first.get("answer")
     if value is None:
-        windows = sorted({claim.window for claim in read_claims(first)[0]})
+        windows = sorted({claim.window for claim in read_claims(first)})
         written = [write_window(window) for window in windows]
         value = f"[{', '.join(written)}]" if len(written) > 1 else "".join(written) or NO_WINDOW
     return {

@@ -109,8 +109,8 @@ def _question(lesson: Lesson, stretch: Stretch, step: str) -> Question:
 
 
 def _check_part(answer: Answer, stretch: Stretch, min_iou: float) -> None:
-    claims, reasons = read_claims(answer)
-    within = stretch.window
+    claims, within = read_claims(answer), stretch.window
+    reasons: list[Reason] = []
     for name in ("scene", "reasoning"):
         reasons += prose_reasons(name, answer[name], within)
     for number, event in enumerate(answer["events"]):
@@ -139,15 +139,14 @@ def _taught(
     if len(parts) > 1:
         spans = [f"{one.type} {_span(one.window)}" for one in clip.findings]
         texts.append(f"Whole recording: {', '.join([str(clip.verdict), *spans])}")
-    claims = [claim for part in parts for claim in read_claims(part)[0]]
+    claims = [claim for part in parts for claim in read_claims(part)]
     findings = tuple(_explained(finding, claims) for finding in clip.findings)
     return {"reasoning": "\n\n".join(texts), "findings": findings}
 
 
 def _write_part(answer: Answer, stretch: Stretch) -> str:
-    claims, _ = read_claims(answer)
     events = [f"- {_span(read_window(one['window']))} {one['what']}" for one in answer["events"]]
-    findings = [f"- {one.type} {_span(one.window)} {one.why}" for one in claims]
+    findings = [f"- {one.type} {_span(one.window)} {one.why}" for one in read_claims(answer)]
     return "\n".join(
         [
             _span(stretch.window),

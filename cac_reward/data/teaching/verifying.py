@@ -104,8 +104,12 @@ def read_json_answer(text: str, schema: Schema) -> dict[str, Any]:
     return value
 
 
-def read_claims(answer: Mapping[str, Any]) -> tuple[tuple[Claim, ...], list[Reason]]:
-    """The findings of an answer that fits its schema, and those that are none."""
+def read_claims(answer: Mapping[str, Any]) -> tuple[Claim, ...]:
+    """The findings of an answer that fits its schema.
+
+    Raises:
+        RejectedAnswerError: If one is none, or there are too many.
+    """
     claims, reasons = [], []
     listed = answer["findings"]
     if len(listed) > MAX_WINDOWS:
@@ -116,7 +120,9 @@ def read_claims(answer: Mapping[str, Any]) -> tuple[tuple[Claim, ...], list[Reas
             claims.append(Claim(one["type"], read_window(one["window"]), one["why"]))
         except ValueError as error:
             reasons.append(("form", f"findings[{number}]: {error}"))
-    return tuple(claims), reasons
+    if reasons:
+        raise RejectedAnswerError(reasons)
+    return tuple(claims)
 
 
 def read_window(value: Mapping[str, float]) -> TimeWindow:

@@ -332,6 +332,62 @@ def test_a_misjudged_first_answer_is_refused(videos: Path, tmp_path: Path) -> No
     assert run.tally.reasons == {"judgement": 1}
 
 
+@pytest.mark.parametrize(
+    ("fields", "path", "value", "rules"),
+    [
+        ({}, "verdict", "clean", ["verdict"]),
+        ({}, "findings.0.type", "text", ["type", "missing"]),
+        ({}, "findings.0.window", {"start": 1.0, "end": 1.5}, ["window"]),
+        ({}, "findings.0.window", {"start": 0.5, "end": 2.2}, ["outside", "window"]),
+        ({}, "findings.0.why", "seen at 9.0 s", ["outside"]),
+        ({}, "reflection", "The annotation says so.", ["source"]),
+        ({}, "reflection", "At <2.02 seconds>.", ["outside"]),
+        ({}, "reasoning", "</think>", ["form"]),
+        (QUESTION, "answer", "A", ["answer"]),
+    ],
+)
+def test_a_revised_answer_is_held_against_the_annotation(
+    videos: Path, tmp_path: Path, fields: dict, path: str, value: object, rules: list[str]
+) -> None:
+    spoiled = spoil(path, value)
+
+    def reply(body: Body) -> tuple[int, Any]:
+        return (200, said(agreeing(body))) if annotation(body) is None else spoiled(body)
+
+    with serving(reply) as seen:
+        asked = clips(1, findings=(JUMP,), **fields)
+        run = Run(seen, videos, tmp_path / "o.jsonl", asked, recipe="srvau", tries=1)
+    assert run.states == {"failed": 1}
+    assert (run.tally.accepted, run.tally.reasons) == (1, dict.fromkeys(rules, 1))
+
+
+@pytest.mark.parametrize(
+    ("window", "why", "rule"),
+    [
+        ({"start": 1.5, "end": 2.02}, "there", "outside"),
+        ({"start": 1.5, "end": 2.0}, "until 3.5 s", "outside"),
+        ({"start": 1.5, "end": 1.5}, "there", "form"),
+    ],
+)
+def test_a_first_answer_may_be_wrong_but_not_outside(
+    videos: Path, tmp_path: Path, window: dict, why: str, rule: str
+) -> None:
+    finding = {"type": "text", "window": window, "why": why}
+    answer = {"reasoning": PROSE, "findings": [finding], "verdict": "anomalous"}
+    with serving(lambda body: (200, said(answer))) as seen:
+        run = Run(seen, videos, tmp_path / "o.jsonl", clips(1), recipe="srvau", tries=1)
+    assert (run.tally.accepted, run.tally.reasons) == (0, {rule: 1})
+
+
+def test_what_an_annotation_explains_stays(videos: Path, tmp_path: Path) -> None:
+    silent = replace(JUMP, window=TimeWindow(1.0, 1.5))
+    asked = clips(1, findings=(replace(JUMP, why="as people said"), silent))
+    with serving() as seen:
+        run = Run(seen, videos, tmp_path / "o.jsonl", asked)
+    assert annotation(seen.bodies[0])["findings"][0]["why"] == "as people said"
+    assert [one.why for one in run.taught[0].findings] == ["as people said", "it is gone at once"]
+
+
 BUSY = {"error": {"message": "busy"}}
 
 

@@ -6,10 +6,16 @@ import argparse
 import logging
 import sys
 
-from cac_reward.training.stages import StageResult, load_curriculum, run_stage
+from accelerate import PartialState
+
+from cac_reward.training.curricula import load_curriculum
+from cac_reward.training.learning import TrainingError
+from cac_reward.training.stages import StageResult, run_stage
 
 STOPPED = 130
 """Exit status after Ctrl-C."""
+FAILED = 2
+"""Exit status for what the user can mend."""
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +26,10 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="of a stage, or of a curriculum")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="of every stage, as updates=100"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="of every stage, as updates=100; of the second, as 2.updates=100",
     )
     parser.set_defaults(run=run_train)
 
@@ -29,14 +38,20 @@ def run_train(options: argparse.Namespace) -> int:
     """Run every stage that is not finished; says what each came to."""
     logging.getLogger("libav").setLevel(logging.CRITICAL)
     stages = load_curriculum(options.config, options.overrides)
+    speaks = PartialState().is_main_process
     for number, stage in enumerate(stages, 1):
-        print(f"stage {number} of {len(stages)}: {stage.trainer} on {stage.model.path}")
+        if speaks:
+            print(f"stage {number} of {len(stages)}: {stage.trainer} on {stage.model.path}")
         try:
             result = run_stage(stage)
         except KeyboardInterrupt:
             print(f"stopped; the same command goes on from {stage.output}", file=sys.stderr)
             return STOPPED
-        _report(result)
+        except TrainingError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return FAILED
+        if speaks:
+            _report(result)
     return 0
 
 

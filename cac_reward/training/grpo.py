@@ -12,11 +12,13 @@ Axes: B answers, in groups to one clip each.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -27,7 +29,13 @@ from cac_reward.questions import Message
 from cac_reward.report import TimeWindow
 from cac_reward.training.encoding import Encoder
 from cac_reward.training.group_rewards import all_failed, combine, tied
-from cac_reward.training.learning import LearningMixin, SkippedClips, training_arguments
+from cac_reward.training.learning import (
+    LearningMixin,
+    Pace,
+    SkippedClips,
+    TrainingError,
+    training_arguments,
+)
 from cac_reward.training.lesson_kinds import TASKS, open_task, task_of
 from cac_reward.training.lessons import ClipInView
 from cac_reward.training.measuring import HeldOut
@@ -42,9 +50,13 @@ from cac_reward.training.settings import StageSettings
 from cac_reward.training.sft import SKIPPED_FILE
 from cac_reward.training.source import LessonSource
 from cac_reward.training.stage_rewards import measure
+from cac_reward.training.stopping import StopRequest
 from cac_reward.training.task_answers import Task
 
-logger = logging.getLogger(__name__)
+logging.getLogger("trl.trainer.grpo_trainer").addFilter(
+    # It would print the conversation of each group in which nothing can be read; we count them.
+    lambda record: "All reward functions returned None" not in record.getMessage()
+)
 
 
 def inspect(windows: list[list[float]]) -> str:
@@ -66,8 +78,24 @@ class Answering:
     """Of everything behind the prompt, the tool's turn included."""
     mask: list[int] = field(default_factory=list)
     """1 where the judge itself wrote."""
+    log_probs: list[float] = field(default_factory=list)
+    """Of what it wrote, by the engine that drew it; empty where the model itself did."""
     texts: list[str] = field(default_factory=list)
     windows: tuple[TimeWindow, ...] = ()
+
+    def write(self, new: Sequence[int], log_probs: Sequence[float] | None, text: str) -> None:
+        """Append a turn of its own."""
+        self.ids += new
+        self.mask += [1] * len(new)
+        self.log_probs += log_probs or []
+        self.texts.append(text)
+
+    def read(self, new: Sequence[int], frames: Sequence[Tensor], *, by_engine: bool) -> None:
+        """Append what the tool showed."""
+        self.ids += new
+        self.mask += [0] * len(new)
+        self.log_probs += [0.0] * len(new) if by_engine else []
+        self.frames += frames
 
 
 class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
@@ -78,11 +106,12 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
         pupil: the judge.
         source: the questions.
         held_out: what it is measured on; None measures nothing.
-        callbacks: of transformers.
+        stop: who may ask it to stop.
 
     Raises:
-        ValueError: If batches do not hold whole groups, or the family's template writes a first
-            turn otherwise once there is a second.
+        ImportError: If vLLM is asked for and not installed.
+        ValueError: While it trains, if the family's template writes a first turn otherwise once
+            there is a second.
     """
 
     def __init__(
@@ -91,15 +120,16 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
         pupil: Pupil,
         source: LessonSource,
         held_out: HeldOut | None,
-        callbacks: Sequence[Any] = (),
+        stop: StopRequest,
     ) -> None:
-        self.stage, self.pupil, self.held_out, self.source = stage, pupil, held_out, source
+        self.stage, self.pupil, self.held_out, self.stop = stage, pupil, held_out, stop
+        self.source = source
         self.skipped = SkippedClips(Path(stage.output) / SKIPPED_FILE, stage.data.max_skipped_share)
         processor = pupil.training_processor()
         self.encoder = Encoder(processor, pupil.family)
         self._numbers: list[int] = []
         self._rollouts: list[JudgedRollout | TaskRollout] = []
-        never = processor.tokenizer.convert_tokens_to_ids(list(pupil.family.never_written))
+        self._in_failed_group: list[bool] = []
         rollout, grpo = stage.rollout, stage.grpo
         rows = Dataset.from_dict(
             {
@@ -109,9 +139,12 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
         )
         super().__init__(
             model=pupil.model,
-            reward_funcs=[self._reward],
+            reward_funcs=[self.combined],
             args=GRPOConfig(
                 **training_arguments(stage, held_out is not None),
+                # Videos are read where the questions are asked; rows are only their numbers.
+                dataloader_num_workers=0,
+                per_device_eval_batch_size=rollout.group,
                 num_generations=rollout.group,
                 max_completion_length=rollout.max_answer_tokens,
                 temperature=rollout.temperature,
@@ -122,7 +155,8 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
                 loss_type=grpo.loss_type,
                 scale_rewards=grpo.scale_rewards,
                 shuffle_dataset=False,
-                generation_kwargs={"suppress_tokens": never},
+                generation_kwargs=_never_written(processor, pupil, rollout.vllm),
+                log_multimodal=False,
                 use_vllm=rollout.vllm,
                 vllm_mode="colocate",
                 vllm_gpu_memory_utilization=rollout.vllm_memory,
@@ -131,29 +165,27 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
             eval_dataset=rows.select(range(1)) if held_out is not None else None,
             processing_class=processor,
             peft_config=pupil.lora,
-            callbacks=list(callbacks),
+            callbacks=[Pace(stop, grpo.updates_per_rollout)],
         )
         # TRL then takes pictures from the answers, not from the prompts alone.
         self.tools = [inspect]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._numbers = [row["lesson"] for row in inputs]
-        return super()._generate_and_score_completions(inputs)
+        scored: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        # Without an advantage the divergence from the reference would still pull.
+        scored["tool_mask"][self._in_failed_group] = 0
+        return scored
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """Both turns of every answer, in the form that TRL goes on with."""
         answering = self._open()
         rollout = self.stage.rollout
-        for two_turns, most in (
-            (True, rollout.max_call_tokens),
-            (False, rollout.max_answer_tokens),
-        ):
-            some = [one for one in answering if (one.task is None) == two_turns]
-            if some:
-                self._speak(some, most)
-        again = [one for one in answering if self._show(one)]
-        if again:
-            self._speak(again, rollout.max_answer_tokens)
+        two = [one for one in answering if one.task is None]
+        self._speak(two, rollout.max_call_tokens)
+        self._speak([one for one in answering if one.task], rollout.max_answer_tokens)
+        again = [one for one in two if self._show(one)]
+        self._speak(again, rollout.max_answer_tokens)
         self._rollouts = [self._read(one) for one in answering]
         mode = "train" if self.model.training else "eval"
         written = sum(sum(one.mask) for one in answering)
@@ -168,7 +200,7 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
             [one.ids for one in answering],
             [one.mask for one in answering],
             spoken,
-            None,
+            [one.log_probs for one in answering] if self.use_vllm else None,
             {},
             pictures,
             pictures,
@@ -184,7 +216,7 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
                 self.skipped.count(int(drawn.seen is not None), drawn.skipped)
                 if drawn.seen is None:
                     last = drawn.skipped[-1]
-                    raise RuntimeError(
+                    raise TrainingError(
                         f"a question must have a clip that can be read, got none of "
                         f"{len(drawn.skipped)}, last {last.name}: {last.reason}"
                     )
@@ -192,6 +224,7 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
             one = known[number]
             frames = list(one.frames)
             found.append(Answering(one.seen, one.opening, one.task, one.prompt_ids, frames))
+        self._example = known[self._numbers[0]]
         return found
 
     def _ask(self, kind: str, seen: ClipInView) -> Answering:
@@ -203,14 +236,21 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
         return Answering(seen, opening, task, read.tokens, read.frames)
 
     def _speak(self, answering: Sequence[Answering], most: int) -> None:
-        """Let the judge write the next turn of each."""
-        pictures = [one.frames for one in answering]
+        """Let the judge write the next turn of each; all processes must call together."""
+        if not max(gather_object([len(answering)])):
+            return
+        # Sharded weights come together layer by layer: who has nothing to write walks along.
+        walks = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not answering and not walks:
+            return
+        writing = answering or [self._example]
+        pictures = [one.frames for one in writing]
         fields = self.encoder.pictures([frame for frames in pictures for frame in frames])
-        self.generation_config.max_new_tokens = most
+        self.generation_config.max_new_tokens = most if answering else 1
         if self.use_vllm:
             self.vllm_generation.max_completion_length = most
-        ids, _ = self._generate_single_turn(
-            [one.prompt_ids + one.ids for one in answering],
+        ids, log_probs = self._generate_single_turn(
+            [one.prompt_ids + one.ids for one in writing],
             [[to_pil_image(one) for one in frames] for frames in pictures]
             if self.use_vllm
             else pictures,
@@ -218,10 +258,9 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
             self.num_generations,
             has_tool_images=True,
         )
-        for one, new in zip(answering, ids, strict=True):
-            one.ids += new
-            one.mask += [1] * len(new)
-            one.texts.append(self._tokenizer.decode(new, skip_special_tokens=True))
+        for row, one in enumerate(answering):
+            text = self._tokenizer.decode(ids[row], skip_special_tokens=True)
+            one.write(ids[row], log_probs[row] if log_probs else None, text)
 
     def _show(self, one: Answering) -> bool:
         """Append the second look that was called for; False where none was."""
@@ -250,9 +289,7 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
             )
         short = self._tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
         new = renderer.expand(short, look.frames)
-        one.ids += new
-        one.mask += [0] * len(new)
-        one.frames += look.frames
+        one.read(new, look.frames, by_engine=self.use_vllm)
         return True
 
     def _read(self, one: Answering) -> JudgedRollout | TaskRollout:
@@ -273,46 +310,66 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
             call_format=self.pupil.family.call_format,
         )
 
-    def _reward(self, prompts: list[Any], **more: Any) -> list[float | None]:
-        """One reward of each answer; None for a group in which nothing can be read."""
+    def combined(self, prompts: list[Any], **more: Any) -> list[float | None]:
+        """One reward of each answer; None for a group in which nothing can be read.
+
+        The answers of one group may lie with several processes.
+        """
         weights = self.stage.rewards
         values = [measure(rollout, list(weights)) for rollout in self._rollouts]
-        rewards: list[float | None] = [combine(one, weights) for one in values]
+        own = [combine(one, weights) for one in values]
+        everyones = gather_object(list(zip(own, self._rollouts, strict=True)))
         group = self.num_generations if self.model.training else self.num_generations_eval
+        rewards: list[float | None] = []
         failed = ties = 0
-        for first in range(0, len(rewards), group):
-            rows = slice(first, first + group)
-            if all_failed(self._rollouts[rows]):
-                failed += 1
-                rewards[rows] = [None] * group
-            elif tied([one for one in rewards[rows] if one is not None]):
-                ties += 1
-        groups = max(1, len(rewards) // group)
+        for first in range(0, len(everyones), group):
+            together = everyones[first : first + group]
+            some = [reward for reward, _ in together]
+            nothing = all_failed([rollout for _, rollout in together])
+            failed += nothing
+            ties += not nothing and tied(some)
+            rewards += [None] * group if nothing else some
+        groups = len(everyones) // group
         log = more["log_metric"]
         log("groups/failed", failed / groups)
         log("groups/tied", ties / groups)
-        log("answers/failed", sum(one.failed for one in self._rollouts) / len(rewards))
+        log("answers/failed", sum(one.failed for one in self._rollouts) / len(own))
         for name in weights:
-            present = [one[name] for one in values if one[name] == one[name]]
+            present = [one[name] for one in values if not math.isnan(one[name])]
             if present:
                 log(f"rewards/{name}", sum(present) / len(present))
+        first = self.accelerator.process_index * len(own)
+        rewards = rewards[first : first + len(own)]
+        self._in_failed_group = [reward is None for reward in rewards]
         return rewards
 
 
-def whole_groups(stage: StageSettings, processes: int) -> None:
-    """Refuse batches that would tear groups apart.
+def _never_written(processor: Any, pupil: Pupil, by_vllm: bool) -> dict[str, Any]:
+    """How transformers, or vLLM, is told not to draw the tokens that stand for pictures."""
+    ids = processor.tokenizer.convert_tokens_to_ids(list(pupil.family.never_written))
+    return {"logit_bias": dict.fromkeys(ids, -100.0)} if by_vllm else {"suppress_tokens": ids}
+
+
+def count_questions(stage: StageSettings, processes: int) -> int:
+    """How many questions a stage asks: groups of each set of answers, sets for its updates.
 
     Raises:
-        ValueError: If answers of an update are no whole groups.
+        ValueError: If batches would tear groups apart, or a checkpoint a set of answers.
     """
     answers = stage.batch * stage.accumulation * processes
-    if answers % stage.rollout.group:
+    group, every = stage.rollout.group, stage.grpo.updates_per_rollout
+    if answers % group:
         raise ValueError(
-            f"batch * accumulation * processes must be a multiple of rollout.group "
-            f"{stage.rollout.group}, got {stage.batch} * {stage.accumulation} * {processes}"
+            f"batch * accumulation * processes must be a multiple of rollout.group {group}, got "
+            f"{stage.batch} * {stage.accumulation} * {processes}"
         )
-    if stage.save_every % stage.grpo.updates_per_rollout:
-        raise ValueError(
-            f"save_every must be a multiple of grpo.updates_per_rollout "
-            f"{stage.grpo.updates_per_rollout}, got {stage.save_every}"
-        )
+    for name, value in (
+        ("save_every", stage.save_every),
+        ("evaluation.every", stage.evaluation.every),
+    ):
+        if value % every:
+            raise ValueError(
+                f"{name} must be a multiple of grpo.updates_per_rollout {every}, got {value}; a "
+                "checkpoint does not hold the answers between"
+            )
+    return -(-stage.updates // every) * (answers // group)

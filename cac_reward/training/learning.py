@@ -1,26 +1,32 @@
-"""What both trainers share: the optimiser, the heads' file, skipped clips, and measuring."""
+"""What both trainers share: optimiser, checkpoints, skipped clips, measuring, and when to stop."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
 
+from cac_reward.training.checkpoints import keep_latest, mark_whole
 from cac_reward.training.clips import Skipped
-from cac_reward.training.measuring import HeldOut
-from cac_reward.training.models import Pupil
+from cac_reward.training.measuring import CHOOSING, HeldOut
+from cac_reward.training.models import Pupil, save_heads, split_heads
 from cac_reward.training.optimizers import MuonWithAdamW, split_parameters
 from cac_reward.training.settings import StageSettings
+from cac_reward.training.stopping import StopRequest
 
 LEAST_CLIPS_READ = 50
 """Before so many clips were read, no share of unreadable ones stops a run."""
+
+
+class TrainingError(RuntimeError):
+    """What ends a run for a reason that its user can mend."""
 
 
 class SkippedClips:
@@ -37,8 +43,12 @@ class SkippedClips:
         self.read = 0
         self.skipped = 0
         self.names: dict[str, str] = {}
-        if file.is_file():
-            for line in file.read_text(encoding="utf-8").splitlines():
+        self._recall()
+
+    def _recall(self) -> None:
+        """What other parts of the run, and its other processes, wrote."""
+        if self.file.is_file():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
                 entry = json.loads(line)
                 self.names[entry["clip"]] = entry["reason"]
 
@@ -46,7 +56,7 @@ class SkippedClips:
         """Take note of a batch.
 
         Raises:
-            RuntimeError: If too many clips could not be read.
+            TrainingError: If too many clips could not be read.
         """
         self.read += read
         for one in skipped:
@@ -59,7 +69,7 @@ class SkippedClips:
         tried = self.read + self.skipped
         if tried >= LEAST_CLIPS_READ and self.skipped > self.limit * tried:
             name, reason = next(reversed(self.names.items()))
-            raise RuntimeError(
+            raise TrainingError(
                 f"data.max_skipped_share must not be passed, it is {self.limit:g}, got "
                 f"{self.skipped} unreadable of {tried} clips, last {name}: {reason}; all are in "
                 f"{self.file}. Mend or remove them, or raise the limit, and run the command again"
@@ -67,10 +77,35 @@ class SkippedClips:
 
     def summary(self) -> str | None:
         """What to say at the end; None where every clip could be read."""
+        self._recall()
         if not self.names:
             return None
         first = "\n".join(f"  {name}: {reason}" for name, reason in list(self.names.items())[:20])
         return f"{len(self.names)} clips could not be read ({self.file}):\n{first}"
+
+
+class Pace(TrainerCallback):
+    """Saves with every measurement, and when the run is asked to stop.
+
+    Args:
+        stop: who asks.
+        every: updates to a set of answers; in between nothing is saved.
+    """
+
+    def __init__(self, stop: StopRequest, every: int = 1) -> None:
+        self.stop = stop
+        self.every = every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> Any:
+        """A set of answers is used up before a stop: a checkpoint does not hold it."""
+        if state.global_step % self.every == 0 and self.stop.agreed():
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> Any:
+        """The best of the measured judges can only be kept where each is on disk."""
+        control.should_save = True
+        return control
 
 
 class LearningMixin:
@@ -80,70 +115,139 @@ class LearningMixin:
     pupil: Pupil
     skipped: SkippedClips
     held_out: HeldOut | None
+    stop: StopRequest
+    # Of transformers' trainer.
+    model: Any
+    args: Any
+    state: Any
+    control: Any
+    accelerator: Any
+    optimizer: Any
+    callback_handler: Any
 
     def create_optimizer(self, *arguments: Any, **more: Any) -> torch.optim.Optimizer:
         """Muon where it is asked for; transformers' choice otherwise."""
-        if self.stage.optimizer.name != "muon" or self.optimizer is not None:  # type: ignore[attr-defined, has-type]
+        if self.stage.optimizer.name != "muon" or self.optimizer is not None:
             return super().create_optimizer(*arguments, **more)  # type: ignore[misc]
-        matrices, others = split_parameters(self.model)  # type: ignore[attr-defined]
+        matrices, others = split_parameters(self.model)
         settings = self.stage.optimizer
-        optimizer = MuonWithAdamW(
+        self.optimizer = MuonWithAdamW(
             matrices,
             others,
             muon_rate=settings.muon_rate,
             adamw_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
         )
-        self.optimizer = optimizer
-        return optimizer
+        return self.optimizer
+
+    def training_step(self, *arguments: Any, **more: Any) -> Tensor:
+        """One batch; a loss that is no number ends the run before it reaches the weights."""
+        loss: Tensor = super().training_step(*arguments, **more)  # type: ignore[misc]
+        self._check_finite("loss", float(loss))
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
+        if norm is not None:  # DeepSpeed clips by itself.
+            self._check_finite("gradient norm", float(norm))
+        return norm
+
+    def _check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{name} must be finite, got {value} in update {self.state.global_step + 1}; no "
+                "weight was changed by it. Lower optimizer.learning_rate, raise optimizer.warmup, "
+                "or take model.dtype float32 (bfloat16 rather than float16), and go on from a "
+                f"checkpoint in {self.args.output_dir} as model.path of another output"
+            )
+
+    def create_model_card(self, *arguments: Any, **more: Any) -> None:
+        """None of TRL's: ours is written beside the finished judge."""
+
+    def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
+        super()._save_checkpoint(*arguments, **more)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            output, updates = Path(self.args.output_dir), self.state.global_step
+            processes = self.accelerator.num_processes
+            mark_whole(output / f"checkpoint-{updates}", updates=updates, processes=processes)
+            keep_latest(output, self.stage.keep, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """A checkpoint is a judge: it loads like the final one, and carries the heads."""
-        super()._save(output_dir, _without_heads(state_dict, self.model))  # type: ignore[misc, attr-defined]
-        folder = Path(output_dir or self.args.output_dir)  # type: ignore[attr-defined]
+        if not self.args.should_save:
+            return
+        state = self.model.state_dict() if state_dict is None else state_dict
+        judge, heads = split_heads(state)
+        super()._save(output_dir, judge)  # type: ignore[misc]
+        folder = Path(output_dir or self.args.output_dir)
         self.pupil.processor.save_pretrained(folder)
         self.pupil.settings.save(folder)
         if self.pupil.heads is not None:
-            self.pupil.heads.save(folder)
+            save_heads(heads, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        if self.pupil.heads is not None:
-            self.pupil.heads.restore(resume_from_checkpoint)
+        self._restore_heads(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()  # type: ignore[misc]
-        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
-        if self.pupil.heads is not None and best is not None:
-            self.pupil.heads.restore(best)
+        self._restore_heads(self.state.best_model_checkpoint)
+
+    def _restore_heads(self, folder: str) -> None:
+        """Sharded weights of FSDP and DeepSpeed hold the heads among the others."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # type: ignore[attr-defined]
+        if self.pupil.heads is not None and not sharded:
+            self.pupil.heads.restore(folder)
+
+    def take_best(self) -> dict[str, float] | None:
+        """Go back to the best judge that was measured; what was measured of it, None for none."""
+        if self.state.best_model_checkpoint is None:
+            return None
+        self._load_best_model()
+        return next(
+            {name: value for name, value in line.items() if name.startswith("eval_")}
+            for line in self.state.log_history
+            if line["step"] == self.state.best_global_step
+            and self.args.metric_for_best_model in line
+        )
 
     def evaluate(self, *arguments: Any, **more: Any) -> dict[str, float]:
         """Judge the held-out clips as users will, and log what was measured."""
         if self.held_out is None:
             return {}
-        model = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
-        measured = self.held_out.measure(model, self.pupil)
+        # Sharded weights come together layer by layer, so that all processes must walk in step.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # type: ignore[attr-defined]
+        model = self.accelerator.unwrap_model(self.model)
+        measured = self.held_out.measure(model, self.pupil, spread=not sharded)
         metrics = {f"eval_{name}": value for name, value in measured.items()}
-        self.log(metrics)  # type: ignore[attr-defined]
-        self.control = self.callback_handler.on_evaluate(  # type: ignore[attr-defined]
-            self.args,  # type: ignore[attr-defined]
-            self.state,  # type: ignore[attr-defined]
-            self.control,  # type: ignore[attr-defined, has-type]
-            metrics,
+        # Not TRL's, which would put what it has gathered of training into this line.
+        Trainer.log(self, metrics)  # type: ignore[arg-type]
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
         )
         return metrics
 
-
-def _without_heads(state: Any, model: nn.Module) -> dict[str, Any]:
-    """Weights of the judge alone; the heads have a file of their own."""
-    state = model.state_dict() if state is None else state
-    return {name: one for name, one in state.items() if "cac_heads" not in name}
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """What could not be measured, of a judge that gives no verdict yet, is never the best."""
+        if self.args.metric_for_best_model not in metrics:
+            return False
+        return bool(super()._determine_best_metric(metrics, trial))  # type: ignore[misc]
 
 
 def training_arguments(stage: StageSettings, has_held_out: bool) -> dict[str, Any]:
-    """Arguments that every trainer of transformers knows, from a stage's settings."""
+    """Arguments that every trainer of transformers knows, from a stage's settings.
+
+    Raises:
+        ValueError: If the measure that chooses the best judge is none of those known.
+    """
     settings = stage.optimizer
     measures = has_held_out and stage.evaluation.every > 0
+    if stage.evaluation.best not in CHOOSING:
+        raise ValueError(
+            f"evaluation.best must be one of {', '.join(CHOOSING)}, got {stage.evaluation.best!r}"
+        )
     optim = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "muon": "adamw_torch"}
     return {
         "output_dir": stage.output,
@@ -160,23 +264,22 @@ def training_arguments(stage: StageSettings, has_held_out: bool) -> dict[str, An
         "gradient_checkpointing": stage.model.gradient_checkpointing,
         "seed": stage.seed,
         "data_seed": stage.seed,
-        "dataloader_num_workers": stage.data.workers,
         "remove_unused_columns": False,
         "save_strategy": "steps",
         "save_steps": stage.save_every,
-        "save_total_limit": stage.keep,
+        # `keep_latest` deletes, after the newest is whole on every process.
+        "save_total_limit": None,
         "eval_strategy": "steps" if measures else "no",
         "eval_steps": stage.evaluation.every or None,
-        "load_best_model_at_end": measures,
+        # transformers would allow it only where every measurement falls on a save; see `Pace`.
+        "load_best_model_at_end": False,
         "metric_for_best_model": f"eval_{stage.evaluation.best}" if measures else None,
         "greater_is_better": True if measures else None,
-        "logging_steps": 1 if stage.updates <= 100 else 10,
+        # A line of the log is a mean over its updates, and a run goes on behind a checkpoint.
+        "logging_steps": 1 if stage.updates <= 100 else math.gcd(10, stage.save_every),
+        # It would hide a loss that is no number behind a mean.
+        "logging_nan_inf_filter": False,
         "report_to": list(stage.trackers) or "none",
         "disable_tqdm": not sys.stderr.isatty(),
         "use_cpu": not torch.cuda.is_available(),
     }
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint of a run; None where there is none."""
-    return get_last_checkpoint(os.fspath(folder)) if folder.is_dir() else None

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from peft import PeftModel
 
 from cac_reward.data.annotations import AnnotatedClip
 from cac_reward.evaluation.measuring import Evaluation, evaluate
@@ -27,6 +33,9 @@ LOGGED = (
     *("space.box_mean_iou", "space.tube_mean_iou", "space.invalid_box_rate"),
 )
 """Measures worth a line while training; `cac-reward evaluate` has all."""
+LOWER_IS_BETTER = ("clip.calibration_error", "space.invalid_box_rate")
+CHOOSING = tuple(name for name in LOGGED if name not in LOWER_IS_BETTER)
+"""Measures that the best judge can be chosen by."""
 
 
 @dataclass(eq=False)
@@ -44,41 +53,54 @@ class HeldOut:
     batch: int
     mode: str = "full"
 
-    def measure(self, model: Any, pupil: Pupil) -> dict[str, float]:
-        """Judge, and return what was measured by name; 'unjudged' is the share without a score."""
-        measured = self.evaluation(model, pupil)
+    def measure(self, model: Any, pupil: Pupil, *, spread: bool = True) -> dict[str, float]:
+        """Judge, and return what was measured by name; 'unjudged' is the share without a score.
+
+        What no answer lets measure is left out.
+
+        Args:
+            model: whole weights, or peft's model around them.
+            pupil: how it is asked.
+            spread: each process judges its part of the clips; else each judges all of them.
+        """
+        measured = self.evaluation(model, pupil, spread=spread)
         found = {one.name: one.estimate.value for one in measured.measurements}
         kept = {name: found[name] for name in LOGGED if not math.isnan(found.get(name, math.nan))}
         failed = measured.counts["not judged: answer not usable"]
         pairs = measured.counts["with a prediction"]
         return {**kept, "unjudged": failed / max(1, pairs)}
 
-    def evaluation(self, model: Any, pupil: Pupil) -> Evaluation:
-        """Everything that `evaluate` measures, without intervals."""
+    def evaluation(self, model: Any, pupil: Pupil, *, spread: bool = True) -> Evaluation:
+        """Everything that `evaluate` measures, without intervals; the same on every process.
+
+        The model is left in the mode, and all random generators in the state, in which they were.
+        """
         training = model.training
+        python, numpy = random.getstate(), np.random.get_state()
         model.eval()
-        # Checkpointing turns the key-value cache off, which judging needs.
-        checkpointed = bool(getattr(model, "is_gradient_checkpointing", False))
-        if checkpointed:
-            model.gradient_checkpointing_disable()
         try:
-            with torch.no_grad():
-                pairs = self._judge(model, pupil)
+            with torch.random.fork_rng(_gpus(model)), torch.no_grad():
+                pairs = self._judge(model, pupil, spread)
         finally:
-            if checkpointed:
-                model.gradient_checkpointing_enable()
             model.train(training)
+            random.setstate(python)
+            np.random.set_state(numpy)
         return evaluate(Pairing(tuple(pairs), (), ()), draws=0)
 
-    def _judge(self, model: Any, pupil: Pupil) -> list[Pair]:
-        core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    def _judge(self, model: Any, pupil: Pupil, spread: bool) -> list[Pair]:
+        core = model.get_base_model() if isinstance(model, PeftModel) else model
         judge = LocalJudge(core, pupil.processor, judge_id=pupil.name, settings=pupil.settings)
         scorer = CaCScorer(judge, mode=self.mode, clips_at_once=self.batch)
-        pairs: list[Pair] = []
-        numbers = list(range(min(self.count, len(self.store))))
+        state = PartialState()
+        part = slice(state.process_index, None, state.num_processes) if spread else slice(None)
+        numbers = list(range(min(self.count, len(self.store))))[part]
+        judged: list[tuple[int, Pair]] = []
         for first in range(0, len(numbers), self.batch):
-            pairs += self._judge_some(scorer, numbers[first : first + self.batch])
-        return pairs
+            some = numbers[first : first + self.batch]
+            judged += zip(some, self._judge_some(scorer, some), strict=True)
+        if spread:
+            judged = gather_object(judged)
+        return [pair for _, pair in sorted(judged, key=itemgetter(0))]
 
     def _judge_some(self, scorer: CaCScorer, numbers: Sequence[int]) -> list[Pair]:
         clips: list[AnnotatedClip] = [self.store.annotation(number) for number in numbers]
@@ -105,3 +127,9 @@ class HeldOut:
             Pair(clip, Prediction.from_record(record))
             for clip, record in zip(clips, records, strict=True)
         ]
+
+
+def _gpus(model: Any) -> list[int]:
+    """GPUs whose random state judging may move: the model's own."""
+    device = next(model.parameters()).device
+    return [device.index] if device.type == "cuda" else []

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from cac_reward.calibration import FILE as CALIBRATION_FILE
 from cac_reward.frames import JudgeSettings
 from cac_reward.judges.families import Family, find_family
 from cac_reward.judges.loading import LoadOptions, find_files, load
-from cac_reward.training.heads import HEADS, ClassifierHeads, attach_heads
+from cac_reward.training.heads import HEADS, HEADS_FILE, ClassifierHeads, attach_heads
 from cac_reward.training.pictures import attend_together
 from cac_reward.training.settings import LoraSettings, ModelSettings, StageSettings
 
@@ -55,9 +55,11 @@ def load_pupil(settings: StageSettings, device: str) -> Pupil:
     """Load a judge for a stage.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: As `LocalJudge.from_pretrained` does.
+        FileNotFoundError, ValueError, ImportError: As `LocalJudge.from_pretrained` does, and if
+            nothing of the loss can be learnt.
     """
     wanted = settings.model
+    _check_learnable(settings)
     options = LoadOptions(device=device, dtype=wanted.dtype, attention=wanted.attention)
     files = find_files(wanted.path, revision=wanted.revision, base=wanted.base)
     model, processor = load(files, options, trainable_adapter=True)
@@ -79,22 +81,54 @@ def load_pupil(settings: StageSettings, device: str) -> Pupil:
     return Pupil(model, processor, family, settings.judge.over(known), heads, lora, files.judge_id)
 
 
-def save_judge(model: Any, pupil: Pupil, folder: Path) -> None:
+def save_judge(model: Any, pupil: Pupil, folder: Path, state: dict[str, Tensor]) -> None:
     """Write a judge as `cac-reward score --judge FOLDER` loads it: weights or adapter, and more.
 
     A calibration of the judge it came from is not taken over: it is another judge now.
+
+    Args:
+        model: transformers' model, or peft's around it.
+        pupil: what is kept beside the weights.
+        folder: of nothing else, made anew.
+        state: all weights of the model, whole, heads included.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CALIBRATION_FILE).unlink(missing_ok=True)
-    state = {name: one for name, one in model.state_dict().items() if HEADS not in name}
-    if isinstance(model, PeftModel):
-        model.save_pretrained(folder)
-    else:
-        model.save_pretrained(folder, state_dict=state)
+    judge, heads = split_heads(state)
+    folder.mkdir(parents=True)
+    # The reference that TRL keeps beside an adapter that goes on learning is no part of it.
+    chosen = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(folder, state_dict=judge, **chosen)
     pupil.processor.save_pretrained(folder)
     pupil.settings.save(folder)
     if pupil.heads is not None:
-        pupil.heads.save(folder)
+        save_heads(heads, folder)
+
+
+def split_heads(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of the judge, and those of the heads by their own names."""
+    judge = {name: one for name, one in state.items() if HEADS not in name}
+    heads = {name.partition(f"{HEADS}.")[2]: one for name, one in state.items() if HEADS in name}
+    return judge, heads
+
+
+def save_heads(state: dict[str, Tensor], folder: Path) -> None:
+    """Write the heads' own file, as `ClassifierHeads.restore` reads it."""
+    plain = {name: one.detach().float().cpu().contiguous() for name, one in state.items()}
+    save_file(plain, folder / HEADS_FILE)
+
+
+def _check_learnable(settings: StageSettings) -> None:
+    if settings.model.learns != "heads":
+        return
+    loss = settings.loss
+    if not loss.frames + loss.clip > 0:
+        raise ValueError(
+            "loss.frames or loss.clip must be above 0 where model.learns is 'heads', got 0 and 0"
+        )
+    if loss.words > 0:
+        raise ValueError(
+            f"loss.words must be 0 where model.learns is 'heads', got {loss.words}; no word can be "
+            "learnt by weights that stand still"
+        )
 
 
 def _choose_what_learns(model: nn.Module, core: Any, settings: ModelSettings) -> None:
@@ -114,7 +148,7 @@ def _lora_config(settings: LoraSettings, learns: str) -> LoraConfig:
         lora_dropout=settings.dropout,
         use_dora=settings.dora,
         target_modules="all-linear" if everything else list(settings.targets),
-        exclude_modules=None if learns == "all" else r".*visual.*",
+        exclude_modules=rf".*{HEADS}.*" if learns == "all" else rf".*(visual|{HEADS}).*",
         task_type="CAUSAL_LM",
     )
 

@@ -17,11 +17,18 @@ from trl import SFTConfig, SFTTrainer
 
 from cac_reward.training.clips import Skipped
 from cac_reward.training.encoding import Encoder, known, mean_or_zero
-from cac_reward.training.learning import LearningMixin, SkippedClips, training_arguments
+from cac_reward.training.learning import (
+    LearningMixin,
+    Pace,
+    SkippedClips,
+    TrainingError,
+    training_arguments,
+)
 from cac_reward.training.measuring import HeldOut
 from cac_reward.training.models import Pupil
 from cac_reward.training.settings import LossSettings, StageSettings
 from cac_reward.training.source import LessonSource
+from cac_reward.training.stopping import StopRequest
 
 SKIPPED = "skipped"
 READ = "clips_read"
@@ -48,7 +55,7 @@ class LessonCollator:
                 encoded += self.encoder.encode(lesson)
         if not encoded:
             last = skipped[-1]
-            raise RuntimeError(
+            raise TrainingError(
                 f"a batch must have at least one clip that can be read, got none of "
                 f"{len(skipped)}, last {last.name}: {last.reason}"
             )
@@ -63,7 +70,7 @@ class JudgeSFTTrainer(LearningMixin, SFTTrainer):
         pupil: the judge.
         source: the lessons.
         held_out: what it is measured on; None measures nothing.
-        callbacks: of transformers.
+        stop: who may ask it to stop.
     """
 
     def __init__(
@@ -72,9 +79,9 @@ class JudgeSFTTrainer(LearningMixin, SFTTrainer):
         pupil: Pupil,
         source: LessonSource,
         held_out: HeldOut | None,
-        callbacks: Sequence[Any] = (),
+        stop: StopRequest,
     ) -> None:
-        self.stage, self.pupil, self.held_out = stage, pupil, held_out
+        self.stage, self.pupil, self.held_out, self.stop = stage, pupil, held_out, stop
         self.skipped = SkippedClips(Path(stage.output) / SKIPPED_FILE, stage.data.max_skipped_share)
         processor = pupil.training_processor()
         encoder = Encoder(processor, pupil.family, stage.loss.decision_words)
@@ -83,6 +90,7 @@ class JudgeSFTTrainer(LearningMixin, SFTTrainer):
             model=pupil.model,
             args=SFTConfig(
                 **training_arguments(stage, held_out is not None),
+                dataloader_num_workers=stage.data.workers,
                 dataset_kwargs={"skip_prepare_dataset": True},
                 train_sampling_strategy="sequential",
                 max_length=None,
@@ -93,8 +101,11 @@ class JudgeSFTTrainer(LearningMixin, SFTTrainer):
             eval_dataset=rows.select(range(1)) if held_out is not None else None,
             processing_class=processor,
             peft_config=pupil.lora,
-            callbacks=list(callbacks),
+            callbacks=[Pace(stop)],
         )
+        if pupil.heads is not None:
+            # An adapter that was just put on has frozen all else.
+            pupil.heads.requires_grad_(True)
         # The loss is a mean over a batch, so that the trainer divides it by the accumulated ones.
         self.model_accepts_loss_kwargs = False
 

@@ -1,10 +1,10 @@
-"""One stage from its settings to a judge on disk, and a curriculum of stages."""
+"""One stage from its settings to a judge on disk."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,23 @@ from omegaconf import OmegaConf
 from transformers import set_seed
 
 from cac_reward.training.cards import write_card
+from cac_reward.training.checkpoints import last_checkpoint, processes_of, remove_partial
 from cac_reward.training.clips import ClipStore
-from cac_reward.training.learning import last_checkpoint
+from cac_reward.training.curricula import JUDGE
+from cac_reward.training.grpo import JudgeGRPOTrainer, count_questions
 from cac_reward.training.lessons import LessonOptions, View
 from cac_reward.training.measuring import HeldOut
-from cac_reward.training.models import load_pupil, save_judge
-from cac_reward.training.settings import StageSettings, build_stage, read_yaml, to_tree
+from cac_reward.training.models import Pupil, load_pupil, save_judge
+from cac_reward.training.settings import StageSettings, to_tree
 from cac_reward.training.sft import JudgeSFTTrainer
 from cac_reward.training.source import LessonSource
+from cac_reward.training.stopping import StopRequest
 from cac_reward.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
 
-JUDGE = "judge"
-"""Folder of the finished judge, in a stage's output."""
 SETTINGS_FILE = "stage.yaml"
 RESULT_FILE = "result.json"
-PREVIOUS = "previous"
-"""As `model.path` in a curriculum: the judge of the stage before."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,12 @@ class StageResult:
 def run_stage(stage: StageSettings) -> StageResult:
     """Train one stage, or go on where it stopped; a finished one is only read.
 
+    All processes of a run must call it.
+
     Raises:
         FileNotFoundError, ValueError: If model, clips or settings do not fit.
-        RuntimeError: If too many clips cannot be read.
+        TrainingError: If too many clips cannot be read, or the loss is no number any more.
+        KeyboardInterrupt: If it was asked to stop; the same call goes on.
     """
     output = Path(stage.output)
     done = _finished(output, stage)
@@ -65,105 +67,89 @@ def run_stage(stage: StageSettings) -> StageResult:
         return done
     state = PartialState()
     if state.is_main_process:
-        _claim(output, stage)
+        _claim(output, stage, state.num_processes)
     state.wait_for_everyone()
     set_seed(stage.seed)
     pupil = load_pupil(stage, "cpu" if not torch.cuda.is_available() else str(state.device))
-    options = LessonOptions.build(stage.options, written=stage.trainer == "sft")
-    factor = _patch_factor(pupil.processor)
-    view = View(pupil.settings, pupil.family, factor, tuple(stage.classes))
-    store = ClipStore(stage.data.train, videos=stage.data.videos, split=stage.data.split)
-    held_out = None
-    if stage.data.held_out:
-        clips = ClipStore(
-            stage.data.held_out, videos=stage.data.videos, split=stage.data.held_out_split
-        )
-        held_out = HeldOut(clips, stage.evaluation.clips, stage.evaluation.batch)
-    per_update = stage.batch * stage.accumulation * state.num_processes
-    source = LessonSource(
-        store,
-        view,
-        stage.lessons,
-        options,
-        count=stage.updates * per_update,
-        seed=stage.seed,
-        anomalous_share=stage.data.anomalous_share,
-    )
-    trainer = _trainer(stage, pupil, source, held_out)
-    trained = trainer.train(resume_from_checkpoint=last_checkpoint(output))
-    measured = trainer.evaluate()
+    source = _source(stage, pupil, state.num_processes)
+    start = last_checkpoint(output)
+    with StopRequest() as stop:
+        trainer = _trainer(stage, pupil, source, stop)
+        trained = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    if trainer.state.global_step < stage.updates:
+        raise KeyboardInterrupt
+    measured = trainer.take_best()
+    if measured is None:
+        measured = trainer.evaluate()
     result = StageResult(
         output,
         int(trainer.state.global_step),
-        {name.removeprefix("eval_"): value for name, value in measured.items()},
+        {
+            name.removeprefix("eval_"): value
+            for name, value in measured.items()
+            if name.startswith("eval_")
+        },
         float(trained.metrics["train_runtime"]),
         trainer.skipped.summary(),
     )
+    # Sharded weights come together on the first process, with the others' help.
+    weights = trainer.accelerator.get_state_dict(trainer.model)
     if state.is_main_process:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        save_judge(model, replace(pupil, model=model), result.judge)
-        write_card(result.judge, stage, result.measured, result.updates, len(store))
-        _write_result(result)
+        _write_judge(result, stage, replace(pupil, model=model), weights, len(source.store))
     state.wait_for_everyone()
+    # The next stage of a curriculum needs the memory.
+    trainer.accelerator.free_memory()
     return result
 
 
-def _trainer(stage: StageSettings, pupil: Any, source: LessonSource, held_out: Any) -> Any:
-    if stage.trainer == "sft":
-        return JudgeSFTTrainer(stage, pupil, source, held_out)
-    from cac_reward.training.grpo import JudgeGRPOTrainer
+def _source(stage: StageSettings, pupil: Pupil, processes: int) -> LessonSource:
+    """The lessons of a stage, in their order."""
+    options = LessonOptions.build(stage.options, written=stage.trainer == "sft")
+    view = View(pupil.settings, pupil.family, _patch_factor(pupil.processor), tuple(stage.classes))
+    if stage.trainer == "grpo":
+        count = count_questions(stage, processes)
+    else:
+        count = stage.updates * stage.batch * stage.accumulation * processes
+    return LessonSource(
+        ClipStore(stage.data.train, videos=stage.data.videos, split=stage.data.split),
+        view,
+        stage.lessons,
+        options,
+        count=count,
+        seed=stage.seed,
+        anomalous_share=stage.data.anomalous_share,
+    )
 
-    return JudgeGRPOTrainer(stage, pupil, source, held_out)
 
-
-def load_curriculum(path: str | Path, overrides: Sequence[str] = ()) -> list[StageSettings]:
-    """The stages of a YAML: one, or those below `stages`, each a file or settings in place.
-
-    A curriculum has `stages`, a list whose entries are `{config: FILE}` with settings of their own
-    beside it, or whole settings; and `all`, settings that hold for every stage. `model.path:
-    previous` takes the judge of the stage before. `output` of a stage is by default the
-    curriculum's with the stage's number and name behind it.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If something does not fit, with its key.
-    """
-    path = Path(path)
-    tree = read_yaml(path)
-    if "stages" not in tree:
-        return [build_stage(tree, str(path), overrides)]
-    stages: list[StageSettings] = []
-    shared = tree.get("all") or {}
-    for number, entry in enumerate(tree.stages, 1):
-        own = OmegaConf.create({k: v for k, v in entry.items() if k not in ("config", "name")})
-        base = read_yaml(path.parent / entry.config) if "config" in entry else {}
-        merged = OmegaConf.merge(base, shared, own)
-        label = entry.get("name") or Path(str(entry.get("config", "stage"))).stem
-        name = f"{path}: stage {number} ({label})"
-        if "output" not in own:
-            if "output" not in tree:
-                raise ValueError(f"{path}: output must be given, got nothing")
-            merged.output = f"{tree.output}/{number}_{label}"
-        if OmegaConf.select(merged, "model.path") == PREVIOUS:
-            if not stages:
-                raise ValueError(f"{name}: model.path must be a judge for the first stage")
-            merged.model.path = f"{stages[-1].output}/{JUDGE}"
-        stages.append(build_stage(merged, name, overrides))
-    if not stages:
-        raise ValueError(f"{path}: stages must be at least one, got none")
-    return stages
+def _trainer(stage: StageSettings, pupil: Pupil, source: LessonSource, stop: StopRequest) -> Any:
+    data, held_out = stage.data, None
+    if data.held_out:
+        clips = ClipStore(data.held_out, videos=data.videos, split=data.held_out_split)
+        held_out = HeldOut(clips, stage.evaluation.clips, stage.evaluation.batch)
+    kind = JudgeSFTTrainer if stage.trainer == "sft" else JudgeGRPOTrainer
+    return kind(stage, pupil, source, held_out, stop)
 
 
 def _patch_factor(processor: Any) -> int:
     return int(processor.image_processor.patch_size * processor.image_processor.merge_size)
 
 
-def _claim(output: Path, stage: StageSettings) -> None:
+def _claim(output: Path, stage: StageSettings, processes: int) -> None:
     """Note the settings, or refuse to go on with others than the run began with."""
     output.mkdir(parents=True, exist_ok=True)
+    for one in remove_partial(output):
+        logger.warning("%s was cut off while it was written; it is not taken", one)
     file = output / SETTINGS_FILE
     text = OmegaConf.to_yaml(OmegaConf.create(to_tree(stage)))
-    if file.is_file() and last_checkpoint(output) is not None:
+    start = last_checkpoint(output)
+    if start is not None and processes_of(start) != processes:
+        raise ValueError(
+            f"processes must be {processes_of(start)}, as {output} began with, got {processes}; "
+            f"they share the lessons out. Launch as many, or begin another output with "
+            f"model.path={start}"
+        )
+    if file.is_file() and start is not None:
         differing = _differences(OmegaConf.load(file), OmegaConf.create(to_tree(stage)))
         if differing:
             raise ValueError(
@@ -211,6 +197,20 @@ def _finished(output: Path, stage: StageSettings) -> StageResult | None:
         )
     record = json.loads(file.read_text(encoding="utf-8"))
     return StageResult(output, **record)
+
+
+def _write_judge(
+    result: StageResult, stage: StageSettings, pupil: Pupil, weights: Any, num_clips: int
+) -> None:
+    """The judge's folder, there whole or not at all, and after it the result."""
+    partial = result.judge.with_name(f"{JUDGE}.partial")
+    for one in (partial, result.judge):
+        if one.is_dir():
+            shutil.rmtree(one)
+    save_judge(pupil.model, pupil, partial, weights)
+    write_card(partial, stage, result.measured, result.updates, num_clips)
+    partial.rename(result.judge)
+    _write_result(result)
 
 
 def _write_result(result: StageResult) -> None:

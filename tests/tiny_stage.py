@@ -1,0 +1,44 @@
+"""A stage that trains a tiny judge on small clips within a second, for the tests of training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from cac_reward.training.settings import StageSettings, build_stage
+from tests.tiny_judge import build_tiny_judge
+
+CLEAN = "Verdict: clean"
+CALL = '<tool_call>\n{"name": "inspect", "arguments": {"windows": [[0.25, 1.00]]}}\n</tool_call>'
+VIEW = {
+    "wording": "brief",
+    "scan": {"fps": 4.0, "max_frames": 4, "pixels": 256},
+    "inspect": {"fps": 8.0, "max_frames": 5, "pixels": 1024, "margin_seconds": 0.125},
+}
+"""How the tiny judge is asked: 4 frames of 16x16, then up to 5 of 32x32."""
+
+
+def tiny_stage(
+    judge: Path, clips: Path, output: Path, overrides: Sequence[str] = (), **settings: Any
+) -> StageSettings:
+    """A stage of 4 updates on the CPU; `settings` and `overrides` change what they name."""
+    tree = {
+        "model": {"path": str(judge), "dtype": "float32", "gradient_checkpointing": False},
+        "judge": VIEW,
+        "data": {"train": [str(clips)], "workers": 0},
+        "updates": 4,
+        "batch": 2,
+        "bf16": False,
+        "save_every": 2,
+        "optimizer": {"learning_rate": 1e-3, "schedule": "linear"},
+        "output": str(output),
+    }
+    if "lessons" not in settings:
+        tree["lessons"] = {"inspect": 1.0}
+    return build_stage(OmegaConf.merge(tree, settings), "a tiny stage", overrides)
+
+
+def build_speaking_judge(folder: Path, **more: Any) -> Path:
+    """A tiny judge whose likely answers are few tokens each, so that it learns them at once."""
+    return build_tiny_judge(folder, whole_tokens=[CLEAN, CALL], **more)

@@ -35,6 +35,8 @@ class EncodedLesson:
     """Of each frame; NaN unknown."""
     clip_label: float
     """NaN unknown."""
+    frame_captions: tuple[str, ...] = ()
+    """Of each frame; '' where there is none."""
 
 
 class Encoder:
@@ -44,11 +46,19 @@ class Encoder:
         processor: of the model.
         family: its conventions.
         decision_weight: of tokens that decide a verdict, where other learnt ones weigh 1.
+        caption_tokens: how many of the first tokens of each frame's caption are labels; 0 for none.
     """
 
-    def __init__(self, processor: Any, family: Family, decision_weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        family: Family,
+        decision_weight: float = 1.0,
+        caption_tokens: int = 0,
+    ) -> None:
         self.renderer = Renderer(processor, family)
         self.decision_weight = decision_weight
+        self.caption_tokens = caption_tokens
         self.tokenizer = processor.tokenizer
         self.image_processor = processor.image_processor
         self.family = family
@@ -113,7 +123,8 @@ class Encoder:
             long += [weight] * (next(counts) if image else 1)
         labels = lesson.frame_labels[: len(frames)]
         tokens = self.renderer.expand(short, frames)
-        return EncodedLesson(tokens, long, frames, labels, lesson.clip_label)
+        captions = lesson.frame_captions[: len(frames)]
+        return EncodedLesson(tokens, long, frames, labels, lesson.clip_label, captions)
 
     def _pieces(self, words: Words) -> list[tuple[str, float]]:
         """The text of a turn cut where its weight changes."""
@@ -159,8 +170,22 @@ class Encoder:
             "clip_labels": torch.tensor([one.clip_label for one in lessons]),
             "frame_ends": torch.tensor(ends, dtype=torch.long).reshape(-1, 2),
             "frame_labels": torch.tensor(labels, dtype=torch.float32),
+            "frame_captions": self._captions(lessons),
             **self.pictures([frame for one in lessons for frame in one.frames]),
         }
+
+    def _captions(self, lessons: Sequence[EncodedLesson]) -> Tensor:
+        """[N caption_tokens] of all frames; -100 behind a caption's end and where there is none."""
+        texts = [text for one in lessons for text in one.frame_captions]
+        count = sum(len(one.frames) for one in lessons)
+        labels = torch.full((count, self.caption_tokens), -100)
+        if self.caption_tokens and len(texts) == count:
+            known = [row for row, text in enumerate(texts) if text]
+            encoded = self.tokenizer([texts[row] for row in known], add_special_tokens=False)
+            for row, tokens in zip(known, encoded["input_ids"] if known else [], strict=True):
+                kept = tokens[: self.caption_tokens]
+                labels[row, : len(kept)] = torch.tensor(kept)
+        return labels
 
     def pictures(self, frames: Sequence[Tensor]) -> Batch:
         """Frames [C H W] as the family's image processor gives them; nothing for none."""

@@ -24,8 +24,9 @@ class ClassifierHeads(nn.Module):
     Attached to a judge it reads along with every forward pass that was announced by `watch`.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, caption_tokens: int = 0) -> None:
         super().__init__()
+        self.captions = nn.Linear(width, caption_tokens * width) if caption_tokens else None
         self.frame = nn.Linear(width, 1)
         self.clip = nn.Linear(width, 1)
         for one in (self.frame, self.clip):
@@ -33,6 +34,8 @@ class ClassifierHeads(nn.Module):
             nn.init.zeros_(one.bias)
         self._ends: Tensor | None = None
         self._read: tuple[Tensor, Tensor] | None = None
+        self.caption_states: Tensor | None = None
+        """[N caption_tokens D] of the last pass: what each token of a caption is read off."""
 
     def watch(self, frame_ends: Tensor) -> None:
         """Announce where the frames of the next pass end: [N 2] of row and place, in order."""
@@ -54,6 +57,8 @@ class ClassifierHeads(nn.Module):
         """Read states [B L D]; a clip without frames has log-odds 0."""
         rows, places = frame_ends.unbind(1)
         states = hidden[rows, places].to(self.frame.weight.dtype)
+        if self.captions is not None:
+            self.caption_states = self.captions(states).view(len(rows), -1, hidden.shape[-1])
         last = torch.full((len(hidden),), -1, device=hidden.device, dtype=torch.long)
         # Of several frames in a row the last counts; plain indexing would leave that open on a GPU.
         numbers = torch.arange(len(rows), device=hidden.device)
@@ -91,15 +96,18 @@ class ClassifierHeads(nn.Module):
             raise ValueError(
                 f"heads must read states of {self.frame.in_features} numbers, got {width} in {path}"
             )
-        self.load_state_dict(state)
+        same = "captions.weight" in state and self.captions is not None
+        if not same or state["captions.weight"].shape != self.captions.weight.shape:
+            state = {name: one for name, one in state.items() if "captions" not in name}
+        self.load_state_dict(state, strict=False)
         return True
 
 
-def attach_heads(model: Any) -> ClassifierHeads:
+def attach_heads(model: Any, caption_tokens: int = 0) -> ClassifierHeads:
     """Give a judge its heads; those it has already are returned."""
     if hasattr(model, HEADS):
         return getattr(model, HEADS)
-    heads = ClassifierHeads(model.config.get_text_config().hidden_size)
+    heads = ClassifierHeads(model.config.get_text_config().hidden_size, caption_tokens)
     heads = heads.to(next(model.parameters()).device)
     setattr(model, HEADS, heads)
     model.model.register_forward_hook(heads._along)

@@ -43,7 +43,13 @@ def write_scan(seen: ClipInView) -> Lesson:
     """Turn 1: a clean verdict, or a call for the windows that hold faults."""
     indices, opening = seen.scan()
     answer = _scan_words(seen, seen.windows)
-    return Lesson((*opening, answer), seen.view.tools, seen.labels(indices), seen.clip_label)
+    return Lesson(
+        (*opening, answer),
+        seen.view.tools,
+        seen.labels(indices),
+        seen.clip_label,
+        seen.captions(indices),
+    )
 
 
 def write_inspect(seen: ClipInView) -> Lesson:
@@ -64,7 +70,8 @@ def write_inspect(seen: ClipInView) -> Lesson:
         choice = VERDICT_CHOICES[bool(seen.findings)]
         answer = Words.learnt(text, (len(text) - len(choice), len(text)))
     labels = (*seen.labels(scanned), *seen.labels(inspected))
-    return Lesson((*opening, call, look, answer), view.tools, labels, seen.clip_label)
+    captions = seen.captions([*scanned, *inspected])
+    return Lesson((*opening, call, look, answer), view.tools, labels, seen.clip_label, captions)
 
 
 def write_verdict(seen: ClipInView) -> Lesson:
@@ -72,7 +79,9 @@ def write_verdict(seen: ClipInView) -> Lesson:
     indices, opening = seen.scan()
     text = VERDICT_PREFIX + VERDICT_CHOICES[bool(seen.clip_label)]
     words = Words.learnt(text, (len(VERDICT_PREFIX), len(text)))
-    return Lesson((*opening, words), (), seen.labels(indices), seen.clip_label)
+    return Lesson(
+        (*opening, words), (), seen.labels(indices), seen.clip_label, seen.captions(indices)
+    )
 
 
 def write_whole(seen: ClipInView) -> Lesson:
@@ -82,7 +91,9 @@ def write_whole(seen: ClipInView) -> Lesson:
     text = write_findings(seen.stated(seen.findings, indices), writer)
     choice = VERDICT_CHOICES[bool(seen.findings)]
     words = Words.learnt(text, (len(text) - len(choice), len(text)))
-    return Lesson((*opening, words), (), seen.labels(indices), seen.clip_label)
+    return Lesson(
+        (*opening, words), (), seen.labels(indices), seen.clip_label, seen.captions(indices)
+    )
 
 
 def open_whole(seen: ClipInView) -> tuple[list[int], tuple[Message, ...]]:
@@ -128,7 +139,7 @@ def write_frame(seen: ClipInView) -> Lesson:
             Words.learnt(text, (len(text) - len(choice), len(text))),
         ]
         chosen.append(index)
-    return Lesson(tuple(messages), (), seen.labels(chosen))
+    return Lesson(tuple(messages), (), seen.labels(chosen), frame_captions=seen.captions(chosen))
 
 
 def write_caption(seen: ClipInView) -> Lesson:
@@ -152,7 +163,7 @@ def write_caption(seen: ClipInView) -> Lesson:
             Words.learnt(caption.text),
         ]
         chosen += indices
-    return Lesson(tuple(messages), (), seen.labels(chosen))
+    return Lesson(tuple(messages), (), seen.labels(chosen), frame_captions=seen.captions(chosen))
 
 
 def write_alignment(seen: ClipInView) -> Lesson:
@@ -168,7 +179,12 @@ def write_alignment(seen: ClipInView) -> Lesson:
     times = frame_times(indices, seen.fps)
     opening = alignment_message(frames, times, prompt, settings.wording)
     answer = ALIGNMENT_CHOICES[0 if shown else 1]
-    return Lesson((*opening, Words.learnt(answer, (0, len(answer)))), (), seen.labels(indices))
+    return Lesson(
+        (*opening, Words.learnt(answer, (0, len(answer)))),
+        (),
+        seen.labels(indices),
+        frame_captions=seen.captions(indices),
+    )
 
 
 SHOWS_PROMPT = "shows_prompt"
@@ -217,7 +233,9 @@ def _write_task(kind: str) -> LessonWriter:
         indices, opening = open_task(task, seen)
         answer = write_task_answer(task, task_answer(task, seen.clip))
         words = Words.learnt(answer)
-        return Lesson((*opening, words), (), seen.labels(indices), seen.clip_label)
+        return Lesson(
+            (*opening, words), (), seen.labels(indices), seen.clip_label, seen.captions(indices)
+        )
 
     return write
 

@@ -140,6 +140,8 @@ class Lesson:
     """Of every frame shown, in order: 1 where a fault is on, 0 where none is, NaN unknown."""
     clip_label: float = math.nan
     """1 anomalous, 0 clean, NaN unknown."""
+    frame_captions: tuple[str, ...] = ()
+    """Of every frame shown, in order: what a caption says of it; '' where none does."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,14 @@ class ClipInView:
             for index in window.frame_indices(len(self.frames), self.fps)
         }
         return tuple(float(index in broken) for index in indices)
+
+    def captions(self, indices: Sequence[int]) -> tuple[str, ...]:
+        """Of frames: the first caption of a stretch that they lie in; '' without one."""
+        said: dict[int, str] = {}
+        for caption in self.clip.captions:
+            for index in caption.window.frame_indices(len(self.frames), self.fps):
+                said.setdefault(index, caption.text)
+        return tuple(said.get(index, "") for index in indices)
 
     def pixels(self) -> int:
         """Of a frame that is shown by itself, as one of the two turns shows it."""

@@ -70,8 +70,9 @@ def load_pupil(settings: StageSettings, device: str) -> Pupil:
         attend_together(core)
     _mirror_special_tokens(core, processor.tokenizer)
     heads = None
-    if settings.trainer == "sft" and settings.loss.frames + settings.loss.clip > 0:
-        heads = attach_heads(core)
+    if settings.trainer == "sft" and settings.loss.heads > 0:
+        captions = settings.loss.caption_tokens if settings.loss.captions > 0 else 0
+        heads = attach_heads(core, captions)
         heads.restore(files.folder)
         heads.requires_grad_(True)
     lora = None

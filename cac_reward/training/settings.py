@@ -122,12 +122,23 @@ class LossSettings:
     """Binary cross-entropy of a head that says whether the clip is anomalous."""
     anomalous_weight: float = 1.0
     """Of anomalous frames and clips in the two heads' losses, against 1 for clean ones."""
+    captions: float = 0.0
+    """Cross-entropy of a head that says a frame's caption at once: what a judge knows right behind
+    each frame is what it can compare between frames."""
+    caption_tokens: int = 32
+    """How much of each caption, at least 1."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             at_least(f"loss.{name}", value, 0)
-        if not self.words + self.frames + self.clip > 0:
+        if not self.words + self.heads > 0:
             raise ValueError("loss must have a part with a weight above 0, got none")
+        at_least("loss.caption_tokens", self.caption_tokens, 1)
+
+    @property
+    def heads(self) -> float:
+        """Of everything that heads are needed for."""
+        return self.frames + self.clip + self.captions
 
 
 @dataclass(kw_only=True)

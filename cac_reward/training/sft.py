@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear
 from trl import SFTConfig, SFTTrainer
 
 from cac_reward.training.clips import Skipped
@@ -84,7 +84,8 @@ class JudgeSFTTrainer(LearningMixin, SFTTrainer):
         self.stage, self.pupil, self.held_out, self.stop = stage, pupil, held_out, stop
         self.skipped = SkippedClips(Path(stage.output) / SKIPPED_FILE, stage.data.max_skipped_share)
         processor = pupil.training_processor()
-        encoder = Encoder(processor, pupil.family, stage.loss.decision_words)
+        captions = stage.loss.caption_tokens if stage.loss.captions > 0 else 0
+        encoder = Encoder(processor, pupil.family, stage.loss.decision_words, captions)
         rows = Dataset.from_dict({"lesson": range(len(source))})
         super().__init__(
             model=pupil.model,
@@ -120,7 +121,7 @@ class JudgeSFTTrainer(LearningMixin, SFTTrainer):
         self.skipped.count(inputs.pop(READ), inputs.pop(SKIPPED))
         weights = inputs.pop("weights")
         ends, clip_labels = inputs.pop("frame_ends"), inputs.pop("clip_labels")
-        frame_labels = inputs.pop("frame_labels")
+        frame_labels, captions = inputs.pop("frame_labels"), inputs.pop("frame_captions")
         heads, loss = self.pupil.heads, self.stage.loss
         if heads is not None:
             heads.watch(ends)
@@ -134,7 +135,10 @@ class JudgeSFTTrainer(LearningMixin, SFTTrainer):
             model(**inputs, logits_to_keep=1)
         if heads is not None:
             parts |= head_losses(*heads.take(), frame_labels, clip_labels, loss)
-        shares = {"words": loss.words, "frames": loss.frames, "clip": loss.clip}
+            if heads.caption_states is not None:
+                output = self.pupil.core.get_output_embeddings().weight
+                parts["captions"] = caption_loss(heads.caption_states, output, captions)
+        shares = {name: getattr(loss, name) for name in parts}
         for name, value in parts.items():
             if shares[name] > 0:
                 self._metrics["train"][f"loss_{name}"].append(value.detach().item())
@@ -147,6 +151,21 @@ class JudgeSFTTrainer(LearningMixin, SFTTrainer):
         if self.stage.loss.decision_words > 1 and decisive.any():
             share = right.float()[decisive].mean().item()
             self._metrics["train"]["decisions_right"].append(share)
+
+
+def caption_loss(states: Tensor, output: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of captions said at once.
+
+    Args:
+        states: [N K D].
+        output: [V D], the judge's output embedding.
+        labels: [N K]; -100 where there is nothing to say.
+    """
+    said = labels != -100
+    if not said.any():
+        return states.sum() * 0
+    logits = linear(states[said], output.to(states.dtype))
+    return cross_entropy(logits.float(), labels[said])
 
 
 def head_losses(

@@ -96,8 +96,9 @@ class ClassifierHeads(nn.Module):
             raise ValueError(
                 f"heads must read states of {self.frame.in_features} numbers, got {width} in {path}"
             )
-        same = "captions.weight" in state and self.captions is not None
-        if not same or state["captions.weight"].shape != self.captions.weight.shape:
+        mine = self.state_dict().get("captions.weight", torch.empty(0))
+        if state.get("captions.weight", torch.empty(0)).shape != mine.shape:
+            # Captions of another length begin anew.
             state = {name: one for name, one in state.items() if "captions" not in name}
         self.load_state_dict(state, strict=False)
         return True

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
+from omegaconf.errors import ConfigKeyError
+
 
 def near_name(name: str, known: Iterable[str]) -> str:
     """What to say behind an unknown name: the known one that is like it, if there is one."""
@@ -52,3 +54,12 @@ def within(name: str, value: float, low: float, high: float, closed: bool = Fals
     """Raises ValueError unless low <= value < high; where closed, high is allowed too."""
     if not (low <= value < high or (closed and value == high)):
         raise ValueError(f"{name} must be in [{low}, {high}{']' if closed else ')'}, got {value}")
+
+
+def unknown_key(error: ConfigKeyError) -> str:
+    """What to say of a key that no settings have."""
+    kind = error.object_type
+    known = list(getattr(kind, "__dataclass_fields__", {}))
+    near = get_close_matches(str(error.key), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return f"{error.full_key} must be a known key, got none of that name; {hint}"

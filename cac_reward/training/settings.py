@@ -15,7 +15,14 @@ from yaml import YAMLError
 from cac_reward.frames import WORDINGS, InspectSettings, JudgeSettings, ScanSettings
 from cac_reward.training.lesson_kinds import LESSONS
 from cac_reward.training.lessons import LessonOptions
-from cac_reward.training.rules import above_zero, at_least, check_shares, one_of, within
+from cac_reward.training.rules import (
+    above_zero,
+    at_least,
+    check_shares,
+    one_of,
+    unknown_key,
+    within,
+)
 from cac_reward.training.stage_rewards import REWARDS
 
 TRAINERS = ("sft", "grpo")
@@ -123,8 +130,8 @@ class LossSettings:
     anomalous_weight: float = 1.0
     """Of anomalous frames and clips in the two heads' losses, against 1 for clean ones."""
     captions: float = 0.0
-    """Cross-entropy of a head that says a frame's caption at once: what a judge knows right behind
-    each frame is what it can compare between frames."""
+    """Cross-entropy of a head that says a frame's caption right behind it: what a judge knows
+    there it can compare between frames."""
     caption_tokens: int = 32
     """How much of each caption, at least 1."""
 
@@ -330,11 +337,9 @@ class StageSettings:
             raise ValueError(
                 f"classes must be at least two for lessons.classification, got {self.classes}"
             )
-        for name, least in (
-            *(("updates", 1), ("batch", 1), ("accumulation", 1), ("save_every", 1)),
-            *(("keep", 1), ("seed", 0)),
-        ):
-            at_least(name, getattr(self, name), least)
+        for name in ("updates", "batch", "accumulation", "save_every", "keep"):
+            at_least(name, getattr(self, name), 1)
+        at_least("seed", self.seed, 0)
         if self.trainer == "grpo":
             check_shares("rewards", self.rewards, REWARDS)
             silent = [
@@ -382,7 +387,7 @@ def build_stage(tree: Any, name: str, overrides: Sequence[str] = ()) -> StageSet
         )
         settings = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        raise ValueError(f"{name}: {_unknown_key(error)}") from error
+        raise ValueError(f"{name}: {unknown_key(error)}") from error
     except (OmegaConfBaseException, YAMLError) as error:
         said = str(error).splitlines()[0]
         key = getattr(error, "full_key", None) or "config"
@@ -396,11 +401,3 @@ def build_stage(tree: Any, name: str, overrides: Sequence[str] = ()) -> StageSet
 def to_tree(settings: StageSettings) -> dict[str, Any]:
     """Settings as plain dictionaries and lists; `build_stage` reads them back."""
     return asdict(settings)
-
-
-def _unknown_key(error: ConfigKeyError) -> str:
-    kind = error.object_type
-    known = list(getattr(kind, "__dataclass_fields__", {}))
-    near = get_close_matches(str(error.key), known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    return f"{error.full_key} must be a known key, got none of that name; {hint}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,10 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from cac_reward.frames import WORDINGS, InspectSettings, JudgeSettings, ScanSettings
+from cac_reward.training import rules
 from cac_reward.training.lesson_kinds import LESSONS
 from cac_reward.training.lessons import LessonOptions
-from cac_reward.training.rules import (
-    above_zero,
-    at_least,
-    check_shares,
-    one_of,
-    unknown_key,
-    within,
-)
+from cac_reward.training.rules import above_zero, at_least, check_shares, one_of, within
 from cac_reward.training.stage_rewards import REWARDS
 
 TRAINERS = ("sft", "grpo")
@@ -367,8 +360,7 @@ def read_yaml(path: str | Path) -> Any:
     """A YAML file as OmegaConf's tree."""
     path = Path(path)
     if not path.is_file():
-        near = get_close_matches(path.name, [one.name for one in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        hint = rules.near_name(str(path), [str(one) for one in path.parent.glob("*.yaml")])
         raise FileNotFoundError(f"config must be an existing YAML file, got {path}{hint}")
     try:
         return OmegaConf.load(path)
@@ -387,7 +379,7 @@ def build_stage(tree: Any, name: str, overrides: Sequence[str] = ()) -> StageSet
         )
         settings = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        raise ValueError(f"{name}: {unknown_key(error)}") from error
+        raise ValueError(f"{name}: {rules.unknown_key(error)}") from error
     except (OmegaConfBaseException, YAMLError) as error:
         said = str(error).splitlines()[0]
         key = getattr(error, "full_key", None) or "config"

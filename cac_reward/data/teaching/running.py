@@ -255,7 +255,8 @@ class _Run:
         def ask(question: Question) -> Answer:
             # The clip is lost already, so nothing more is spent on it.
             if opened.end is not None:
-                raise UnansweredError(opened.end.reason)
+                lost = UnansweredError if opened.end.state == FAILED else HaltedError
+                raise lost(opened.end.reason)
             place = hashlib.sha256(f"{asked}\0{question.step}".encode()).hexdigest()[:32]
             answer = self._recall(place, question)
             if answer is None:

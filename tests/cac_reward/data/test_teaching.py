@@ -24,6 +24,7 @@ from cac_reward.data.lines import line_writer
 from cac_reward.data.storage import read_annotations
 from cac_reward.data.teaching.settings import TeachLimits, TeachSettings
 from cac_reward.judges.base import JudgeUnreachableError
+from cac_reward.records import RecordWriter
 from cac_reward.report import Finding, TimeWindow
 from cac_reward.training.task_answers import Task, parse_task_answer, write_task_answer
 from cac_reward.training.tasks import FIRST_REASONING, task_answer
@@ -43,7 +44,8 @@ from tests.teacher_server import (
 
 pytest.importorskip("openai", reason="the extra 'serve' is not installed")
 from cac_reward.data.teaching import running, srvau
-from cac_reward.data.teaching.asking import Teacher, _pause
+from cac_reward.data.teaching.asking import HaltedError, Teacher, UnansweredError, _pause
+from cac_reward.data.teaching.lessons import Job, Question
 from cac_reward.data.teaching.running import Journal, Outcome, teach
 
 JUMP = Finding("jump", TimeWindow(0.5, 1.0))
@@ -961,6 +963,25 @@ def test_a_run_that_is_stopped_loses_only_what_is_under_way(
     assert sorted(clip.path for clip in taught) == sorted(clip.path for clip in named)
     assert taught[: len(kept)] == kept
     assert not output.with_name("o.jsonl.answers").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "error"), [("unasked", HaltedError), ("failed", UnansweredError)]
+)
+def test_a_part_of_a_lost_clip_is_lost_in_the_same_way(
+    tmp_path: Path, state: str, error: type[Exception]
+) -> None:
+    settings = TeachSettings(model="m", recipe="vanguard")
+    teacher = Teacher("http://127.0.0.1:9/v1", settings, TeachLimits(concurrency=1))
+    with RecordWriter(tmp_path / "o.jsonl") as writer, Journal(tmp_path / "j") as journal:
+        run = running._Run(tmp_path, teacher, writer, journal, {})
+        opened = running._Open(clips(1)[0], end=Outcome("0.mp4", state, "no"))
+        question = Question("part 2", (), {}, lambda answer: None)
+        work = run._work(opened, Job(lambda ask: {"part 2": ask(question)}))
+        with pytest.raises(error, match="no"):
+            work()
+        run.workers.close()
+    assert teacher.tally.requests == 0
 
 
 def test_the_first_reason_to_stop_counts() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,6 +14,8 @@ class Family:
 
     loader: str
     """Where it is loaded from, as module:name."""
+    pipeline: str
+    """Class name of its pipeline in diffusers."""
     transformer: str
     """Class name of its transformer in diffusers."""
     lora_targets: tuple[str, ...]
@@ -27,28 +31,33 @@ _WAN = (*_ATTENTION, "ffn.net.0.proj", "ffn.net.2")
 FAMILIES: dict[str, Family] = {
     "wan": Family(
         loader="diffusion_rl.generators.wan:WanGenerator.from_pretrained",
+        pipeline="WanPipeline",
         transformer="WanTransformer3DModel",
         lora_targets=_WAN,
     ),
     "wan2.2": Family(
         loader="diffusion_rl.generators.wan22:Wan22Generator.from_pretrained",
+        pipeline="WanPipeline",
         transformer="WanTransformer3DModel",
         lora_targets=_WAN,
         options=("learns", "guidance_scale_2"),
     ),
     "cogvideox": Family(
         loader="diffusion_rl.generators.cogvideox:CogVideoXGenerator.from_pretrained",
+        pipeline="CogVideoXPipeline",
         transformer="CogVideoXTransformer3DModel",
         lora_targets=(*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
     ),
     "ltx": Family(
         loader="diffusion_rl.generators.ltx:LtxGenerator.from_pretrained",
+        pipeline="LTXPipeline",
         transformer="LTXVideoTransformer3DModel",
         lora_targets=(*_ATTENTION, "ff.net.0.proj", "ff.net.2"),
         options=("decode_timestep", "decode_noise_scale"),
     ),
     "hunyuan1.5": Family(
         loader="diffusion_rl.generators.hunyuan15:HunyuanVideo15Generator.from_pretrained",
+        pipeline="HunyuanVideo15Pipeline",
         transformer="HunyuanVideo15Transformer3DModel",
         lora_targets=(
             *_ATTENTION,
@@ -75,6 +84,26 @@ def check_options(family: str, options: dict[str, object]) -> None:
                 f"options.{name} must be one that family {family} takes "
                 f"({', '.join(known) or 'it takes none'}), got another name{hint}"
             )
+
+
+def check_pipeline_class(folder: str | Path, wanted: str) -> None:
+    """Refuse a pipeline's folder that another family loads.
+
+    Args:
+        folder: with a model_index.json.
+        wanted: class name of the pipeline that is going to be loaded.
+
+    Raises:
+        ValueError: names the families that load it.
+    """
+    index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+    found = index.get("_class_name")
+    others = [name for name, family in FAMILIES.items() if family.pipeline == found]
+    if others and found != wanted:
+        raise ValueError(
+            f"generator.path must be a {wanted}, got a {found} in {folder}; use "
+            f"generator.family={' or '.join(others)}"
+        )
 
 
 def default_targets(transformer: str) -> tuple[str, ...]:

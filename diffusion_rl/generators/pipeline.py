@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
+from diffusion_rl.generators.families import check_pipeline_class
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a pipeline loads; a hub repository also holds pictures, and whole checkpoints at its root.
@@ -100,6 +101,7 @@ class AbstractPipelineGenerator(AbstractVideoGenerator):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
         folder = find_folder(path_or_hub_id, local_path, revision)
+        check_pipeline_class(folder, cls.pipeline_class.__name__)
         dtypes = {"default": DTYPES[dtype], "vae": torch.float32}
         pipeline = cls.pipeline_class.from_pretrained(folder, dtype=dtypes, local_files_only=True)
         pipeline.set_progress_bar_config(disable=True)

@@ -3,15 +3,41 @@
 import importlib
 from pathlib import Path
 
+import diffusers
 import pytest
+import torch
 
 from diffusion_rl.configuration import load_config
 from diffusion_rl.generators.base import AbstractVideoGenerator
-from diffusion_rl.generators.families import FAMILIES, check_options, default_targets
+from diffusion_rl.generators.families import (
+    FAMILIES,
+    check_options,
+    check_pipeline_class,
+    default_targets,
+)
+from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.lora import LoraSettings, attach_lora
+from tests.family_checks import check_learns, sample
+from tests.tiny_cogvideox import SIZE as COGVIDEOX_SIZE
+from tests.tiny_cogvideox import build_tiny_cogvideox
+from tests.tiny_hunyuan15 import SIZE as HUNYUAN_SIZE
+from tests.tiny_hunyuan15 import build_tiny_hunyuan15
+from tests.tiny_ltx import SIZE as LTX_SIZE
+from tests.tiny_ltx import build_tiny_ltx
+from tests.tiny_wan import SIZE as WAN_SIZE
+from tests.tiny_wan import build_tiny_wan
+from tests.tiny_wan22 import A14B_SIZE, TI2V_SIZE, build_tiny_a14b, build_tiny_ti2v
 from tests.toy_gaussian import ToyGenerator
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+TINY = {
+    "wan": ("wan", build_tiny_wan, WAN_SIZE),
+    "a14b": ("wan2.2", build_tiny_a14b, A14B_SIZE),
+    "ti2v": ("wan2.2", build_tiny_ti2v, TI2V_SIZE),
+    "cogvideox": ("cogvideox", build_tiny_cogvideox, COGVIDEOX_SIZE),
+    "ltx": ("ltx", build_tiny_ltx, LTX_SIZE),
+    "hunyuan1.5": ("hunyuan1.5", build_tiny_hunyuan15, HUNYUAN_SIZE),
+}
 RECIPES = sorted((REPOSITORY / "configs" / "rl").glob("*.yaml"))
 
 
@@ -22,10 +48,42 @@ def test_a_row_names_a_generator_and_its_transformer(name: str) -> None:
     generator = getattr(importlib.import_module(module), kind)
     assert issubclass(generator, AbstractVideoGenerator)
     assert callable(getattr(generator, method))
-    import diffusers
-
+    assert generator.pipeline_class.__name__ == FAMILIES[name].pipeline
     assert hasattr(diffusers, FAMILIES[name].transformer)
     assert default_targets(FAMILIES[name].transformer) == FAMILIES[name].lora_targets
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_half_precision_makes_nearly_the_same_videos(name: str) -> None:
+    """Transformer and text in bfloat16, latents and velocities in float32, as recipes run it."""
+    family, build, size = TINY[name]
+    module, _, path = FAMILIES[family].loader.partition(":")
+    kind = getattr(importlib.import_module(module), path.split(".")[0])
+    expected = sample(kind(build(), **size), 3.0)
+    pipeline = build()
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module) and part != "vae":
+            module.to(torch.bfloat16)
+    generator = kind(pipeline, **size)
+    videos = sample(generator, 3.0)
+    assert generator.dtype == torch.bfloat16
+    assert videos.dtype == torch.float32
+    assert 0 < (videos - expected).abs().mean() < 0.1 * expected.std()
+    check_learns(generator, "nft")
+
+
+def test_every_family_is_tried() -> None:
+    assert {family for family, _, _ in TINY.values()} == set(FAMILIES)
+
+
+def test_another_familys_folder_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')
+    message = "must be a WanPipeline, got a CogVideoXPipeline in .*; use generator.family=cogvideox"
+    with pytest.raises(ValueError, match=message):
+        WanGenerator.from_pretrained(tmp_path, **WAN_SIZE)
+    check_pipeline_class(tmp_path, "CogVideoXPipeline")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "OwnPipeline"}')
+    check_pipeline_class(tmp_path, "WanPipeline")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -30,6 +30,11 @@ UNVERSIONED = 0
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """How the options of a question are called, in their order."""
 
+FIRST_REASONING = "first_reasoning"
+"""Name in `AnnotatedClip.extra` of the thinking that led to `first_answer`."""
+NO_WINDOW = "[-1.0, -1.0]"
+"""As a `first_answer`: that no stretch is anomalous, in VAU-R1's form."""
+
 MAX_PATH_CHARACTERS = 4096
 MAX_PIXELS = 1_000_000
 """Widest and highest frame."""

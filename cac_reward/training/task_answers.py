@@ -30,7 +30,7 @@ from cac_reward.answers import (
     read_window,
     write_window,
 )
-from cac_reward.data.annotations import LETTERS, AnnotatedClip
+from cac_reward.data.annotations import LETTERS, NO_WINDOW, AnnotatedClip
 from cac_reward.frames import WORDINGS
 from cac_reward.plain import read_sequence
 from cac_reward.report import TimeWindow
@@ -38,8 +38,6 @@ from cac_reward.report import TimeWindow
 KINDS = ("qa", "grounding", "classification", "description")
 GROUNDING_ANSWERS = ("Normal", "Anomaly")
 """For a clean and for an anomalous clip, in the order of `VERDICTS`."""
-NO_WINDOW = "[-1.0, -1.0]"
-"""What a clean clip's <glue> holds."""
 Value = str | tuple[TimeWindow, ...]
 """What is scored: an option's letter, a class, a description, or windows (none for 'Normal')."""
 

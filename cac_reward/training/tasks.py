@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cac_reward.data.annotations import LETTERS, AnnotatedClip
+from cac_reward.data.annotations import FIRST_REASONING, LETTERS, NO_WINDOW, AnnotatedClip
 from cac_reward.questions import sanitise_prompt
 from cac_reward.report import VERDICTS, Finding
 from cac_reward.training.task_answers import (
-    NO_WINDOW,
     Attempt,
     Task,
     TaskAnswer,
@@ -24,8 +23,6 @@ from cac_reward.training.task_answers import (
     write_task_answer,
 )
 
-FIRST_REASONING = "first_reasoning"
-"""Name in a clip's `extra` of the thinking that led to `first_answer`."""
 MAX_WHY_CHARACTERS = 1000
 """Of a finding's `why`."""
 

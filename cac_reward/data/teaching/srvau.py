@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from cac_reward.answers import write_window
-from cac_reward.data.annotations import LETTERS, AnnotatedClip
+from cac_reward.data.annotations import FIRST_REASONING, LETTERS, NO_WINDOW, AnnotatedClip
 from cac_reward.data.teaching.lessons import (
     Answer,
     Ask,
@@ -48,11 +48,6 @@ from cac_reward.data.teaching.wording import (
 )
 from cac_reward.questions import Message, sanitise_prompt, write_time
 from cac_reward.report import VERDICTS
-
-FIRST_REASONING = "first_reasoning"
-"""Name in `extra` of the thinking that led to the first answer; trainers look for it there."""
-NO_WINDOW = "[-1.0, -1.0]"
-"""How a trainer's answer says that there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cac_reward.__main__ import main
-from cac_reward.data.annotations import AnnotatedClip, Caption
+from cac_reward.data.annotations import FIRST_REASONING, AnnotatedClip, Caption
 from cac_reward.data.checking import check_annotations
 from cac_reward.data.lines import line_writer
 from cac_reward.data.storage import read_annotations
@@ -27,7 +27,7 @@ from cac_reward.judges.base import JudgeUnreachableError
 from cac_reward.records import RecordWriter
 from cac_reward.report import Finding, TimeWindow
 from cac_reward.training.task_answers import Task, parse_task_answer, write_task_answer
-from cac_reward.training.tasks import FIRST_REASONING, task_answer
+from cac_reward.training.tasks import task_answer
 from cac_reward.video import Video
 from tests.teacher_server import (
     PROSE,
@@ -43,7 +43,7 @@ from tests.teacher_server import (
 )
 
 pytest.importorskip("openai", reason="the extra 'serve' is not installed")
-from cac_reward.data.teaching import running, srvau
+from cac_reward.data.teaching import running
 from cac_reward.data.teaching.asking import HaltedError, Teacher, UnansweredError, _pause
 from cac_reward.data.teaching.lessons import Job, Question
 from cac_reward.data.teaching.running import Journal, Outcome, teach
@@ -181,7 +181,6 @@ def test_srvau_answers_without_help_first(videos: Path, tmp_path: Path) -> None:
     (clip,) = run.taught
     assert (clip.first_answer, clip.reasoning) == ("[1.20, 1.70]", PROSE)
     assert clip.extra[FIRST_REASONING] == PROSE
-    assert srvau.FIRST_REASONING == FIRST_REASONING
     assert clip.extra["reasoning_before_srvau"] == secret
     task = Task(kind="grounding", reflection=True)
     lesson = write_task_answer(task, task_answer(task, clip))

@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 
 from cac_reward.answers import parse_findings, write_findings
-from cac_reward.data.annotations import AnnotatedClip
+from cac_reward.data.annotations import FIRST_REASONING, AnnotatedClip
 from cac_reward.data.importers.base import ImportSettings
 from cac_reward.data.importers.vau_bench import COLUMNS, read_vau_bench
-from cac_reward.data.teaching import srvau
 from cac_reward.report import Box, Finding, TimeWindow
 from cac_reward.training.task_answers import (
     KINDS,
-    NO_WINDOW,
     Attempt,
     Task,
     TaskAnswer,
@@ -22,7 +20,6 @@ from cac_reward.training.task_answers import (
     write_task_answer,
 )
 from cac_reward.training.tasks import (
-    FIRST_REASONING,
     lacking,
     right_value,
     task_answer,
@@ -142,10 +139,6 @@ def test_a_text_that_breaks_the_form_keeps_a_clip_from_being_taught() -> None:
     assert "must hold no tag" in (lacking(task("qa", thinking=True), tagged) or "")
     assert lacking(task("qa"), tagged) is None
     assert "question with options" in (lacking(task("qa"), CLEAN) or "")
-
-
-def test_what_a_teacher_writes_is_what_is_looked_for() -> None:
-    assert (srvau.FIRST_REASONING, srvau.NO_WINDOW) == (FIRST_REASONING, NO_WINDOW)
 
 
 def test_the_brief_questions() -> None:

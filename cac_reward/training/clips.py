@@ -136,6 +136,9 @@ class _Shard:
                     if member.isfile() and _split(member)[1] == "json":
                         yield member.offset
                     shard.members = []  # type: ignore[attr-defined] # It would keep all it has read.
+                # Where tarfile meets half a header it stops without a word.
+                if self.file.stat().st_size < shard.offset + tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("no end-of-archive block")
         except tarfile.TarError as error:
             raise ValueError(
                 f"{self.file} must be a whole tar file, not compressed, got one that is not: "

@@ -1,5 +1,6 @@
 """A stage that trains a tiny judge on small clips within a second, for the tests of training."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,14 @@ def sharpen(folder: Path, factor: float = 4.0) -> Path:
 
 def _larger(weight: Tensor, factor: float) -> Tensor:
     return weight * factor if weight.ndim > 1 else weight
+
+
+def history(output: Path, *, key: str = "loss") -> list[dict[str, Any]]:
+    """Lines of the last checkpoint's log that hold a key."""
+    last = max(output.glob("checkpoint-*"), key=lambda one: int(one.name.split("-")[1]))
+    lines = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [line for line in lines if key in line]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")

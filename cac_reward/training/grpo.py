@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,10 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
     ) -> None:
         self.stage, self.pupil, self.held_out, self.stop = stage, pupil, held_out, stop
         self.source = source
+        if stage.rollout.vllm and find_spec("vllm") is None:
+            raise ImportError(
+                "rollout.vllm needs vllm; install it with: pip install 'trl[vllm]', or leave it out"
+            )
         self.skipped = SkippedClips(Path(stage.output) / SKIPPED_FILE, stage.data.max_skipped_share)
         processor = pupil.training_processor()
         self.encoder = Encoder(processor, pupil.family)

@@ -1,6 +1,5 @@
 """Learning from written answers: the loss against plain transformers, and what may learn at all."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,9 @@ from cac_reward.training.sft import head_losses
 from cac_reward.training.source import LessonSource
 from cac_reward.training.stages import run_stage
 from tests.tiny_judge import build_tiny_judge
-from tests.tiny_stage import sharpen, tiny_stage
+from tests.tiny_stage import history, sharpen, tiny_stage, weights
 
 HEADS_FILE = "cac_heads.safetensors"
-
-
-def history(output: Path, *, key: str = "loss") -> list[dict[str, Any]]:
-    """Lines of the last checkpoint's log that hold a key."""
-    last = max(output.glob("checkpoint-*"), key=lambda one: int(one.name.split("-")[1]))
-    lines = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    return [line for line in lines if key in line]
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 def lessons_of(stage: StageSettings, family: str, factor: int, count: int) -> list[Lesson]:

@@ -1,0 +1,356 @@
+"""What each stage and each turn of the judge is worth, on toy clips with exact truth.
+
+    python -m examples.toy_world.annotated_clips --sets mixed rendered held_out held_out_small \\
+        held_out_colours held_out_sizes held_out_speeds held_out_faults
+    python benchmarks/judge_ablation.py --seeds 0 1 2
+
+Every variant starts from the same judge that has learnt what single frames show, learns from the
+same clips for as many updates, and is measured on the same held-out clips. What is finished is not
+run again, so variants may be run in several processes; `--only-table` writes what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from cac_reward.answers import AnswerError, parse_findings
+from cac_reward.evaluation.grounding import mean_box_iou, temporal_iou
+from cac_reward.judges.local import LocalJudge
+from cac_reward.questions import FINDINGS_PREFIX, VERDICT_CHOICES, VERDICT_PREFIX
+from cac_reward.scorer import CaCScorer
+from cac_reward.training.clips import ClipStore
+from cac_reward.training.heads import attach_heads
+from cac_reward.training.lesson_kinds import open_whole
+from cac_reward.training.lessons import ClipInView, LessonOptions, View
+from cac_reward.training.settings import build_stage
+from cac_reward.training.stages import run_stage
+from cac_reward.whole_files import whole_file
+from examples.toy_world.base_judge import build_base
+
+CLIPS = Path("runs/toy_clips")
+FRAMES = Path("runs/toy_judge/1_frames/judge")
+"""Where single-frame SFT ended: the first stage of configs/reward/toy_stages.yaml."""
+OUTPUT = Path("runs/judge_ablation")
+SETS = ("held_out", "held_out_small")
+UNSEEN = ("held_out_colours", "held_out_sizes", "held_out_speeds", "held_out_faults")
+COMMON: dict[str, Any] = {
+    "model": {
+        "dtype": "float32",
+        "attention": "eager",
+        "learns": "all",
+        "gradient_checkpointing": False,
+    },
+    "data": {"train": [f"{CLIPS}/mixed.jsonl"], "workers": 1},
+    "optimizer": {"name": "muon", "learning_rate": 1e-3, "warmup": 20},
+    # Every judge that learns from written answers also hears what each frame shows.
+    "loss": {"captions": 1.0},
+    "batch": 32,
+}
+GRPO: dict[str, Any] = {
+    "trainer": "grpo",
+    "loss": {"captions": 0.0},
+    "model": {"attention": "sdpa"},
+    "data": {"workers": 0, "anomalous_share": 0.7},
+    "lessons": {"inspect": 1.0},
+    "rollout": {"group": 8, "max_call_tokens": 48, "max_answer_tokens": 160},
+    "optimizer": {"name": "adamw", "learning_rate": 3e-5, "schedule": "constant", "warmup": 0},
+    "batch": 48,
+    "bf16": False,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train a judge."""
+
+    says: str
+    start: str
+    """Variant that it goes on from, 'frames' for single-frame SFT, 'random' for none."""
+    stage: Mapping[str, Any]
+    reads: str = "two_turns"
+    """How its verdict is read: two_turns, one_turn, verdict or heads."""
+    sets: tuple[str, ...] = SETS
+
+
+def variants(updates: int, grpo: int) -> dict[str, Variant]:
+    """All of them, in the order of the table."""
+    twice = {"scan": 0.5, "inspect": 0.5}
+    two_turns = {"lessons": twice, "loss": {"frames": 1.0, "decision_words": 4.0}}
+    rewards = {"accuracy": 1.0, "temporal_iou": 1.0, "spatial_iou": 1.0, "format": 0.5}
+
+    def learn(more: Mapping[str, Any]) -> dict[str, Any]:
+        return {"updates": updates, **more}
+
+    def reward(**less: float) -> dict[str, Any]:
+        kept = {name: weight for name, weight in rewards.items() if name not in less}
+        return {**GRPO, "updates": grpo, "rewards": kept}
+
+    return {
+        "yes_no": Variant(
+            "whole-video yes/no from verdicts alone, as rivals do",
+            "frames",
+            learn(
+                {
+                    "lessons": {"verdict": 1.0},
+                    "loss": {"decision_words": 4.0, "captions": 0.0},
+                }
+            ),
+            "verdict",
+        ),
+        "yes_no_captions": Variant(
+            "whole-video yes/no that also hears what each frame shows",
+            "frames",
+            learn({"lessons": {"verdict": 1.0}, "loss": {"decision_words": 4.0}}),
+            "verdict",
+        ),
+        "one_turn": Variant(
+            "one turn over the same number of pixels",
+            "frames",
+            learn(
+                {
+                    "lessons": {"whole": 1.0},
+                    "loss": {"frames": 1.0, "decision_words": 4.0},
+                    "judge": {"scan": {"fps": 8.0, "max_frames": 16, "pixels": 1024}},
+                }
+            ),
+            "one_turn",
+        ),
+        "two_turns": Variant(
+            "two turns, coarse to fine (multi-frame SFT)",
+            "frames",
+            learn(two_turns),
+            sets=(*SETS, *UNSEEN),
+        ),
+        "no_single_frame": Variant(
+            "two turns without single-frame SFT", "random", learn(two_turns)
+        ),
+        "thinking_free": Variant(
+            "two turns without reasons", "frames", learn({**two_turns, "options": {"reasons": 0.0}})
+        ),
+        "no_frame_head": Variant(
+            "two turns without the frame head's loss",
+            "frames",
+            learn({"lessons": twice, "loss": {"decision_words": 4.0}}),
+        ),
+        "classifier": Variant(
+            "classifier heads on frozen features",
+            "frames",
+            learn(
+                {
+                    "lessons": {"scan": 1.0},
+                    "loss": {"words": 0.0, "frames": 1.0, "clip": 1.0, "captions": 0.0},
+                    "model": {"learns": "heads"},
+                    "optimizer": {"name": "adamw", "learning_rate": 1e-2},
+                }
+            ),
+            "heads",
+        ),
+        "grpo": Variant("and two-turn GRPO", "two_turns", reward(), sets=(*SETS, *UNSEEN)),
+        "grpo_no_temporal": Variant(
+            "GRPO without temporal IoU", "two_turns", reward(temporal_iou=0)
+        ),
+        "grpo_no_spatial": Variant("GRPO without spatial IoU", "two_turns", reward(spatial_iou=0)),
+        "grpo_accuracy": Variant(
+            "GRPO with accuracy only",
+            "two_turns",
+            reward(temporal_iou=0, spatial_iou=0, format=0),
+        ),
+    }
+
+
+def folder_of(name: str, seed: int) -> Path:
+    return OUTPUT / name / f"seed_{seed}"
+
+
+def train(name: str, table: Mapping[str, Variant], seed: int) -> tuple[Path, float]:
+    """Train a variant, and what it starts from; its judge and the seconds it took."""
+    variant = table[name]
+    if variant.start == "random":
+        start = OUTPUT / "random"
+        if not (start / "config.json").is_file():
+            build_base(start)
+    elif variant.start == "frames":
+        start = FRAMES
+    else:
+        start, _ = train(variant.start, table, seed)
+    output = folder_of(name, seed)
+    tree = OmegaConf.merge(COMMON, copy.deepcopy(dict(variant.stage)))
+    tree.model.path = str(start)
+    tree.output = str(output)
+    tree.seed = seed
+    if name.startswith("grpo"):
+        tree.optimizer.pop("muon_rate", None)
+    result = run_stage(build_stage(tree, name))
+    return result.judge, result.seconds
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge made of one clip."""
+
+    clip: str
+    anomalous: bool
+    p_clean: float
+    time_iou: float
+    box_iou: float
+
+
+def judge_set(folder: Path, reads: str, name: str, count: int) -> list[Verdict]:
+    """Judge the first clips of a held-out set."""
+    store = ClipStore([CLIPS / f"{name}.jsonl"], split=None)
+    judge = LocalJudge.from_pretrained(folder)
+    found: list[Verdict] = []
+    for first in range(0, min(count, len(store)), 32):
+        numbers = range(first, min(first + 32, count, len(store)))
+        found += _READERS[reads](judge, store, numbers)
+    return found
+
+
+def _two_turns(judge: LocalJudge, store: ClipStore, numbers: Sequence[int]) -> list[Verdict]:
+    clips = [store.annotation(number) for number in numbers]
+    videos = [store.video(number, clip) for number, clip in zip(numbers, clips, strict=True)]
+    reports = CaCScorer(judge, clips_at_once=32).inspect(videos)
+    return [
+        _verdict(clip, math.nan if report.score is None else report.score, report.findings)
+        for clip, report in zip(clips, reports, strict=True)
+    ]
+
+
+def _seen(judge: LocalJudge, store: ClipStore, number: int) -> ClipInView:
+    clip = store.annotation(number)
+    video = store.video(number, clip)
+    view = View(judge.settings, judge.family, judge.patch_factor)
+    random = np.random.default_rng(0)
+    return ClipInView(clip, video.frames, video.fps, view, LessonOptions(), random)
+
+
+def _verdict_at_once(judge: LocalJudge, store: ClipStore, numbers: Sequence[int]) -> list[Verdict]:
+    seen = [_seen(judge, store, number) for number in numbers]
+    log_probs = judge.choice_log_probs(
+        [one.scan()[1] for one in seen], choices=VERDICT_CHOICES, prefix=VERDICT_PREFIX
+    )
+    chances = torch.softmax(log_probs, 1)[:, 0].tolist()
+    return [_verdict(one.clip, chance, ()) for one, chance in zip(seen, chances, strict=True)]
+
+
+def _one_turn(judge: LocalJudge, store: ClipStore, numbers: Sequence[int]) -> list[Verdict]:
+    seen = [_seen(judge, store, number) for number in numbers]
+    conversations = [open_whole(one)[1] for one in seen]
+    texts = judge.generate(conversations, max_new_tokens=256, prefix=FINDINGS_PREFIX)
+    lines = [text.strip().partition("\n")[0] for text in texts]
+    log_probs = judge.choice_log_probs(
+        conversations,
+        choices=VERDICT_CHOICES,
+        prefix=[f"{line}\n{VERDICT_PREFIX}" for line in lines],
+    )
+    chances = torch.softmax(log_probs, 1)[:, 0].tolist()
+    found = []
+    for one, line, chance in zip(seen, lines, chances, strict=True):
+        try:
+            findings = parse_findings(line, one.seconds)
+        except AnswerError:
+            findings, chance = (), math.nan
+        found.append(_verdict(one.clip, chance, findings))
+    return found
+
+
+def _heads(judge: LocalJudge, store: ClipStore, numbers: Sequence[int]) -> list[Verdict]:
+    reader = judge._reader
+    heads = attach_heads(reader.model)
+    heads.restore(Path(judge.judge_id))
+    found = []
+    for number in numbers:
+        seen = _seen(judge, store, number)
+        (read,) = reader.renderer.tokenize([seen.scan()[1]], [""], ())
+        ids = torch.tensor([read.tokens])
+        image = ids[0] == reader.renderer.image_token_id
+        ends = torch.nonzero(image[:-1] & ~image[1:])[:, 0] + 1
+        heads.watch(torch.stack([torch.zeros_like(ends), ends], 1))
+        with torch.inference_mode():
+            pictures = reader.processor.image_processor(
+                images=[one.float() for one in read.frames],
+                return_tensors="pt",
+                **judge.family.picture_options,
+            )
+            reader.model(
+                input_ids=ids,
+                mm_token_type_ids=(ids == reader.renderer.image_token_id).int(),
+                **pictures,
+            )
+            _, clip = heads.take()
+        found.append(_verdict(seen.clip, 1 - torch.sigmoid(clip[0]).item(), ()))
+    return found
+
+
+_READERS = {
+    "two_turns": _two_turns,
+    "verdict": _verdict_at_once,
+    "one_turn": _one_turn,
+    "heads": _heads,
+}
+
+
+def _verdict(clip: Any, p_clean: float, findings: Sequence[Any]) -> Verdict:
+    broken = bool(clip.findings)
+    located = broken and not math.isnan(p_clean)
+    return Verdict(
+        clip.name,
+        broken,
+        p_clean,
+        temporal_iou(findings, clip.findings) if located else math.nan,
+        mean_box_iou(findings, clip.findings) if located else math.nan,
+    )
+
+
+def measure(name: str, table: Mapping[str, Variant], seed: int, count: int) -> None:
+    """Train and judge what is not there yet."""
+    variant = table[name]
+    judge, seconds = train(name, table, seed)
+    for one in variant.sets:
+        file = folder_of(name, seed) / f"{one}.json"
+        if file.is_file():
+            continue
+        began = time.perf_counter()
+        verdicts = judge_set(judge, variant.reads, one, count)
+        record = {
+            "train_seconds": seconds,
+            "judge_seconds": time.perf_counter() - began,
+            "verdicts": [vars(verdict) for verdict in verdicts],
+        }
+        with whole_file(file) as opened:
+            json.dump(record, opened)
+        right = [(v.p_clean < 0.5) == v.anomalous for v in verdicts]
+        print(f"{name} seed {seed} {one}: accuracy {np.mean(right):.3f}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, judge, and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--variants", nargs="+", metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--updates", type=int, default=600, help="of each SFT variant (600)")
+    parser.add_argument("--grpo", type=int, default=40, help="updates of GRPO (40)")
+    parser.add_argument("--clips", type=int, default=512, help="of each held-out set (512)")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    table = variants(options.updates, options.grpo)
+    for seed in options.seeds:
+        for name in options.variants or table:
+            measure(name, table, seed, options.clips)
+
+
+if __name__ == "__main__":
+    main()

@@ -333,26 +333,24 @@ def test_a_call_that_was_cut_off_is_not_answered(
 def test_it_comes_to_prefer_what_is_rewarded(
     judge: Path, clips: Path, clean_clips: Path, tmp_path: Path
 ) -> None:
-    """Taught to call and to clear alike, it learns on clean clips alone to clear."""
-    optimizer = {"learning_rate": 1e-2, "schedule": "constant"}
+    """Taught to call more often than to clear, it learns on clean clips alone to clear."""
     first = tiny_stage(
         judge,
         clips,
         tmp_path / "sft",
+        ["data.anomalous_share=0.7"],
         lessons={"scan": 1.0},
-        optimizer=optimizer,
-        updates=30,
-        batch=4,
-        save_every=30,
+        optimizer={"learning_rate": 1e-2, "schedule": "constant"},
+        **{"updates": 24, "batch": 4, "save_every": 24},
     )
-    settings = {"updates": 10, "batch": 8, "save_every": 10, "rewards": {"accuracy": 1.0}}
-    settings["rollout"] = {"group": 8, "max_call_tokens": 24, "max_answer_tokens": 2}
-    settings["optimizer"] = {"learning_rate": 3e-3, "schedule": "constant"}
+    settings: dict[str, Any] = {"updates": 6, "batch": 16, "save_every": 6}
+    settings["rewards"] = {"accuracy": 1.0}
+    settings["rollout"] = {"group": 8, "max_call_tokens": 24, "max_answer_tokens": 1}
+    settings["optimizer"] = {"learning_rate": 1e-2, "schedule": "constant"}
     taught = run_stage(first).judge
     run_stage(tiny_stage(taught, clean_clips, tmp_path / "grpo", **_grpo(settings)))
     shares = [line["rewards/accuracy"] for line in history(tmp_path / "grpo", key="reward")]
-    assert sum(shares[:3]) / 3 < 0.75, shares
-    assert sum(shares[-3:]) / 3 > 0.9, shares
+    assert sum(shares[-3:]) / 3 > sum(shares[:2]) / 2 + 0.3, shares
 
 
 @pytest.mark.parametrize(

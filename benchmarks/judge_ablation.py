@@ -75,7 +75,6 @@ GRPO: dict[str, Any] = {
 class Variant:
     """One way to train a judge."""
 
-    says: str
     start: str
     """Variant that it goes on from, 'frames' for single-frame SFT, 'random' for none."""
     stage: Mapping[str, Any]
@@ -84,89 +83,52 @@ class Variant:
     sets: tuple[str, ...] = SETS
 
 
+TWICE = {"scan": 0.5, "inspect": 0.5}
+TWO_TURNS: dict[str, Any] = {"lessons": TWICE, "loss": {"frames": 1.0, "decision_words": 4.0}}
+VERDICT: dict[str, Any] = {"lessons": {"verdict": 1.0}, "loss": {"decision_words": 4.0}}
+WHOLE: dict[str, Any] = {
+    "lessons": {"whole": 1.0},
+    "loss": {"frames": 1.0, "decision_words": 4.0},
+    "judge": {"scan": {"fps": 8.0, "max_frames": 16, "pixels": 1024}},
+}
+HEADS: dict[str, Any] = {
+    "lessons": {"scan": 1.0},
+    "loss": {"words": 0.0, "frames": 1.0, "clip": 1.0, "captions": 0.0},
+    "model": {"learns": "heads"},
+    "optimizer": {"name": "adamw", "learning_rate": 1e-2},
+}
+REWARDS = {"accuracy": 1.0, "temporal_iou": 1.0, "spatial_iou": 1.0, "format": 0.5}
+EVERYWHERE = (*SETS, *UNSEEN)
+
+
 def variants(updates: int, grpo: int) -> dict[str, Variant]:
     """All of them, in the order of the table."""
-    twice = {"scan": 0.5, "inspect": 0.5}
-    two_turns = {"lessons": twice, "loss": {"frames": 1.0, "decision_words": 4.0}}
-    rewards = {"accuracy": 1.0, "temporal_iou": 1.0, "spatial_iou": 1.0, "format": 0.5}
 
-    def learn(more: Mapping[str, Any]) -> dict[str, Any]:
-        return {"updates": updates, **more}
+    def learn(stage: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+        return {"updates": updates, **stage, **more}
 
-    def reward(**less: float) -> dict[str, Any]:
-        kept = {name: weight for name, weight in rewards.items() if name not in less}
+    def reward(*less: str) -> dict[str, Any]:
+        kept = {name: weight for name, weight in REWARDS.items() if name not in less}
         return {**GRPO, "updates": grpo, "rewards": kept}
 
+    silent = {"decision_words": 4.0, "captions": 0.0}
+    frames, twice = "frames", "two_turns"
+    accuracy_only = reward("temporal_iou", "spatial_iou", "format")
     return {
-        "yes_no": Variant(
-            "whole-video yes/no from verdicts alone, as rivals do",
-            "frames",
-            learn(
-                {
-                    "lessons": {"verdict": 1.0},
-                    "loss": {"decision_words": 4.0, "captions": 0.0},
-                }
-            ),
-            "verdict",
-        ),
-        "yes_no_captions": Variant(
-            "whole-video yes/no that also hears what each frame shows",
-            "frames",
-            learn({"lessons": {"verdict": 1.0}, "loss": {"decision_words": 4.0}}),
-            "verdict",
-        ),
-        "one_turn": Variant(
-            "one turn over the same number of pixels",
-            "frames",
-            learn(
-                {
-                    "lessons": {"whole": 1.0},
-                    "loss": {"frames": 1.0, "decision_words": 4.0},
-                    "judge": {"scan": {"fps": 8.0, "max_frames": 16, "pixels": 1024}},
-                }
-            ),
-            "one_turn",
-        ),
-        "two_turns": Variant(
-            "two turns, coarse to fine (multi-frame SFT)",
-            "frames",
-            learn(two_turns),
-            sets=(*SETS, *UNSEEN),
-        ),
-        "no_single_frame": Variant(
-            "two turns without single-frame SFT", "random", learn(two_turns)
-        ),
-        "thinking_free": Variant(
-            "two turns without reasons", "frames", learn({**two_turns, "options": {"reasons": 0.0}})
-        ),
-        "no_frame_head": Variant(
-            "two turns without the frame head's loss",
-            "frames",
-            learn({"lessons": twice, "loss": {"decision_words": 4.0}}),
-        ),
-        "classifier": Variant(
-            "classifier heads on frozen features",
-            "frames",
-            learn(
-                {
-                    "lessons": {"scan": 1.0},
-                    "loss": {"words": 0.0, "frames": 1.0, "clip": 1.0, "captions": 0.0},
-                    "model": {"learns": "heads"},
-                    "optimizer": {"name": "adamw", "learning_rate": 1e-2},
-                }
-            ),
-            "heads",
-        ),
-        "grpo": Variant("and two-turn GRPO", "two_turns", reward(), sets=(*SETS, *UNSEEN)),
-        "grpo_no_temporal": Variant(
-            "GRPO without temporal IoU", "two_turns", reward(temporal_iou=0)
-        ),
-        "grpo_no_spatial": Variant("GRPO without spatial IoU", "two_turns", reward(spatial_iou=0)),
-        "grpo_accuracy": Variant(
-            "GRPO with accuracy only",
-            "two_turns",
-            reward(temporal_iou=0, spatial_iou=0, format=0),
-        ),
+        # As rivals do: from verdicts alone.
+        "yes_no": Variant(frames, learn(VERDICT, loss=silent), "verdict"),
+        # The same, which also hears what each frame shows.
+        "yes_no_captions": Variant(frames, learn(VERDICT), "verdict"),
+        "one_turn": Variant(frames, learn(WHOLE), "one_turn"),
+        "two_turns": Variant(frames, learn(TWO_TURNS), sets=EVERYWHERE),
+        "no_single_frame": Variant("random", learn(TWO_TURNS)),
+        "thinking_free": Variant(frames, learn(TWO_TURNS, options={"reasons": 0.0})),
+        "no_frame_head": Variant(frames, learn(TWO_TURNS, loss={"decision_words": 4.0})),
+        "classifier": Variant(frames, learn(HEADS), "heads"),
+        "grpo": Variant(twice, reward(), sets=EVERYWHERE),
+        "grpo_no_temporal": Variant(twice, reward("temporal_iou")),
+        "grpo_no_spatial": Variant(twice, reward("spatial_iou")),
+        "grpo_accuracy": Variant(twice, accuracy_only),
     }
 
 

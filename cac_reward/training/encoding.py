@@ -179,10 +179,10 @@ class Encoder:
         texts = [text for one in lessons for text in one.frame_captions]
         count = sum(len(one.frames) for one in lessons)
         labels = torch.full((count, self.caption_tokens), -100)
-        if self.caption_tokens and len(texts) == count:
-            known = [row for row, text in enumerate(texts) if text]
-            encoded = self.tokenizer([texts[row] for row in known], add_special_tokens=False)
-            for row, tokens in zip(known, encoded["input_ids"] if known else [], strict=True):
+        said = [row for row, text in enumerate(texts) if text] if len(texts) == count else []
+        if self.caption_tokens and said:
+            encoded = self.tokenizer([texts[row] for row in said], add_special_tokens=False)
+            for row, tokens in zip(said, encoded["input_ids"], strict=True):
                 kept = tokens[: self.caption_tokens]
                 labels[row, : len(kept)] = torch.tensor(kept)
         return labels

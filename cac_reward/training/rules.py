@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
-from omegaconf.errors import ConfigKeyError
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 
 def near_name(name: str, known: Iterable[str]) -> str:
@@ -63,3 +63,12 @@ def unknown_key(error: ConfigKeyError) -> str:
     near = get_close_matches(str(error.key), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
     return f"{error.full_key} must be a known key, got none of that name; {hint}"
+
+
+def wrong_value(error: OmegaConfBaseException) -> str:
+    """What to say of a value that is missing or of another type."""
+    key = error.full_key or "config"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} must be given, got nothing"
+    said = str(error).splitlines()[0]
+    return f"{key} must be a list, as [A, B]" if "is not a ListConfig" in said else f"{key}: {said}"

@@ -360,7 +360,7 @@ def read_yaml(path: str | Path) -> Any:
     """A YAML file as OmegaConf's tree."""
     path = Path(path)
     if not path.is_file():
-        hint = rules.near_name(str(path), [str(one) for one in path.parent.glob("*.yaml")])
+        hint = rules.near_name(path.name, [one.name for one in path.parent.glob("*.yaml")])
         raise FileNotFoundError(f"config must be an existing YAML file, got {path}{hint}")
     try:
         return OmegaConf.load(path)
@@ -380,10 +380,10 @@ def build_stage(tree: Any, name: str, overrides: Sequence[str] = ()) -> StageSet
         settings = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ValueError(f"{name}: {rules.unknown_key(error)}") from error
-    except (OmegaConfBaseException, YAMLError) as error:
-        said = str(error).splitlines()[0]
-        key = getattr(error, "full_key", None) or "config"
-        raise ValueError(f"{name}: {key}: {said}") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{name}: {rules.wrong_value(error)}") from error
+    except YAMLError as error:
+        raise ValueError(f"overrides must have values in YAML, got {list(overrides)}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
     assert isinstance(settings, StageSettings)

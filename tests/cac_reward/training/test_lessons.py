@@ -713,3 +713,29 @@ def test_means_over_nothing_are_zero_with_a_gradient() -> None:
 def test_options_are_refused_by_their_names(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LessonOptions.build(options)
+
+
+def test_frames_carry_the_captions_of_their_stretches() -> None:
+    clip = squares(
+        captions=(
+            Caption(TimeWindow(0.25, 0.75), "first"),
+            Caption(TimeWindow(0.5, 1.0), "second"),
+        )
+    )
+    lesson = LESSONS["scan"].write(seen_as(clip=clip))
+    # Turn 1 shows every second frame, each a quarter of a second after the other.
+    assert lesson.frame_captions == ("", "first", "first", "second", "", "", "")
+    encoder = Encoder(build_processor(build_tokenizer()), FAMILIES["qwen3_vl"], caption_tokens=3)
+    (encoded,) = encoder.encode(lesson)
+    labels = encoder.collate([encoded])["frame_captions"]
+    assert labels.shape == (7, 3)
+    for row, text in zip(labels.tolist(), lesson.frame_captions, strict=True):
+        tokens = encoder.tokenizer(text)["input_ids"][:3]
+        assert row == tokens + [-100] * (3 - len(tokens))
+    # Without captions there is nothing to say.
+    bare = LESSONS["scan"].write(seen_as(clip=squares(captions=())))
+    assert (encoder.collate(encoder.encode(bare))["frame_captions"] == -100).all()
+    inspect = LESSONS["inspect"].write(seen_as(clip=clip))
+    assert len(inspect.frame_captions) == len(inspect.frame_labels)
+    none = Encoder(build_processor(build_tokenizer()), FAMILIES["qwen3_vl"])
+    assert none.collate(none.encode(lesson))["frame_captions"].shape == (7, 0)

@@ -30,8 +30,8 @@ from cac_reward.evaluation.grounding import mean_box_iou, temporal_iou
 from cac_reward.judges.local import LocalJudge
 from cac_reward.questions import FINDINGS_PREFIX, VERDICT_CHOICES, VERDICT_PREFIX
 from cac_reward.scorer import CaCScorer
+from cac_reward.training.classifier import Classifier
 from cac_reward.training.clips import ClipStore
-from cac_reward.training.heads import attach_heads
 from cac_reward.training.lesson_kinds import open_whole
 from cac_reward.training.lessons import ClipInView, LessonOptions, View
 from cac_reward.training.settings import build_stage
@@ -229,30 +229,12 @@ def _one_turn(judge: LocalJudge, store: ClipStore, numbers: Sequence[int]) -> li
 
 
 def _heads(judge: LocalJudge, store: ClipStore, numbers: Sequence[int]) -> list[Verdict]:
-    reader = judge._reader
-    heads = attach_heads(reader.model)
-    heads.restore(Path(judge.judge_id))
+    classifier = Classifier.from_pretrained(judge.judge_id)
     found = []
     for number in numbers:
-        seen = _seen(judge, store, number)
-        (read,) = reader.renderer.tokenize([seen.scan()[1]], [""], ())
-        ids = torch.tensor([read.tokens])
-        image = ids[0] == reader.renderer.image_token_id
-        ends = torch.nonzero(image[:-1] & ~image[1:])[:, 0] + 1
-        heads.watch(torch.stack([torch.zeros_like(ends), ends], 1))
-        with torch.inference_mode():
-            pictures = reader.processor.image_processor(
-                images=[one.float() for one in read.frames],
-                return_tensors="pt",
-                **judge.family.picture_options,
-            )
-            reader.model(
-                input_ids=ids,
-                mm_token_type_ids=(ids == reader.renderer.image_token_id).int(),
-                **pictures,
-            )
-            _, clip = heads.take()
-        found.append(_verdict(seen.clip, 1 - torch.sigmoid(clip[0]).item(), ()))
+        clip = store.annotation(number)
+        (report,) = classifier.inspect([store.video(number, clip)])
+        found.append(_verdict(clip, report.reward, report.findings))
     return found
 
 

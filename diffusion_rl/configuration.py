@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from diffusion_rl.algorithms import ALGORITHMS, algorithm
+from diffusion_rl.credit import CreditSettings
 from diffusion_rl.finetune import FinetuneSettings
 from diffusion_rl.generators.families import FAMILIES, check_options
 from diffusion_rl.guards import GuardSettings
@@ -82,6 +83,8 @@ class RunSettings:
     """The part of it that learns; without targets, the family's own are filled in."""
     algorithm: AlgorithmSettings = field(default_factory=GrpoSettings)
     """A row of ALGORITHMS, by `name`, with that row's options."""
+    credit: CreditSettings = field(default_factory=CreditSettings)
+    """Where in a video its advantage goes."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """How videos are drawn while training."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)

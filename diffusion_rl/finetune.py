@@ -14,9 +14,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from diffusion_rl.advantages import missing_share, separate_advantages, tied_share
+from diffusion_rl.advantages import (
+    group_advantages,
+    missing_share,
+    separate_advantages,
+    tied_share,
+)
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.collect import Batch, collect, update_source
+from diffusion_rl.credit import Credit, LatentGrid, ScorePart, assign_credit
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.guards import GuardReport, apply_guards, measure_reference
 from diffusion_rl.lora import (
@@ -70,7 +76,8 @@ def finetune(
         raise ValueError("prompts must be at least one text, got none")
     state = begin(generator, settings) if state is None else state
     embeddings = generator.encode_prompts(prompts) if embeddings is None else embeddings
-    check = self_check(generator, embeddings, settings.algorithm, settings.rollout)
+    own = (settings.algorithm, settings.rollout, settings.credit.clip)
+    check = self_check(generator, embeddings, *own)
     if check.videos:
         logger.info("self-check: ratio 1 within %.1e on replay", check.ratio_deviation)
     state.videos_generated += check.videos if state.step == 0 else 0
@@ -85,7 +92,8 @@ def finetune(
         judged_at = time.monotonic()
         score = judged.score - guarded.penalty
         advantages = compare(score, rewards, judged, guarded, batch, settings, state)
-        statistics = update(generator, batch.trajectory, score, advantages, settings, state)
+        credit = place(advantages, generator, rewards, judged, guarded, batch, settings)
+        statistics = update(generator, batch.trajectory, score, credit, settings, state)
         ended = time.monotonic()
         state.step += 1
         state.videos_generated += len(score)
@@ -102,6 +110,8 @@ def finetune(
             alarms=guarded.alarms,
             score_std=score[~score.isnan()].std(correction=0).item(),
             advantage_size=advantages.abs().mean().item(),
+            focused_share=credit.focused_share,
+            focus_area=credit.focus_area,
             tied_share=tied_share(score, batch.group),
             missing_share=missing_share(score),
             **asdict(statistics),
@@ -183,25 +193,55 @@ def compare(
     return cast(Tensor, row.advantages(score, batch.group, **options))
 
 
+def place(
+    advantages: Tensor,
+    generator: AbstractVideoGenerator,
+    rewards: Sequence[Reward],
+    judged: JudgedBatch,
+    guarded: GuardReport,
+    batch: Batch,
+    settings: FinetuneSettings,
+) -> Credit:
+    """Say where in the videos the advantages go, each reward weighed as it is in them."""
+    if settings.credit.name == "uniform":
+        return Credit(advantages, clip=settings.credit.clip)
+    parts = [
+        ScorePart(reward.weight * one.score, one.blame)
+        for reward, one in ((reward, judged.judgements[reward.name]) for reward in rewards)
+        if reward.weight
+    ]
+    parts.append(ScorePart(-guarded.penalty))
+    own = settings.algorithm
+    if isinstance(own, GroupSettings) and own.advantage_rewards == "separate":
+        options = {**own.advantage_options, "clip": torch.inf}
+        parts = [
+            part._replace(score=group_advantages(part.score, batch.group, **options))
+            for part in parts
+        ]
+    grid = LatentGrid(generator.frame_groups, *generator.latent_shape[2:])
+    seeds = batch.trajectory.seeds
+    return assign_credit(advantages, parts, batch.group, grid, seeds, settings.credit)
+
+
 def update(
     generator: AbstractVideoGenerator,
     trajectory: Trajectory,
     score: Tensor,
-    advantages: Tensor,
+    credit: Credit,
     settings: FinetuneSettings,
     state: FinetuneState,
 ) -> UpdateStatistics:
     """Move the adapter, and the old policy after it; unjudged videos teach nothing."""
     judged = ~score.isnan()
     if not bool(judged.all()):
-        trajectory, advantages = trajectory.keep(judged), advantages[judged]
+        trajectory, credit = trajectory.keep(judged), credit[judged]
     rate = settings.optimizer.learning_rate_at(state.step + 1, settings.updates)
     for options in state.optimizer.param_groups:
         options["lr"] = rate
     statistics = update_policy(
         generator,
         trajectory,
-        advantages,
+        credit,
         settings.algorithm,
         settings.rollout,
         state.optimizer,

@@ -72,21 +72,41 @@ def clipped_surrogate_loss(
 
 
 def clipped_terms(
-    log_ratios: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float | None
+    log_ratios: Tensor,
+    advantages: Tensor,
+    clip_range: float,
+    clip_range_high: float | None,
+    widths: Tensor | None = None,
 ) -> Tensor:
-    """[B K] what each step adds to the surrogate."""
+    """[B K] what each step adds to the surrogate, for advantages [B] or [B K].
+
+    Ranges are for the logarithm of the ratio: [B K] widths multiply its bounds log(1 - e) and
+    log(1 + h).
+    """
     low, high = _check_clip_range(clip_range, clip_range_high)
     ratio = torch.exp(log_ratios)
-    clipped = ratio.clamp(1 - low, 1 + high)
-    advantage = advantages.detach()[:, None]
+    if widths is None:
+        clipped = ratio.clamp(1 - low, 1 + high)
+    else:
+        clipped = ratio.clamp((1 - low) ** widths, (1 + high) ** widths)
+    advantage = advantages.detach()
+    advantage = advantage[:, None] if advantage.ndim == 1 else advantage
     return -torch.minimum(ratio * advantage, clipped * advantage)
 
 
-def has_left_range(log_ratios: Tensor, clip_range: float, clip_range_high: float | None) -> Tensor:
+def has_left_range(
+    log_ratios: Tensor,
+    clip_range: float,
+    clip_range_high: float | None,
+    widths: Tensor | None = None,
+) -> Tensor:
     """[B K] whether a ratio has left its range."""
     low, high = _check_clip_range(clip_range, clip_range_high)
-    change = torch.exp(log_ratios) - 1
-    return (change < -low) | (change > high)
+    if widths is None:
+        change = torch.exp(log_ratios) - 1
+        return (change < -low) | (change > high)
+    ratio = torch.exp(log_ratios)
+    return (ratio < (1 - low) ** widths) | (ratio > (1 + high) ** widths)
 
 
 def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
@@ -146,6 +166,7 @@ def nft_loss(
     *,
     beta: float,
     advantage_limit: float = 5.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Pull the velocity towards good videos and push it away from bad ones, without likelihoods.
 
@@ -153,7 +174,7 @@ def nft_loss(
     good   = beta * prediction + (1 - beta) * old_prediction
     bad    = (1 + beta) * old_prediction - beta * prediction
     error  = latent - sigma * velocity - data,  for velocity = good and bad
-    L      = mean over elements of error^2 / max(mean over elements of |error|, 1e-5)
+    L      = mean over elements of weights * error^2 / max(mean over elements of |error|, 1e-5)
     loss   = mean over B of  advantage_limit * (r * L_good + (1 - r) * L_bad) / beta
 
     Videos that could not be judged must be left out by the caller: at advantage 0 a video still
@@ -169,6 +190,10 @@ def nft_loss(
         beta: How far the implicit good and bad policies stand from the old one; above 0.
         advantage_limit: Advantage at which a video counts as wholly good, or bad when negative;
             above 0.
+        weights: Broadcastable to [B ...], of mean 1 in each video: where in it the loss counts.
+            At prediction = old_prediction they weight the gradient of each position, as
+            advantages * weights would in a policy gradient; r stays that of the whole video, so
+            that no weight is lost to its bounds. None is 1.
 
     Returns:
         Scalar loss to minimise.
@@ -177,7 +202,7 @@ def nft_loss(
         ValueError: A shape is wrong or an option is outside its range.
 
     Source:
-        DiffusionNFT, arXiv:2509.16117, its published training script.
+        DiffusionNFT, arXiv:2509.16117, its published training script; without weights.
     """
     if not beta > 0:
         raise ValueError(f"beta must be above 0, got {beta}")
@@ -188,8 +213,8 @@ def nft_loss(
     good = beta * prediction + (1 - beta) * old_prediction
     bad = (1 + beta) * old_prediction - beta * prediction
     share_good = (advantages.detach() / advantage_limit / 2 + 0.5).clamp(0, 1)
-    good_loss = _normalised_error(latent - sigma * good - data)
-    bad_loss = _normalised_error(latent - sigma * bad - data)
+    good_loss = _normalised_error(latent - sigma * good - data, weights)
+    bad_loss = _normalised_error(latent - sigma * bad - data, weights)
     per_video = (share_good * good_loss + (1 - share_good) * bad_loss) / beta
     return advantage_limit * per_video.mean()
 
@@ -205,10 +230,11 @@ def awm_surrogate(
     weighting: AwmWeighting = "ghuber",
     clip_range: float = 1.0,
     advantage_limit: float = 5.0,
+    weights: Tensor | None = None,
 ) -> Surrogate:
     """Take how well a velocity explains a noised video for its log-probability.
 
-    error     = mean over elements of (prediction - (latent - data) / sigma)^2
+    error     = mean over elements of weights * (prediction - (latent - data) / sigma)^2
     log_prob  = -w,  w = error | sigma error | sigma^2 error | sigma (sqrt(error + 1e-10) - 1e-5)
                 | 4 sigma ((error + 1e-10)^(1/4) - 1e-10^(1/4))
                 for weighting "uniform" | "t" | "t**2" | "huber" | "ghuber"
@@ -224,6 +250,8 @@ def awm_surrogate(
         weighting: How log-probabilities at different noise levels compare.
         clip_range: As in `clipped_surrogate_loss`.
         advantage_limit: Advantage that counts as 1, above 0.
+        weights: Broadcastable to [B ...], of mean 1 in each video: where in it the error counts.
+            None is 1.
 
     Returns:
         The loss, and ratios [B 1].
@@ -241,7 +269,7 @@ def awm_surrogate(
     _check_advantage_limit(advantage_limit)
     target = ((latent - data) / level).double()
     log_probs = [
-        _matching_log_prob(velocity.double() - target, level.double().flatten(), weighting)
+        _matching_log_prob(velocity.double() - target, level.double().flatten(), weighting, weights)
         for velocity in (prediction, old_prediction.detach())
     ]
     log_ratios = (log_probs[0] - log_probs[1])[:, None]
@@ -250,9 +278,11 @@ def awm_surrogate(
     return Surrogate(terms.mean().to(prediction.dtype), log_ratios.detach(), outside)
 
 
-def _matching_log_prob(error: Tensor, level: Tensor, weighting: str) -> Tensor:
+def _matching_log_prob(
+    error: Tensor, level: Tensor, weighting: str, weights: Tensor | None
+) -> Tensor:
     """[B] from errors [B ...] in float64 and noise levels [B] or [1]."""
-    square = (error**2).flatten(1).mean(dim=1)
+    square = _mean_square(error, weights)
     if weighting == "huber":
         return -(torch.sqrt(square + AWM_FLOOR) - AWM_FLOOR**0.5) * level
     if weighting == "ghuber":
@@ -260,10 +290,16 @@ def _matching_log_prob(error: Tensor, level: Tensor, weighting: str) -> Tensor:
     return -square * level ** AWM_WEIGHTINGS.index(weighting)
 
 
-def _normalised_error(error: Tensor) -> Tensor:
+def _normalised_error(error: Tensor, weights: Tensor | None) -> Tensor:
     """[B] squared error of each video over its own mean error, which carries no gradient."""
     normaliser = error.detach().double().abs().flatten(1).mean(dim=1).clamp_min(MIN_NORMALISER)
-    return (error**2).flatten(1).mean(dim=1) / normaliser.to(error.dtype)
+    return _mean_square(error, weights) / normaliser.to(error.dtype)
+
+
+def _mean_square(error: Tensor, weights: Tensor | None) -> Tensor:
+    """[B] of errors [B ...]."""
+    square = error**2 if weights is None else weights * error**2
+    return square.flatten(1).mean(dim=1)
 
 
 def _check_clip_range(clip_range: float, clip_range_high: float | None) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from diffusion_rl.credit import CreditSettings
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rollout import RolloutSettings
@@ -20,6 +21,8 @@ class FinetuneSettings:
 
     algorithm: AlgorithmSettings = field(default_factory=GrpoSettings)
     """A row of the table with its options."""
+    credit: CreditSettings = field(default_factory=CreditSettings)
+    """Where in a video its advantage goes."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """How videos are drawn."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -42,6 +45,11 @@ class FinetuneSettings:
             raise ValueError(f"missing_limit must be in [0, 1), got {self.missing_limit}")
         if isinstance(self.algorithm, RecordedSettings):
             self._check_recorded_steps(self.algorithm)
+        elif self.credit.clip != "video":
+            raise ValueError(
+                f"credit.clip must be left out with algorithm '{self.algorithm.name}', got "
+                f"{self.credit.clip}; noised videos have no ratio at each position"
+            )
 
     def _check_recorded_steps(self, row: RecordedSettings) -> None:
         if self.rollout.stochastic_steps > self.rollout.num_eligible:
@@ -107,6 +115,12 @@ class StepReport:
     """Spread over judged videos of reward minus penalty."""
     advantage_size: float
     """Mean |advantage| over videos."""
+    focused_share: float
+    """Share of all negative advantage that is laid on blamed regions beyond their even part, in
+    [0, 1]; 0 with uniform credit."""
+    focus_area: float
+    """Mean over videos with a focus of the share of the latent that it is on, in (0, 1]; NaN where
+    there is none."""
     tied_share: float
     """Share of groups whose judged scores are all equal, which teach nothing."""
     missing_share: float

@@ -96,6 +96,8 @@ class Trajectory:
     """[S B C T H W] centre of each recorded step's Gaussian."""
     log_probs: Tensor
     """[B S] of each recorded step under the policy that took it."""
+    log_prob_maps: Tensor
+    """[B S T H W] the same at each latent position."""
     steps: tuple[int, ...]
     """The S places of the recorded steps in the schedule, ascending."""
     sigmas: Tensor
@@ -128,6 +130,7 @@ class Trajectory:
             next_latents=self.next_latents[:, at],
             means=self.means[:, at],
             log_probs=self.log_probs[at],
+            log_prob_maps=self.log_prob_maps[at],
             final_latent=self.final_latent[at],
             videos=self.videos[rows.to(self.videos.device)],
             embeddings=self.embeddings[rows],
@@ -241,6 +244,9 @@ def rollout(
         next_latents=_stack([result.next_latent for _, result in recorded], latent),
         means=_stack([result.mean for _, result in recorded], latent),
         log_probs=_stack([result.log_prob for _, result in recorded], latent[:, 0, 0, 0, 0]).T,
+        log_prob_maps=_stack(
+            [result.log_prob_map for _, result in recorded], latent[:, 0]
+        ).transpose(0, 1),
         steps=tuple(sorted(stochastic)),
         sigmas=sigmas,
         final_latent=latent,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from diffusion_rl.credit import Credit
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.rollout import RolloutSettings, eligible_steps, rollout
 from diffusion_rl.row_settings import AlgorithmSettings, ClippedSettings, RecordedSettings
@@ -23,7 +24,8 @@ class SelfCheck:
     """Ratios at a learning rate of zero."""
 
     ratio_deviation: float
-    """Largest |ratio - 1|: the numerical noise of the log-probability; 0 on an exact replay."""
+    """Largest |ratio - 1|: the numerical noise of the log-probability; 0 on an exact replay. Of
+    ratios whose clip range is widened, as it would be of whole latents."""
     clip_fraction: float
     """Share of ratios outside the clip range; 0 in a run that may start."""
     videos: int
@@ -35,6 +37,7 @@ def self_check(
     embeddings: PromptEmbeddings,
     settings: AlgorithmSettings,
     options: RolloutSettings,
+    clip: str = "video",
 ) -> SelfCheck:
     """Record one micro batch, replay it with gradient on, and compare.
 
@@ -57,7 +60,7 @@ def self_check(
         transition=settings.transition_function,
         stochastic=stochastic,
     )
-    whole, ones = slice(0, count), torch.ones(count)
+    whole, ones = slice(0, count), Credit(torch.ones(count), clip=clip)
     checked = [
         surrogate_of(
             replay(generator, trajectory, index, whole, options),
@@ -65,7 +68,11 @@ def self_check(
         )
         for index in range(len(trajectory.steps))
     ]
-    deviation = (torch.exp(torch.cat([one.log_ratios for one in checked], 1)) - 1).abs()
+    widths = ones.widths(trajectory.log_prob_maps[0, 0].numel())
+    log_ratios = torch.cat([one.log_ratios for one in checked], 1)
+    if widths is not None:
+        log_ratios = log_ratios / widths[0, 0]
+    deviation = (torch.exp(log_ratios) - 1).abs()
     noise = deviation.max().item()
     if not noise < MAX_NOISE:
         raise RuntimeError(

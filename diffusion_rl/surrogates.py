@@ -1,6 +1,6 @@
 """What the rows that replay recorded steps minimise.
 
-Axes: B videos, K denoising steps.
+Axes: B videos, K denoising steps, or latent positions of one step where each has its own ratio.
 """
 
 from __future__ import annotations
@@ -10,12 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_rl.losses import (
-    Surrogate,
-    clipped_surrogate_loss,
-    clipped_terms,
-    has_left_range,
-)
+from diffusion_rl.losses import Surrogate, clipped_terms, has_left_range
 from diffusion_rl.shapes import check_shape
 
 
@@ -32,6 +27,9 @@ class ReplayedSteps(NamedTuple):
     """[B K] spread of the Gaussians, above 0; the same for both policies."""
     durations: Tensor
     """[B K] sigma - next_sigma, above 0."""
+    widths: Tensor | None = None
+    """[B K] how much wider than a whole latent's the logarithms of these ratios spread, at least 1;
+    clip ranges are widened by it. None is 1."""
 
 
 def clipped_surrogate(
@@ -41,12 +39,23 @@ def clipped_surrogate(
     clip_range: float,
     clip_range_high: float | None = None,
 ) -> Surrogate:
-    """`clipped_surrogate_loss` of replayed steps."""
-    loss = clipped_surrogate_loss(
-        steps.log_probs, steps.old_log_probs, advantages, clip_range, clip_range_high
-    )
-    log_ratios = (steps.log_probs - steps.old_log_probs).detach()
-    return Surrogate(loss, log_ratios, has_left_range(log_ratios, clip_range, clip_range_high))
+    """`clipped_surrogate_loss` of replayed steps.
+
+    Args:
+        steps: of any transition.
+        advantages: [B] one per video, or [B K].
+        clip_range: As in `clipped_surrogate_loss`.
+        clip_range_high: As in `clipped_surrogate_loss`.
+
+    Raises:
+        ValueError: A shape is wrong or an option is outside its range.
+    """
+    _check_steps(steps, advantages)
+    log_ratios = steps.log_probs - steps.old_log_probs.detach()
+    bounds = (clip_range, clip_range_high, steps.widths)
+    terms = clipped_terms(log_ratios, advantages, *bounds)
+    log_ratios = log_ratios.detach()
+    return Surrogate(terms.mean(), log_ratios, has_left_range(log_ratios, *bounds))
 
 
 def guarded_surrogate(
@@ -66,7 +75,7 @@ def guarded_surrogate(
 
     Args:
         steps: of a Gaussian transition whose log_prob is its log-density.
-        advantages: [B] one per video.
+        advantages: [B] one per video, or [B K].
         clip_range: As in `clipped_surrogate_loss`, of the normalised ratio.
         clip_range_high: As in `clipped_surrogate_loss`.
 
@@ -79,8 +88,9 @@ def guarded_surrogate(
     _check_steps(steps, advantages)
     drift = steps.mean_shifts / (2 * steps.stds**2)
     log_ratios = (steps.log_probs - steps.old_log_probs.detach() + drift) * steps.stds
-    terms = clipped_terms(log_ratios, advantages, clip_range, clip_range_high)
-    outside = has_left_range(log_ratios.detach(), clip_range, clip_range_high)
+    bounds = (clip_range, clip_range_high, steps.widths)
+    terms = clipped_terms(log_ratios, advantages, *bounds)
+    outside = has_left_range(log_ratios.detach(), *bounds)
     return Surrogate((terms / steps.durations).mean(), log_ratios.detach(), outside)
 
 
@@ -95,7 +105,7 @@ def divergence_masked_surrogate(
 
     Args:
         steps: of a Gaussian transition whose log_prob is its log-density.
-        advantages: [B] one per video.
+        advantages: [B] one per video, or [B K].
         divergence_limit: Above 0, per element of the latent.
 
     Raises:
@@ -108,7 +118,8 @@ def divergence_masked_surrogate(
         raise ValueError(f"divergence_limit must be above 0, got {divergence_limit}")
     _check_steps(steps, advantages)
     log_ratios = steps.log_probs - steps.old_log_probs.detach()
-    advantage = advantages.detach()[:, None]
+    advantage = advantages.detach()
+    advantage = advantage[:, None] if advantage.ndim == 1 else advantage
     far = steps.mean_shifts.detach() / (2 * steps.stds**2) >= divergence_limit
     stopped = far & (log_ratios.detach() * advantage > 0)
     terms = torch.where(stopped, 0.0, -torch.exp(log_ratios) * advantage)
@@ -118,8 +129,9 @@ def divergence_masked_surrogate(
 def _check_steps(steps: ReplayedSteps, advantages: Tensor) -> None:
     axes = check_shape("log_probs", steps.log_probs, "B K")
     for name, value in zip(ReplayedSteps._fields, steps, strict=True):
-        check_shape(name, value, "B K", **axes)
-    check_shape("advantages", advantages, "B", B=axes["B"])
+        if value is not None:
+            check_shape(name, value, "B K", **axes)
+    check_shape("advantages", advantages, "B" if advantages.ndim == 1 else "B K", **axes)
     for name in ("stds", "durations"):
         if not bool((getattr(steps, name) > 0).all()):
             raise ValueError(

@@ -32,6 +32,8 @@ class Transition(NamedTuple):
     log_prob: Tensor
     """[B] mean over all elements of the log-density of next_latent; zero if deterministic. Of
     `cps` it is minus the squared distance alone."""
+    log_prob_map: Tensor
+    """[B ...] without channels: the same at each position, a mean over the second axis alone."""
 
 
 class TransitionFunction(Protocol):
@@ -193,7 +195,8 @@ def cps(
     mean = _remix(latent, prediction, sigma, next_level, noise_share)
     step = _gaussian(mean, std, next_latent, generator)
     squares = (step.next_latent - mean) ** 2
-    return step._replace(log_prob=-squares.flatten(1).mean(dim=1))
+    log_prob, log_prob_map = -squares.flatten(1).mean(dim=1), -squares.mean(dim=1)
+    return step._replace(log_prob=log_prob, log_prob_map=log_prob_map)
 
 
 def ddim(
@@ -264,8 +267,8 @@ def ode(
     mean = latent + prediction * dt
     next_latent = mean if next_latent is None else next_latent.float()
     _check_like_latent("next_latent", next_latent, mean)
-    std, log_prob = torch.zeros_like(sigma), torch.zeros_like(sigma.flatten())
-    return Transition(next_latent.detach(), mean, std, log_prob)
+    zeros = (torch.zeros_like(one) for one in (sigma, sigma.flatten(), mean[:, 0]))
+    return Transition(next_latent.detach(), mean, *zeros)
 
 
 TRANSITIONS: dict[str, TransitionFunction] = {
@@ -311,7 +314,7 @@ def _remix(
 def _gaussian(
     mean: Tensor, std: Tensor, next_latent: Tensor | None, generator: Generators | None
 ) -> Transition:
-    """Draw next_latent or re-evaluate it; log_prob is 0 where std is."""
+    """Draw next_latent or re-evaluate it; its log-probabilities are 0 where std is."""
     next_latent = _sample(mean, std, generator) if next_latent is None else next_latent.float()
     _check_like_latent("next_latent", next_latent, mean)
     explores = std > 0
@@ -322,7 +325,8 @@ def _gaussian(
         - 0.5 * math.log(2 * math.pi)
     )
     log_prob = torch.where(explores.flatten(), log_density.flatten(1).mean(dim=1), 0.0)
-    return Transition(next_latent.detach(), mean, std, log_prob)
+    log_prob_map = torch.where(explores[:, 0], log_density.mean(dim=1), 0.0)
+    return Transition(next_latent.detach(), mean, std, log_prob, log_prob_map)
 
 
 def _check_noise_level(noise_level: float, most: float) -> None:

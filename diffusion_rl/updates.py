@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion_rl.algorithms import algorithm
+from diffusion_rl.credit import Credit
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.lora import old_policy, reference_policy
 from diffusion_rl.losses import Surrogate, gaussian_kl, velocity_kl
@@ -45,7 +46,7 @@ class UpdateStatistics:
 def update_policy(
     generator: AbstractVideoGenerator,
     trajectory: Trajectory,
-    advantages: Tensor,
+    credit: Credit,
     settings: AlgorithmSettings,
     rollout: RolloutSettings,
     optimizer: torch.optim.Optimizer,
@@ -60,7 +61,7 @@ def update_policy(
     Args:
         generator: carries the adapter.
         trajectory: drawn by `rollout` with the same settings; judged videos only.
-        advantages: [B].
+        credit: advantages, and where in the videos they go.
         settings: the row and its options.
         rollout: micro batch, guidance, noise level.
         optimizer: from `optimizers.build_optimizer`.
@@ -68,7 +69,7 @@ def update_policy(
     """
     statistics: list[LossTerms] = []
     norms: list[float] = []
-    parts = (generator, trajectory, advantages)
+    parts = (generator, trajectory, credit)
     if isinstance(settings, ForwardProcessSettings):
         steps = forward_process_losses(*parts, settings, rollout, source)
     else:
@@ -91,7 +92,8 @@ class LossTerms(NamedTuple):
     kl: Tensor
     """Divergence from the reference policy; 0 where not computed."""
     log_ratio: Tensor | None
-    """[B 1] as the loss uses it, without gradient; None where it uses none."""
+    """[B 1] or, of each latent position, [B P] as the loss uses it, without gradient; None where it
+    uses none."""
     clip_fraction: float
     """NaN without ratios."""
 
@@ -99,22 +101,22 @@ class LossTerms(NamedTuple):
 def recorded_losses(
     generator: AbstractVideoGenerator,
     trajectory: Trajectory,
-    advantages: Tensor,
+    credit: Credit,
     settings: AlgorithmSettings,
     rollout: RolloutSettings,
 ) -> Iterator[Iterator[LossTerms]]:
     """For each optimiser step its micro batches, every recorded step of them in turn."""
-    parts = chunks(len(advantages), rollout.micro_batch)
+    parts = chunks(len(credit.advantages), rollout.micro_batch)
     count = min(settings.inner_steps, len(parts))
     for inner in range(count):
         own = parts[inner * len(parts) // count : (inner + 1) * len(parts) // count]
-        yield _replayed_losses(generator, trajectory, advantages, settings, rollout, own)
+        yield _replayed_losses(generator, trajectory, credit, settings, rollout, own)
 
 
 def _replayed_losses(
     generator: AbstractVideoGenerator,
     trajectory: Trajectory,
-    advantages: Tensor,
+    credit: Credit,
     settings: AlgorithmSettings,
     rollout: RolloutSettings,
     parts: list[slice],
@@ -127,7 +129,7 @@ def _replayed_losses(
                 with torch.no_grad(), reference_policy(generator.transformer):
                     reference = replay(generator, trajectory, index, part, rollout)
             step = replay(generator, trajectory, index, part, rollout)
-            value = surrogate_of(step, trajectory, index, part, advantages, settings)
+            value = surrogate_of(step, trajectory, index, part, credit, settings)
             loss, kl = value.loss, torch.zeros(())
             if reference is not None:
                 kl = gaussian_kl(step.mean, reference.mean, step.std)
@@ -169,21 +171,28 @@ def surrogate_of(
     trajectory: Trajectory,
     index: int,
     part: slice,
-    advantages: Tensor,
+    credit: Credit,
     settings: AlgorithmSettings,
 ) -> Surrogate:
     """The row's loss of one replayed step, without the KL term."""
-    place = trajectory.steps[index]
+    place, own = trajectory.steps[index], credit[part].to(step.log_prob)
     shift = (step.mean - trajectory.means[index, part]) ** 2
+    log_probs = own.columns(step.log_prob, step.log_prob_map)
+    duration = trajectory.sigmas[place] - trajectory.sigmas[place + 1]
+    positions = step.log_prob_map[0].numel()
     steps = ReplayedSteps(
-        log_probs=step.log_prob[:, None],
-        old_log_probs=trajectory.log_probs[part, index][:, None],
-        mean_shifts=shift.flatten(1).mean(dim=1)[:, None],
-        stds=step.std.flatten()[:, None],
-        durations=(trajectory.sigmas[place] - trajectory.sigmas[place + 1]).expand(len(shift), 1),
+        log_probs=log_probs,
+        old_log_probs=own.columns(
+            trajectory.log_probs[part, index], trajectory.log_prob_maps[part, index]
+        ),
+        mean_shifts=own.columns(shift.flatten(1).mean(dim=1), shift.mean(dim=1)),
+        stds=step.std.flatten()[:, None].expand_as(log_probs),
+        durations=duration.expand_as(log_probs),
+        widths=own.widths(positions),
     )
-    own = advantages[part].to(step.log_prob)
-    return cast(Surrogate, algorithm(settings.name).loss(steps, own, **settings.loss_options))
+    advantages = own.column_advantages(positions)
+    loss = algorithm(settings.name).loss
+    return cast(Surrogate, loss(steps, advantages, **settings.loss_options))
 
 
 class NoisedVideos(NamedTuple):
@@ -198,7 +207,7 @@ class NoisedVideos(NamedTuple):
 def forward_process_losses(
     generator: AbstractVideoGenerator,
     trajectory: Trajectory,
-    advantages: Tensor,
+    credit: Credit,
     settings: ForwardProcessSettings,
     rollout: RolloutSettings,
     source: torch.Generator,
@@ -224,7 +233,7 @@ def forward_process_losses(
             terms
             for old_prediction in before[first : first + levels]
             for terms in _noised_losses(
-                *(generator, trajectory, advantages, settings, rollout),
+                *(generator, trajectory, credit, settings, rollout),
                 *(noise_videos(generator, trajectory, source), old_prediction),
             )
         )
@@ -233,7 +242,7 @@ def forward_process_losses(
 def _noised_losses(
     generator: AbstractVideoGenerator,
     trajectory: Trajectory,
-    advantages: Tensor,
+    credit: Credit,
     settings: ForwardProcessSettings,
     rollout: RolloutSettings,
     noised: NoisedVideos,
@@ -254,13 +263,15 @@ def _noised_losses(
                     reference = generator.predict(*inputs)
         prediction = generator.predict(*inputs)
         old = prediction.detach() if before is None else before[part]
+        own = credit[part].to(data)
         value = row.loss(
             prediction,
             slow if row.old_policy == "draws" else old,
             latent,
             data[part],
             sigma,
-            advantages[part].to(data),
+            own.advantages,
+            weights=None if own.weights is None else own.weights[:, None],
             **settings.loss_options,
         )
         loss, kl = value.loss if isinstance(value, Surrogate) else value, torch.zeros(())

@@ -79,6 +79,22 @@ class AbstractVideoGenerator(ABC):
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(C, T, H, W) of one video's latent."""
 
+    @property
+    def frame_groups(self) -> tuple[range, ...]:
+        """The frames of the video that each latent frame stands for.
+
+        Of a causal autoencoder, which all families have: the first frame alone, then groups of
+        equal size. A family that cuts latent frames off before decoding gives those an empty range.
+        """
+        later = self.latent_shape[1] - 1
+        size = (self.num_frames - 1) // later if later else 0
+        if size * later != self.num_frames - 1:
+            raise ValueError(
+                f"frame_groups must be given by a generator whose {self.num_frames} frames are not "
+                f"one and {later} equal groups, got none from {type(self).__name__}"
+            )
+        return (range(1), *(range(1 + size * i, 1 + size * (i + 1)) for i in range(later)))
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
         """Embed the prompts and the empty prompt."""

@@ -75,6 +75,12 @@ class CogVideoXGenerator(AbstractPipelineGenerator):
         return channels, frames + self.padding, height, width
 
     @property
+    def frame_groups(self) -> tuple[range, ...]:
+        size, frames = self.compression[0], super().latent_shape[1]
+        later = (range(1 + size * i, 1 + size * (i + 1)) for i in range(frames - 1))
+        return (*[range(0)] * self.padding, range(1), *later)
+
+    @property
     def levels(self) -> Tensor:
         """Noise level of each training timestep, ascending, in float32."""
         kept = self.pipeline.scheduler.alphas_cumprod.double()

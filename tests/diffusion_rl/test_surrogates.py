@@ -68,7 +68,7 @@ def direct_guarded(steps, advantages, low, high):
     total = 0.0
     for video in range(3):
         for step in range(4):
-            log_prob, old, shift, spread, duration = (v[video, step].item() for v in steps)
+            log_prob, old, shift, spread, duration = (v[video, step].item() for v in steps[:5])
             ratio = math.exp((log_prob - old + shift / (2 * spread**2)) * spread)
             clipped = min(max(ratio, 1 - low), 1 + high)
             advantage = float(advantages[video])
@@ -103,7 +103,7 @@ def direct_masked(steps, advantages, limit):
     total, stopped = 0.0, []
     for video in range(3):
         for step in range(4):
-            log_prob, old, shift, spread, _ = (v[video, step].item() for v in steps)
+            log_prob, old, shift, spread, _ = (v[video, step].item() for v in steps[:5])
             ratio, advantage = math.exp(log_prob - old), float(advantages[video])
             far = shift / (2 * spread**2) >= limit
             away = (ratio > 1 and advantage > 0) or (ratio < 1 and advantage < 0)

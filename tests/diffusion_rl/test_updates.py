@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_rl.algorithms import ALGORITHMS
+from diffusion_rl.credit import Credit
 from diffusion_rl.lora import (
     attach_lora,
     lora_state,
@@ -76,7 +77,8 @@ def run(
 ) -> UpdateStatistics:
     optimizer = build_optimizer(trained_parameters(generator.transformer), CALM)
     source = torch.Generator().manual_seed(0)
-    return update_policy(generator, trajectory, advantages, algorithm, options, optimizer, source)
+    credit = Credit(advantages)
+    return update_policy(generator, trajectory, credit, algorithm, options, optimizer, source)
 
 
 def distance(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
@@ -103,7 +105,7 @@ def test_the_first_gradient_is_the_policy_gradient() -> None:
 
     recorder = Recorder([{"params": parameters, "max_grad_norm": 1e9}], lr=1.0)
     statistics = update_policy(
-        generator, trajectory, ADVANTAGES, algorithm, OPTIONS, recorder, torch.Generator()
+        generator, trajectory, Credit(ADVANTAGES), algorithm, OPTIONS, recorder, torch.Generator()
     )
     for one, other in zip(found[0], expected, strict=True):
         torch.testing.assert_close(one, other)
@@ -148,7 +150,13 @@ def test_inner_steps_split_the_recorded_videos() -> None:
 
         optimizer.register_step_post_hook(counted)
         statistics = update_policy(
-            generator, trajectory, ADVANTAGES, algorithm, options, optimizer, torch.Generator()
+            generator,
+            trajectory,
+            Credit(ADVANTAGES),
+            algorithm,
+            options,
+            optimizer,
+            torch.Generator(),
         )
         steps.append(count)
         # The videos of later optimiser steps were drawn before the earlier ones.
@@ -265,7 +273,7 @@ def test_rows_that_watch_the_means_see_them_move(kind: type) -> None:
         parameter.data.mul_(1.1)
     part = slice(0, 6)
     step = replay(generator, trajectory, 1, part, OPTIONS)
-    value = surrogate_of(step, trajectory, 1, part, ADVANTAGES, algorithm)
+    value = surrogate_of(step, trajectory, 1, part, Credit(ADVANTAGES), algorithm)
     plain = (step.log_prob - trajectory.log_probs[:, 1]).detach()
     std = step.std.flatten()
     shift = (step.mean - trajectory.means[1]).square().flatten(1).mean(1).detach()
@@ -335,7 +343,7 @@ def test_the_gradient_is_limited() -> None:
     optimizer = torch.optim.SGD([{"params": parameters, "max_grad_norm": 1e-3}], lr=1.0)
     before = lora_state(generator.transformer)
     statistics = update_policy(
-        generator, trajectory, ADVANTAGES, algorithm, OPTIONS, optimizer, torch.Generator()
+        generator, trajectory, Credit(ADVANTAGES), algorithm, OPTIONS, optimizer, torch.Generator()
     )
     after = lora_state(generator.transformer)
     moved = math.sqrt(sum((after[n] - before[n]).square().sum().item() for n in before))

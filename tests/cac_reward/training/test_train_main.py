@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from cac_reward.__main__ import main
+from cac_reward.training.checkpoints import MARK, mark_whole
 from cac_reward.training.settings import build_stage, to_tree
 from tests.tiny_judge import build_tiny_judge
 from tests.training_clips import write_clips
@@ -150,3 +151,38 @@ def test_an_output_of_other_settings_is_refused(
     ):
         assert change in line
     assert "workers" not in line
+
+
+def begun(plain: dict[str, Any], output: Path, processes: int = 1) -> None:
+    """An output as a stage that was stopped leaves it."""
+    (output / "checkpoint-1").mkdir(parents=True)
+    settings = to_tree(build_stage(plain, "x"))
+    (output / "stage.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
+    mark_whole(output / "checkpoint-1", updates=1, processes=processes)
+
+
+def test_a_run_goes_on_with_its_own_settings_only(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = tree(parts, tmp_path / "out")
+    begun(plain, tmp_path / "out")
+    assert train(tmp_path, plain, "optimizer.learning_rate=1e-3", "keep=5") == 2
+    line = refused(capsys)
+    assert "settings must be those that" in line
+    assert "got optimizer.learning_rate 0.001 where it was 1e-05; name another output" in line
+    # Nothing was noted over what the run began with.
+    assert "0.001" not in (tmp_path / "out" / "stage.yaml").read_text()
+    # A checkpoint that was not finished binds nobody.
+    (tmp_path / "out" / "checkpoint-1" / MARK).unlink()
+    assert train(tmp_path, plain, "data.train=[none.jsonl]", "seed=3") == 2
+    assert "annotations must be an existing file" in refused(capsys)
+    assert "seed: 3" in (tmp_path / "out" / "stage.yaml").read_text()
+
+
+def test_a_run_goes_on_with_as_many_processes(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = tree(parts, tmp_path / "out")
+    begun(plain, tmp_path / "out", processes=4)
+    assert train(tmp_path, plain) == 2
+    assert "processes must be 4, as" in refused(capsys)

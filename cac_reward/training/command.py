@@ -6,10 +6,9 @@ import argparse
 import logging
 import sys
 
-from accelerate import PartialState
-
 from cac_reward.training.curricula import load_curriculum
 from cac_reward.training.learning import TrainingError
+from cac_reward.training.processes import processes
 from cac_reward.training.stages import StageResult, run_stage
 
 STOPPED = 130
@@ -38,7 +37,7 @@ def run_train(options: argparse.Namespace) -> int:
     """Run every stage that is not finished; says what each came to."""
     logging.getLogger("libav").setLevel(logging.CRITICAL)
     stages = load_curriculum(options.config, options.overrides)
-    speaks = PartialState().is_main_process
+    speaks = processes().is_main_process
     for number, stage in enumerate(stages, 1):
         if speaks:
             print(f"stage {number} of {len(stages)}: {stage.trainer} on {stage.model.path}")

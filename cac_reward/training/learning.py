@@ -265,6 +265,8 @@ def training_arguments(stage: StageSettings, has_held_out: bool) -> dict[str, An
         "seed": stage.seed,
         "data_seed": stage.seed,
         "remove_unused_columns": False,
+        # Nothing is ever unused; DDP's search does not see the heads and would call them so.
+        "ddp_find_unused_parameters": False,
         "save_strategy": "steps",
         "save_steps": stage.save_every,
         # `keep_latest` deletes, after the newest is whole on every process.

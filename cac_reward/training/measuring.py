@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
 
@@ -24,6 +23,7 @@ from cac_reward.records import ClipRecord
 from cac_reward.scorer import CaCScorer
 from cac_reward.training.clips import ClipStore
 from cac_reward.training.models import Pupil
+from cac_reward.training.processes import processes
 from cac_reward.video import Video
 
 LOGGED = (
@@ -91,7 +91,7 @@ class HeldOut:
         core = model.get_base_model() if isinstance(model, PeftModel) else model
         judge = LocalJudge(core, pupil.processor, judge_id=pupil.name, settings=pupil.settings)
         scorer = CaCScorer(judge, mode=self.mode, clips_at_once=self.batch)
-        state = PartialState()
+        state = processes()
         part = slice(state.process_index, None, state.num_processes) if spread else slice(None)
         numbers = list(range(min(self.count, len(self.store))))[part]
         judged: list[tuple[int, Pair]] = []

@@ -132,7 +132,8 @@ class JudgeSFTTrainer(LearningMixin, SFTTrainer):
             parts["words"] = mean_or_zero(-outputs.log_probs.float(), weights[:, 1:])
             self._note_decisions(outputs.is_top1, weights[:, 1:])
         else:
-            model(**inputs, logits_to_keep=1)
+            # By its weight of 0 all that learns takes part in every pass, as DDP expects.
+            parts["words"] = model(**inputs, logits_to_keep=1).logits.float().mean()
         if heads is not None:
             parts |= head_losses(*heads.take(), frame_labels, clip_labels, loss)
             if heads.caption_states is not None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from omegaconf import OmegaConf
 from transformers import set_seed
 
@@ -22,6 +21,7 @@ from cac_reward.training.grpo import JudgeGRPOTrainer, count_questions
 from cac_reward.training.lessons import LessonOptions, View
 from cac_reward.training.measuring import HeldOut
 from cac_reward.training.models import Pupil, load_pupil, save_judge
+from cac_reward.training.processes import processes
 from cac_reward.training.settings import StageSettings, to_tree
 from cac_reward.training.sft import JudgeSFTTrainer
 from cac_reward.training.source import LessonSource
@@ -65,7 +65,7 @@ def run_stage(stage: StageSettings) -> StageResult:
     done = _finished(output, stage)
     if done is not None:
         return done
-    state = PartialState()
+    state = processes()
     if state.is_main_process:
         _claim(output, stage, state.num_processes)
     state.wait_for_everyone()

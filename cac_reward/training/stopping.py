@@ -52,7 +52,7 @@ class StopRequest:
         asked = self.asked_at is not None
         if not (distributed.is_available() and distributed.is_initialized()):
             return asked
-        on_gpu = distributed.get_backend() == "nccl"
+        on_gpu = "nccl" in distributed.get_backend()
         flag = torch.tensor(int(asked), device="cuda" if on_gpu else "cpu")
         distributed.all_reduce(flag, distributed.ReduceOp.MAX)
         return bool(flag)

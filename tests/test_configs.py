@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from cac_reward.judges.local import LocalJudge
+from cac_reward.training.curricula import load_curriculum
+from cac_reward.training.settings import to_tree as stage_to_tree
 from diffusion_rl.algorithms import ALGORITHMS
 from diffusion_rl.configuration import build, load_config, save_config, to_tree
 from diffusion_rl.launch import LORA, prepare, train
@@ -182,3 +185,73 @@ def test_a_tiny_wan_and_a_tiny_qwen_go_through_the_big_recipe(
     assert report.missing_share == 0.0
     assert report.videos_generated == 2 + 4 + 4
     assert (tmp_path / "run" / LORA).is_dir()
+
+
+REWARD_FOLDER = FOLDER.parent / "reward"
+REWARD_RECIPES = sorted(path.name for path in REWARD_FOLDER.glob("*.yaml"))
+ACCELERATE_FOLDER = FOLDER.parent / "accelerate"
+MAY_BE_DEFAULT = {"updates", "path", "name", "config", "max_frames"}
+"""What a reader looks for, whatever its value."""
+
+
+def test_each_published_system_has_its_recipes() -> None:
+    systems = {name.partition("_")[0] for name in REWARD_RECIPES}
+    assert systems == {"cac", "srvau", "toy", "vanguard", "vau"}
+    trained = {
+        stage.trainer for name in REWARD_RECIPES for stage in load_curriculum(REWARD_FOLDER / name)
+    }
+    assert trained == {"sft", "grpo"}
+
+
+@pytest.mark.parametrize("name", REWARD_RECIPES)
+def test_a_recipe_of_a_judge_loads_and_leaves_out_what_is_the_default(
+    name: str, tmp_path: Path
+) -> None:
+    path = REWARD_FOLDER / name
+    tree = OmegaConf.to_container(OmegaConf.load(path))
+    expected = [stage_to_tree(stage) for stage in load_curriculum(path)]
+    copy_of = tmp_path / name
+    for other in REWARD_FOLDER.glob("*.yaml"):
+        (tmp_path / other.name).write_text(other.read_text())
+    for place in places(tree):
+        spoilt, parent = spoil(tree, place)
+        above = place[-2] if len(place) > 1 else None
+        if isinstance(parent[place[-1]], dict | list) or place[-1] in MAY_BE_DEFAULT:
+            continue
+        if above in ("lessons", "rewards") or isinstance(place[-1], int):
+            continue
+        del parent[place[-1]]
+        copy_of.write_text(OmegaConf.to_yaml(OmegaConf.create(spoilt)))
+        try:
+            without = [stage_to_tree(stage) for stage in load_curriculum(copy_of)]
+        except ValueError:  # The rest of the recipe does not fit the default.
+            continue
+        assert without != expected, f"{name}: {written(place)} is the default"
+
+
+@pytest.mark.parametrize("name", REWARD_RECIPES)
+def test_groups_of_answers_are_whole_on_1_8_and_64_gpus(name: str) -> None:
+    for stage in load_curriculum(REWARD_FOLDER / name):
+        if stage.trainer == "grpo":
+            for processes in (1, 8, 64):
+                answers = stage.batch * stage.accumulation * processes
+                assert answers % stage.rollout.group == 0
+
+
+@pytest.mark.parametrize("path", sorted(ACCELERATE_FOLDER.glob("*.yaml")), ids=lambda one: one.name)
+def test_accelerate_takes_its_configurations(path: Path) -> None:
+    """It refuses keys that it does not know."""
+    loaded = load_config_from_file(str(path))
+    known = {"NO", "FSDP", "DEEPSPEED"}
+    assert str(getattr(loaded.distributed_type, "value", loaded.distributed_type)) in known
+    assert loaded.mixed_precision == "bf16"
+    digits = "".join(one for one in path.stem.partition("_")[2] if one.isdigit())
+    if "gpu" in path.stem and digits:
+        assert loaded.num_processes == int(digits) == 8 * loaded.num_machines
+
+
+def test_a_wrong_key_of_accelerate_is_noticed(tmp_path: Path) -> None:
+    text = (ACCELERATE_FOLDER / "one_gpu.yaml").read_text()
+    (tmp_path / "wrong.yaml").write_text(text + "machines: 1\n")
+    with pytest.raises(ValueError, match="machines"):
+        load_config_from_file(str(tmp_path / "wrong.yaml"))

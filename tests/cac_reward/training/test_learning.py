@@ -1,0 +1,245 @@
+"""What stops a run, what is measured on the way, and which judge it ends with."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from cac_reward.scorer import CaCScorer
+from cac_reward.training.clips import ClipStore
+from cac_reward.training.learning import TrainingError
+from cac_reward.training.measuring import HeldOut
+from cac_reward.training.models import load_pupil
+from cac_reward.training.settings import to_tree
+from cac_reward.training.sft import JudgeSFTTrainer
+from cac_reward.training.stages import run_stage
+from cac_reward.training.stopping import StopRequest
+from tests.tiny_stage import history, tiny_stage, weights
+from tests.training_clips import write_clips
+
+
+def break_clips(file: Path, *numbers: int) -> None:
+    for number in numbers:
+        (file.parent / f"videos/{number:04}.mkv").write_bytes(b"no video")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_clips_are_skipped_counted_and_listed(
+    workers: int, judge: Path, tmp_path: Path
+) -> None:
+    file = write_clips(tmp_path / "clips", 6)
+    break_clips(file, 1, 4)
+    stage = tiny_stage(judge, file, tmp_path / "out", [f"data.workers={workers}"], batch=6)
+    result = run_stage(stage)
+    lines = (tmp_path / "out" / "skipped_clips.jsonl").read_text().splitlines()
+    listed = {json.loads(line)["clip"]: json.loads(line)["reason"] for line in lines}
+    assert set(listed) == {"videos/0001.mkv", "videos/0004.mkv"}
+    assert len(lines) == 2
+    assert all(listed.values())
+    assert result.skipped is not None
+    assert result.skipped.startswith("2 clips could not be read")
+    assert result.updates == 4
+
+
+@pytest.mark.parametrize("trainer", ["sft", "grpo"])
+def test_too_many_unreadable_clips_stop_a_run_and_say_what_to_do(
+    trainer: str, judge: Path, tmp_path: Path
+) -> None:
+    file = write_clips(tmp_path / "clips", 6)
+    break_clips(file, 0, 1, 2)
+    settings: dict[str, Any] = {"updates": 40, "batch": 4, "save_every": 40}
+    if trainer == "grpo":
+        settings |= {"trainer": "grpo", "rewards": {"format": 1.0}}
+        settings["rollout"] = {"group": 2, "max_call_tokens": 1, "max_answer_tokens": 1}
+    stage = tiny_stage(judge, file, tmp_path / "out", **settings)
+    message = r"data.max_skipped_share must not be passed, it is 0.02, got \d+ unreadable of \d+ .*"
+    with pytest.raises(TrainingError, match=message + "skipped_clips.jsonl. Mend or remove them"):
+        run_stage(stage)
+
+
+def test_no_readable_clip_at_all_is_said_at_once(judge: Path, tmp_path: Path) -> None:
+    file = write_clips(tmp_path / "clips", 2)
+    break_clips(file, 0, 1)
+    with pytest.raises(TrainingError, match="must have at least one clip that can be read, got no"):
+        run_stage(tiny_stage(judge, file, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_before_it_reaches_the_weights(
+    value: float, judge: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = JudgeSFTTrainer.compute_loss
+
+    def spoilt(self: Any, *arguments: Any, **more: Any) -> Any:
+        loss = plain(self, *arguments, **more)
+        return loss * value if self.state.global_step == 2 else loss
+
+    monkeypatch.setattr(JudgeSFTTrainer, "compute_loss", spoilt)
+    with pytest.raises(TrainingError, match="loss must be finite, got .* in update 3; no weight"):
+        run_stage(tiny_stage(judge, clips, tmp_path))
+    assert (tmp_path / "checkpoint-2" / "whole.json").is_file()
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_a_gradient_that_is_no_number_stops_it_too(
+    judge: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = JudgeSFTTrainer.compute_loss
+
+    def spoilt(self: Any, model: Any, *arguments: Any, **more: Any) -> Any:
+        loss = plain(self, model, *arguments, **more)
+        weight = next(one for one in model.parameters() if one.requires_grad)
+        # Zero, with a slope that is infinite.
+        return loss + (weight.flatten()[0] * 0).sqrt()
+
+    monkeypatch.setattr(JudgeSFTTrainer, "compute_loss", spoilt)
+    with pytest.raises(TrainingError, match="gradient norm must be finite, got .* in update 1"):
+        run_stage(tiny_stage(judge, clips, tmp_path))
+
+
+class Staged:
+    """Measures in the place of `HeldOut.measure`: what it was told, and what it was given."""
+
+    def __init__(self, *values: dict[str, float]) -> None:
+        self.values = list(values)
+
+    def measure(self, held_out: HeldOut, model: Any, pupil: Any, **_: Any) -> dict[str, float]:
+        return self.values.pop(0)
+
+
+def test_the_best_measured_judge_is_what_it_ends_with(
+    judge: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured where no checkpoint was due; nothing to measure is never the best."""
+    name = "clip.balanced_accuracy"
+    staged = Staged({}, {name: 0.7}, {name: 0.9, "clip.f1": 0.5}, {name: 0.6}, {name: 0.8})
+    monkeypatch.setattr(HeldOut, "measure", lambda *a, **b: staged.measure(*a, **b))
+    settings = [f"data.held_out=[{clips}]", "evaluation.every=1", "keep=1", "save_every=5"]
+    result = run_stage(tiny_stage(judge, clips, tmp_path, settings, updates=5))
+    assert result.measured == {name: 0.9, "clip.f1": 0.5}
+    assert sorted(one.name for one in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-5",
+    ]
+    best, last, kept = (
+        weights(tmp_path / one) for one in ("checkpoint-3", "checkpoint-5", "judge")
+    )
+    assert all(torch.equal(best[name], kept[name]) for name in best)
+    assert any(not torch.equal(last[name], kept[name]) for name in last)
+    card = (result.judge / "README.md").read_text()
+    assert "| clip.balanced_accuracy | 0.9000 |" in card
+
+
+def test_measuring_leaves_the_training_as_it_was(judge: Path, clips: Path, tmp_path: Path) -> None:
+    """Mode, random generators and checkpointing of activations, and with them all later losses."""
+    common = {"model": {"gradient_checkpointing": True, "lora": {"rank": 2, "dropout": 0.3}}}
+    plain = tiny_stage(judge, clips, tmp_path / "plain", **common)
+    held_out = [f"data.held_out=[{clips}]", "evaluation.every=1", "evaluation.clips=2"]
+    measured = tiny_stage(judge, clips, tmp_path / "measured", held_out, **common)
+    run_stage(plain)
+    result = run_stage(measured)
+    losses = [[line["loss"] for line in history(tmp_path / name)] for name in ("plain", "measured")]
+    assert losses[0] == losses[1]
+    found = history(tmp_path / "measured", key="eval_unjudged")
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    assert result.measured["unjudged"] == found[-1]["eval_unjudged"]
+
+
+def test_random_generators_stay_where_they_were(judge: Path, clips: Path, tmp_path: Path) -> None:
+    pupil = load_pupil(tiny_stage(judge, clips, tmp_path), "cpu")
+    pupil.model.train()
+    held_out = HeldOut(ClipStore([clips], split=None), 2, 2)
+    before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    held_out.measure(pupil.model, pupil)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
+    assert pupil.model.training
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_the_finished_judge_loads_and_scores(
+    lora: Any, judge: Path, clips: Path, tmp_path: Path
+) -> None:
+    result = run_stage(tiny_stage(judge, clips, tmp_path, model={"lora": lora}, updates=1))
+    scorer = CaCScorer.from_pretrained(result.judge, mode="fast")
+    assert scorer.judge.settings.scan.pixels == 256
+    videos = torch.rand(2, 13, 3, 32, 32)
+    scores = scorer(videos, ["", ""], fps=8.0)["score"]
+    assert scores.shape == (2,)
+    assert all((0 < one < 1) or one.isnan() for one in scores)
+
+
+def test_a_measure_that_cannot_choose_is_refused(judge: Path, clips: Path, tmp_path: Path) -> None:
+    stage = tiny_stage(judge, clips, tmp_path, ["evaluation.best=clip.calibration_error"])
+    with pytest.raises(ValueError, match="evaluation.best must be one of clip.accuracy, .*, got"):
+        run_stage(stage)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(
+    judge: Path, clips: Path, tmp_path: Path
+) -> None:
+    """The command itself: exit status 130 after one Ctrl-C, with a checkpoint that is not due."""
+    stage = tiny_stage(judge, clips, tmp_path / "out", updates=400, save_every=400)
+    config = tmp_path / "stage.yaml"
+    config.write_text(OmegaConf.to_yaml(OmegaConf.create(to_tree(stage))))
+    command = [sys.executable, "-u", "-m", "cac_reward", "train", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "'loss'" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130, errors
+    assert f"stopped; the same command goes on from {stage.output}" in errors
+    (saved,) = (tmp_path / "out").glob("checkpoint-*")
+    assert (saved / "whole.json").is_file()
+
+
+def test_a_request_to_stop_ends_in_a_checkpoint_and_the_rest_is_the_same(
+    judge: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = (
+        tiny_stage(judge, clips, tmp_path / name, save_every=4) for name in ("whole", "cut")
+    )
+    run_stage(whole)
+    step = JudgeSFTTrainer.training_step
+
+    def interrupted(self: Any, *arguments: Any, **more: Any) -> Any:
+        if self.state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *arguments, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(JudgeSFTTrainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(cut)
+    assert [one.name for one in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (tmp_path / "cut" / "judge").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run_stage(cut)
+    one, other = (weights(tmp_path / name / "judge") for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_second_request_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with StopRequest() as stop:
+        assert not stop.agreed()
+        signal.raise_signal(signal.SIGTERM)
+        # A launcher passes it on: no second request.
+        signal.raise_signal(signal.SIGINT)
+        assert stop.agreed()
+        now = time.monotonic()
+        monkeypatch.setattr("time.monotonic", lambda: now + 10)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

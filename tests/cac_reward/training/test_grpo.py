@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from cac_reward.answers import write_tool_call
 from cac_reward.judges.loading import LoadOptions, find_files, load
 from cac_reward.judges.local import LocalJudge
+from cac_reward.judges.rendering import Renderer
 from cac_reward.questions import FINDINGS_PREFIX
+from cac_reward.report import TimeWindow
 from cac_reward.scorer import CaCScorer
 from cac_reward.training.grpo import JudgeGRPOTrainer, count_questions
 from cac_reward.training.models import load_pupil
@@ -86,7 +89,7 @@ def as_inference_reads(
 
     def generate(self: Any, asked: Any, *, prefix: str, **_: Any) -> list[str]:
         if prefix != FINDINGS_PREFIX:
-            return [CALL]
+            return [write_tool_call([TimeWindow(0.25, 1.0)], judge.family.call_format)]
         conversations.extend(asked)
         return [RUBBISH]
 
@@ -101,16 +104,19 @@ def as_inference_reads(
     return read.tokens, read.frames
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen3_5"])
 def test_both_turns_are_what_inference_reads_and_only_its_own_words_count(
     family: str, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = build_tiny_judge(tmp_path / "judge", family=family)
     trainer = trainer_of(folder, clips, tmp_path / "out")
-    scripted(monkeypatch, [CLEAN + END, CALL + END], [FINDINGS + END])
+    asked = write_tool_call([TimeWindow(0.25, 1.0)], trainer.pupil.family.call_format)
+    scripted(monkeypatch, [CLEAN + END, asked + END], [FINDINGS + END])
     out = scored(trainer, 1, 1)
     tokenizer = trainer.processing_class.tokenizer
-    clean, call, findings = (tokenizer(text + END)["input_ids"] for text in (CLEAN, CALL, FINDINGS))
+    clean, call, findings = (
+        tokenizer(text + END)["input_ids"] for text in (CLEAN, asked, FINDINGS)
+    )
 
     read, frames = as_inference_reads(folder, trainer, 1, monkeypatch)
     ids = [out["prompt_ids"][1][out["prompt_mask"][1] > 0].tolist()]
@@ -400,3 +406,18 @@ def test_vllm_is_asked_for_by_name_where_it_is_missing(
     stage = tiny_stage(judge, clips, tmp_path, **_grpo({"rollout": {"group": 2, "vllm": True}}))
     with pytest.raises(ImportError, match="rollout.vllm needs vllm; install it with: pip install"):
         run_stage(stage)
+
+
+def test_a_template_that_rewrites_the_first_turn_is_refused(
+    judge: Path, clips: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    trainer = trainer_of(judge, clips, tmp_path)
+    scripted(monkeypatch, [CALL + END] * 2, [FINDINGS + END] * 2)
+    plain = Renderer.render
+
+    def rewriting(self: Any, conversation: Any, tools: Any, **more: Any) -> str:
+        return plain(self, conversation, tools, **more).replace("<tool_call>", "<tool_call> ")
+
+    monkeypatch.setattr(Renderer, "render", rewriting)
+    with pytest.raises(ValueError, match="family qwen3_vl that writes it otherwise .* with 'sft'"):
+        scored(trainer, 0, 0)

@@ -294,3 +294,14 @@ def test_heads_alone_need_a_loss_of_theirs(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         run_stage(tiny_stage(judge, clips, tmp_path, model={"learns": "heads"}, loss=loss))
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"])
+def test_other_families_learn_and_come_back(family: str, clips: Path, tmp_path: Path) -> None:
+    folder = build_tiny_judge(tmp_path / "judge", family=family)
+    stage = tiny_stage(folder, clips, tmp_path / "out", updates=2, loss={"frames": 1.0})
+    result = run_stage(stage)
+    assert [line["loss"] > 0 for line in history(tmp_path / "out")] == [True, True]
+    before, after = weights(folder), weights(result.judge)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)

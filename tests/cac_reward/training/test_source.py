@@ -65,6 +65,13 @@ def test_a_lesson_is_a_function_of_seed_and_number(store: ClipStore) -> None:
     assert [plain(number, same) for number in reversed(numbers)] == lessons[::-1]
     assert [plain(number, other) for number in numbers] != lessons
     assert len({str(lesson) for lesson in lessons}) == 4
+    # The dice are the seed's and the number's, not the clip's alone.
+    dice = [
+        each.draw(number).seen.random.random()
+        for each, number in ((one, 7), (same, 7), (other, 7), (one, 8))
+    ]
+    assert dice[0] == dice[1]
+    assert len(set(dice)) == 3
     assert not np.array_equal(one.clips, other.clips)
     assert np.array_equal(one.clips, same.clips)
 

@@ -60,6 +60,10 @@ logging.getLogger("trl.trainer.grpo_trainer").addFilter(
 )
 
 
+CUT_OFF = " (cut off)"
+"""Behind a turn that did not end by itself; no form allows it."""
+
+
 def inspect(windows: list[list[float]]) -> str:
     """The tool's name for TRL; its frames are shown by `JudgeGRPOTrainer` itself."""
     raise NotImplementedError(f"windows {windows} are shown by the trainer")
@@ -265,16 +269,17 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
         )
         for row, one in enumerate(answering):
             text = self._tokenizer.decode(ids[row], skip_special_tokens=True)
+            if not ids[row] or ids[row][-1] not in self.eos_token_ids:
+                text += CUT_OFF
             one.write(ids[row], log_probs[row] if log_probs else None, text)
 
     def _show(self, one: Answering) -> bool:
         """Append the second look that was called for; False where none was."""
         if one.task is not None:
             return False
-        ended = bool(one.ids) and one.ids[-1] in self.eos_token_ids
         try:
             one.windows = parse_scan_answer(
-                one.texts[0] if ended else "", one.seen.seconds, self.pupil.family.call_format
+                one.texts[0], one.seen.seconds, self.pupil.family.call_format
             )
         except AnswerError:
             return False

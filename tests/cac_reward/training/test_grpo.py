@@ -421,3 +421,17 @@ def test_a_template_that_rewrites_the_first_turn_is_refused(
     monkeypatch.setattr(Renderer, "render", rewriting)
     with pytest.raises(ValueError, match="family qwen3_vl that writes it otherwise .* with 'sft'"):
         scored(trainer, 0, 0)
+
+
+def test_a_turn_that_does_not_end_by_itself_is_no_answer(
+    clips: Path, judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(judge, clips, tmp_path / "out")
+    whole, cut = CALL + END, CALL
+    scripted(monkeypatch, [CLEAN, CLEAN + END], [])
+    scored(trainer, 0, 0)
+    assert [one.failed for one in trainer._rollouts] == [True, False]
+    scripted(monkeypatch, [cut, whole], [FINDINGS])
+    scored(trainer, 1, 1)
+    assert [one.failed for one in trainer._rollouts] == [True, True]
+    assert [bool(one.windows) for one in trainer._rollouts] == [False, True]

@@ -1,0 +1,269 @@
+"""Videos that the toy generator needs to halve its faults: uniform, grounded and random credit.
+
+    python -m benchmarks.credit --seeds 0 1 2 3 4
+    python -m benchmarks.credit --arms grounded --seeds 0   # One process for each arm.
+    python -m benchmarks.credit --only-table
+
+Every run is `python -m diffusion_rl train CONFIG` with another seed and another `credit.name`; the
+judge looks in full mode, so that its blame has boxes. The oracle only watches: a reward of weight 0
+whose score of every update's own videos stands in metrics.jsonl. What is finished is not run again
+and what was stopped goes on from its last checkpoint, so that arms may run in several processes.
+Writes credit.json and credit.md (also printed) into the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cac_reward.whole_files import whole_file
+from diffusion_rl.collect import collect
+from diffusion_rl.configuration import RunSettings, build, load_config, to_tree
+from diffusion_rl.credit import CREDITS
+from diffusion_rl.launch import Run, prepare, train
+from diffusion_rl.tracking import METRICS_FILE, read_metrics
+from examples.toy_world import oracle
+
+CONFIG = "configs/rl/toy_grpo.yaml"
+OUTPUT = Path("runs/credit")
+ORACLE = {
+    "name": "oracle",
+    "target": "examples.toy_world.demo_evaluation:judge_by_oracle",
+    "weight": 0.0,
+}
+WINDOW = 5
+"""Updates whose videos make one measurement of the rate."""
+DRAWS = 10_000
+"""Of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run, as the oracle saw its videos."""
+
+    arm: str
+    seed: int
+    videos: Sequence[int]
+    """Training videos drawn so far, at the end of each update."""
+    rates: Sequence[float]
+    """Share of each update's videos that are broken."""
+    focused_share: float
+    """Mean over updates of the share of negative advantage that was focused."""
+    focus_area: float
+    """Mean over updates of the share of the latent that it was focused on; NaN without focus."""
+
+
+def run_settings(options: argparse.Namespace, arm: str, seed: int) -> RunSettings:
+    """The recipe with the arm's credit, a judge that draws boxes, and the oracle watching."""
+    tree = to_tree(load_config(options.config, options.set))
+    tree["rewards"][0]["options"]["mode"] = "full"
+    tree["rewards"].append(ORACLE)
+    mix = None if arm == "uniform" else options.mix
+    tree["credit"] = {"name": arm, "mix": mix, "clip": options.clip}
+    output = str(options.output / f"{arm}_{seed}")
+    return build({**tree, "seed": seed, "updates": options.updates, "output": output})
+
+
+def train_arm(settings: RunSettings) -> None:
+    """Run it to its end, from where it stands."""
+    done = read_metrics(Path(settings.output) / METRICS_FILE)
+    if done and done[-1]["step"] >= settings.updates:
+        return
+    for report in train(prepare(settings)):
+        print(
+            f"{settings.output}: update {report.step}/{settings.updates}, broken "
+            f"{1 - report.rewards['oracle']:.2f}, focused {report.focused_share:.2f}",
+            flush=True,
+        )
+
+
+def base_rate(options: argparse.Namespace) -> dict[str, float]:
+    """How often the base generator breaks videos under the recipe's own exploration; kept."""
+    path = options.output / "base.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    settings = run_settings(options, "uniform", seed=options.base_seed)
+    tree = {**to_tree(settings), "output": str(options.output / "base")}
+    run: Run = prepare(build(tree))
+    broken: list[bool] = []
+    for step in range(1, options.base_updates + 1):
+        batch = collect(run.generator, run.embeddings, settings.finetune_settings(), step=step)
+        texts = [run.prompts[index] for index in batch.trajectory.prompt_index.tolist()]
+        reports = oracle.judge_videos(batch.trajectory.videos, texts, run.generator.fps)
+        broken += [report.broken for report in reports]
+    rate = float(np.mean(broken))
+    figures = {"rate": rate, "videos": len(broken), "half_width": half_width(rate, len(broken))}
+    with whole_file(path) as file:
+        file.write(json.dumps(figures))
+    return figures
+
+
+def half_width(rate: float, count: int) -> float:
+    """Half of a 95% normal interval of a share."""
+    return 1.96 * math.sqrt(max(rate * (1 - rate), 0.0) / count)
+
+
+def read_curve(options: argparse.Namespace, arm: str, seed: int) -> Curve | None:
+    """What a run has written so far; None if nothing."""
+    lines = read_metrics(options.output / f"{arm}_{seed}" / METRICS_FILE)
+    if not lines:
+        return None
+    first = lines[0]["videos_generated"]
+    each = lines[1]["videos_generated"] - first if len(lines) > 1 else 0
+    areas = [line["focus_area"] for line in lines if line["focus_area"] is not None]
+    return Curve(
+        arm,
+        seed,
+        # Not those of the self-check and of the guards' reference: they are the same in every arm.
+        [line["videos_generated"] - first + each for line in lines],
+        [1 - line["rewards/oracle"] for line in lines],
+        float(np.mean([line["focused_share"] for line in lines])),
+        float(np.mean(areas)) if areas else math.nan,
+    )
+
+
+def videos_to_halve(curve: Curve, base: float) -> float:
+    """Videos up to the end of the first WINDOW updates with a mean rate of half the base's.
+
+    Infinity where the run ended before.
+
+    Example:
+        >>> videos_to_halve(Curve("uniform", 0, range(1, 8), [0.6] * 2 + [0.2] * 5, 0, 0), 0.6)
+        6.0
+    """
+    for last in range(WINDOW, len(curve.rates) + 1):
+        if np.mean(curve.rates[last - WINDOW : last]) <= base / 2:
+            return float(curve.videos[last - 1])
+    return math.inf
+
+
+def compare(
+    needed: Mapping[str, Mapping[int, float]], arm: str, other: str = "uniform"
+) -> dict[str, float] | None:
+    """Geometric mean over seeds of the videos of `arm` against `other`, with its 95% bootstrap.
+
+    None without seeds of which both arms came to their end.
+    """
+    seeds = [
+        seed
+        for seed, videos in needed[arm].items()
+        if math.isfinite(videos) and math.isfinite(needed[other].get(seed, math.inf))
+    ]
+    if not seeds:
+        return None
+    ratios = np.log([needed[arm][seed] / needed[other][seed] for seed in seeds])
+    random = np.random.default_rng(0)
+    draws = ratios[random.integers(len(seeds), size=(DRAWS, len(seeds)))].mean(axis=1)
+    low, high = np.exp(np.quantile(draws, [0.025, 0.975])) if len(seeds) > 1 else (math.nan,) * 2
+    ratio = float(np.exp(ratios.mean()))
+    return {"seeds": len(seeds), "ratio": ratio, "low": float(low), "high": float(high)}
+
+
+def summarise(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that stands in the folder, as plain numbers."""
+    base = base_rate(options)
+    curves = [
+        curve
+        for arm in CREDITS
+        for seed in options.seeds
+        if (curve := read_curve(options, arm, seed)) is not None
+    ]
+    needed: dict[str, dict[int, float]] = {arm: {} for arm in CREDITS}
+    rows = []
+    # Runs of different lengths are compared up to where the shortest one has come.
+    shared = min((len(curve.rates) for curve in curves), default=0)
+    for curve in curves:
+        videos = needed[curve.arm][curve.seed] = videos_to_halve(curve, base["rate"])
+        each = curve.videos[0]
+        parts = {
+            "first": curve.rates[:WINDOW],
+            "last": curve.rates[max(0, shared - WINDOW) : shared],
+            "all": curve.rates[:shared],
+        }
+        rates = {
+            name: [float(np.mean(part)), half_width(float(np.mean(part)), each * len(part))]
+            for name, part in parts.items()
+        }
+        rows.append(
+            {
+                "arm": curve.arm,
+                "seed": curve.seed,
+                "updates": len(curve.rates),
+                "videos": curve.videos[-1],
+                "videos_to_halve": videos if math.isfinite(videos) else None,
+                "rates": rates,
+                "focused_share": curve.focused_share,
+                "focus_area": curve.focus_area if math.isfinite(curve.focus_area) else None,
+            }
+        )
+    ratios = {arm: compare(needed, arm) for arm in CREDITS if arm != "uniform"}
+    return {"base": base, "window": WINDOW, "compared": shared, "runs": rows, "ratios": ratios}
+
+
+def write_table(figures: Mapping[str, Any]) -> str:
+    """The figures in Markdown."""
+    base, window, shared = figures["base"], figures["window"], figures["compared"]
+    lines = [
+        f"Base generator: {base['rate']:.3f} +- {base['half_width']:.3f} broken "
+        f"({base['videos']} videos, exploring). Rates are means over {window} updates; all runs "
+        f"are compared up to update {shared}.",
+        "",
+        "| credit | seed | updates | videos to halve | broken, first | broken, last | broken, mean "
+        "| focused | area |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in figures["runs"]:
+        rates = [f"{mean:.3f} +- {half:.3f}" for mean, half in row["rates"].values()]
+        needed = row["videos_to_halve"]
+        area = "" if row["focus_area"] is None else f"{row['focus_area']:.2f}"
+        cells = [row["arm"], row["seed"], row["updates"]]
+        cells += [f"not in {row['videos']}" if needed is None else f"{needed:.0f}", *rates]
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['focused_share']:.2f} | {area} |")
+    lines.append("")
+    for arm, ratio in figures["ratios"].items():
+        said = f"{arm} against uniform: no seed in which both halved the rate"
+        if ratio is not None:
+            interval = f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio["seeds"] > 1 else ""
+            said = f"{arm} against uniform: {ratio['ratio']:.2f} times the videos{interval}"
+            said += f", {ratio['seeds']} seed(s)"
+        lines.append(f"- {said}")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is missing, then write the table of what there is."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default=CONFIG)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--arms", nargs="+", choices=CREDITS, default=CREDITS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--updates", type=int, default=120)
+    parser.add_argument("--mix", type=float, default=1.0)
+    parser.add_argument("--clip", choices=("video", "position"), default="video")
+    parser.add_argument("--base-updates", type=int, default=8)
+    parser.add_argument("--base-seed", type=int, default=1000)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config")
+    parser.add_argument("--only-table", action="store_true")
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for seed in [] if options.only_table else options.seeds:
+        for arm in options.arms:
+            train_arm(run_settings(options, arm, seed))
+    figures = summarise(options)
+    with whole_file(options.output / "credit.json") as file:
+        file.write(json.dumps(figures, indent=1))
+    table = write_table(figures)
+    with whole_file(options.output / "credit.md") as file:
+        file.write(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

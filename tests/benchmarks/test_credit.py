@@ -1,0 +1,109 @@
+"""The comparison of credits: when a rate is halved, what is compared, and that it goes on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import credit
+from diffusion_rl.tracking import METRICS_FILE
+
+OPTIONS = argparse.Namespace(
+    config=credit.CONFIG, set=["rollout.prompts_per_update=2"], mix=0.5, clip="video", updates=6
+)
+
+
+def write_run(folder: Path, rates: list[float], area: float | None = 0.5) -> None:
+    """Metrics of a run of 16 videos an update, which drew 40 before the first."""
+    folder.mkdir(parents=True)
+    lines = [
+        {
+            "step": step + 1,
+            "videos_generated": 40 + 16 * (step + 1),
+            "rewards/oracle": 1 - rate,
+            "focused_share": 0.25,
+            "focus_area": area,
+        }
+        for step, rate in enumerate(rates)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / METRICS_FILE).write_text(text)
+
+
+def curve(rates: list[float]) -> credit.Curve:
+    videos = [16 * (step + 1) for step in range(len(rates))]
+    return credit.Curve("uniform", 0, videos, rates, 0.0, math.nan)
+
+
+def test_a_rate_is_halved_when_the_mean_of_five_updates_is() -> None:
+    assert credit.videos_to_halve(curve([0.8] * 3 + [0.4] * 5), 0.8) == 8 * 16
+    assert credit.videos_to_halve(curve([0.4] * 5), 0.8) == 5 * 16
+    assert credit.videos_to_halve(curve([0.8] * 3 + [0.4] * 4), 0.8) == math.inf
+    assert credit.videos_to_halve(curve([0.0] * 4), 0.8) == math.inf
+
+
+def test_arms_are_compared_by_seed() -> None:
+    needed = {
+        "uniform": {0: 100.0, 1: 400.0, 2: math.inf, 3: 100.0},
+        "grounded": {0: 50.0, 1: 200.0, 2: 10.0, 3: math.inf},
+        "random": {2: 1.0},
+    }
+    found = credit.compare(needed, "grounded")
+    assert found is not None
+    assert found["seeds"] == 2
+    assert found["ratio"] == found["low"] == found["high"] == pytest.approx(0.5)
+    assert credit.compare(needed, "random") is None
+    needed["grounded"][1] = 400.0
+    found = credit.compare(needed, "grounded")
+    assert found is not None
+    assert (found["low"], found["ratio"], found["high"]) == pytest.approx((0.5, 0.5**0.5, 1.0))
+
+
+def test_every_arm_is_the_recipe_with_other_credit(tmp_path: Path) -> None:
+    OPTIONS.output = tmp_path
+    runs = {arm: credit.run_settings(OPTIONS, arm, seed=3) for arm in credit.CREDITS}
+    for arm, settings in runs.items():
+        assert settings.credit.name == arm
+        assert settings.credit.mix == (None if arm == "uniform" else 0.5)
+        assert settings.seed == 3
+        assert settings.rollout.prompts_per_update == 2
+        assert settings.rewards[0].options["mode"] == "full"
+        assert [one.weight for one in settings.rewards if one.name == "oracle"] == [0.0]
+        assert settings.algorithm == runs["uniform"].algorithm
+    assert len({settings.output for settings in runs.values()}) == 3
+
+
+def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    OPTIONS.output = tmp_path
+    asked: list[str] = []
+    monkeypatch.setattr(credit, "prepare", lambda settings: asked.append(settings.output))
+    monkeypatch.setattr(credit, "train", lambda run: iter(()))
+    write_run(tmp_path / "grounded_0", [0.5] * 6)
+    write_run(tmp_path / "random_0", [0.5] * 5)
+    for arm in credit.CREDITS:
+        credit.train_arm(credit.run_settings(OPTIONS, arm, seed=0))
+    assert [Path(output).name for output in asked] == ["uniform_0", "random_0"]
+
+
+def test_the_table_says_what_was_and_was_not_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base.json").write_text('{"rate": 0.8, "videos": 512, "half_width": 0.03}')
+    write_run(tmp_path / "uniform_0", [0.8] * 5 + [0.4] * 5, area=None)
+    write_run(tmp_path / "grounded_0", [0.4] * 7)
+    write_run(tmp_path / "random_0", [0.8] * 8)
+    credit.main(["--only-table", "--output", str(tmp_path), "--seeds", "0", "1"])
+    table = capsys.readouterr().out
+    assert "all runs are compared up to update 7" in table
+    assert "| uniform | 0 | 10 | 160 | 0.800 +- 0.088 | 0.640" in table
+    assert "| grounded | 0 | 7 | 80 | 0.400" in table
+    assert "| random | 0 | 8 | not in 128 |" in table
+    assert "grounded against uniform: 0.50 times the videos, 1 seed(s)" in table
+    assert "random against uniform: no seed in which both halved the rate" in table
+    figures = json.loads((tmp_path / "credit.json").read_text())
+    assert [row["videos_to_halve"] for row in figures["runs"]] == [160.0, 80.0, None]
+    assert (tmp_path / "credit.md").read_text() + "\n" == table

@@ -48,7 +48,7 @@ UNSEEN = ("held_out_colours", "held_out_sizes", "held_out_speeds", "held_out_fau
 COMMON: dict[str, Any] = {
     "model": {
         "dtype": "float32",
-        "attention": "eager",
+        "attention": "sdpa",
         "learns": "all",
         "gradient_checkpointing": False,
     },
@@ -65,7 +65,7 @@ GRPO: dict[str, Any] = {
     "data": {"workers": 0, "anomalous_share": 0.7},
     "lessons": {"inspect": 1.0},
     "rollout": {"group": 8, "max_call_tokens": 48, "max_answer_tokens": 160},
-    "optimizer": {"name": "adamw", "learning_rate": 3e-5, "schedule": "constant", "warmup": 0},
+    "optimizer": {"name": "adamw", "learning_rate": 1e-4, "schedule": "constant", "warmup": 0},
     "batch": 48,
     "bf16": False,
 }

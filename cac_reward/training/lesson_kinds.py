@@ -19,6 +19,7 @@ from cac_reward.data.annotations import AnnotatedClip
 from cac_reward.frames import InspectSettings, frame_times, inspect_indices, scan_indices
 from cac_reward.questions import (
     ALIGNMENT_CHOICES,
+    SYSTEM_TEXT_FULL,
     VERDICT_CHOICES,
     VERDICT_PREFIX,
     Message,
@@ -33,8 +34,10 @@ from cac_reward.training.tasks import lacking, task_answer, task_question
 
 FRAME_TEXTS = {
     "brief": "Mark.",
-    "full": "This is one frame of a generated clip. Mark what is broken in it, as JSON in the form "
-    'of {"findings": []}, with the frame\'s time as the window.',
+    "full": "This is one frame of a generated clip. Mark what is broken in it in two lines: JSON "
+    '{"findings": [{"type": "flicker", "window": [0.25, 0.38], "boxes": [{"time": 0.25, "box": '
+    '[312, 250, 640, 588]}], "severity": 2, "why": ""}]} with an entry for each fault and the '
+    "frame's own time as its window, then Verdict: clean or Verdict: anomalous",
 }
 CAPTION_TEXTS = {"brief": "Describe.", "full": "Describe what these frames show."}
 
@@ -103,13 +106,19 @@ def open_whole(seen: ClipInView) -> tuple[list[int], tuple[Message, ...]]:
     shown = seen.view.show(seen.frames, indices, settings.scan.pixels)
     times, units = frame_times(indices, seen.fps), seen.view.family.box_units
     asked = inspect_message(shown, times, settings.wording, units)
-    return indices, (Message("user", asked.content),)
+    return indices, (*_told(seen), Message("user", asked.content))
+
+
+def _told(seen: ClipInView) -> tuple[Message, ...]:
+    """The system turn that names the kinds of fault to a chat model."""
+    full = seen.view.settings.wording == "full"
+    return (Message("system", (SYSTEM_TEXT_FULL,)),) if full else ()
 
 
 def write_frame(seen: ClipInView) -> Lesson:
     """What is broken in single frames, with types and boxes."""
     settings, fps, pixels = seen.view.settings, seen.fps, seen.pixels()
-    messages: list[Message | Words] = []
+    messages: list[Message | Words] = [*_told(seen)]
     chosen: list[int] = []
     for _ in range(seen.options.turns):
         index = _frame_to_mark(seen)

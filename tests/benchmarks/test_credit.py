@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import credit
+from benchmarks import credit, credit_gaussian
 from diffusion_rl.tracking import METRICS_FILE
 
 OPTIONS = argparse.Namespace(
@@ -107,3 +107,9 @@ def test_the_table_says_what_was_and_was_not_reached(
     figures = json.loads((tmp_path / "credit.json").read_text())
     assert [row["videos_to_halve"] for row in figures["runs"]] == [160.0, 80.0, None]
     assert (tmp_path / "credit.md").read_text() + "\n" == table
+
+
+def test_the_problem_of_known_places_prints_every_arm(capsys: pytest.CaptureFixture[str]) -> None:
+    credit_gaussian.main(["--seeds", "4", "--updates", "1"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert lines == [f"| {arm} | never |  |" for arm in credit_gaussian.ARMS]

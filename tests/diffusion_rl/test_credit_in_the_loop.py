@@ -17,7 +17,7 @@ from diffusion_rl.configuration import load_config, save_config
 from diffusion_rl.credit import Credit, CreditSettings
 from diffusion_rl.finetune import FinetuneSettings, FinetuneState, StepReport, begin, finetune
 from diffusion_rl.guards import GuardSettings
-from diffusion_rl.lora import attach_lora, lora_state, trained_parameters
+from diffusion_rl.lora import LoraSettings, attach_lora, lora_state, trained_parameters
 from diffusion_rl.optimizers import OptimizerSettings, build_optimizer
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout, sample_videos
@@ -25,6 +25,7 @@ from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings,
 from diffusion_rl.self_check import self_check
 from diffusion_rl.transitions import TRANSITIONS, ode
 from diffusion_rl.updates import replay, surrogate_of, update_policy
+from tests.diffusion_rl.test_credit import FAMILIES, build
 from tests.toy_gaussian import LORA, ToyGenerator
 
 OPTIONS = RolloutSettings(num_inference_steps=4, micro_batch=4, stochastic_steps=2)
@@ -304,6 +305,9 @@ def test_what_guards_and_other_rewards_take_is_spread(monkeypatch: pytest.Monkey
         assert one.weights is not None
         torch.testing.assert_close(one.weights.mean((1, 2, 3)), torch.ones(16))
         assert not bool((one.focused & (one.advantages >= 0)).any())
+        # What is left of a disadvantage outside the blame is the part of the others.
+        rest = one.weights[one.focused].flatten(1).min(dim=1).values
+        assert bool((rest > 1e-3).any()) == (one is not seen[0])
     with pytest.raises(ValueError, match="credit.name must be uniform for rewards that return no"):
         run(settings_for(summed, credit), silent, bright)
 
@@ -354,6 +358,32 @@ def test_a_resumed_run_is_the_uninterrupted_run(name: str, credit: str, tmp_path
     list(finetune(second, [JUDGE], ["plain"], settings, again))
     expected, found = (lora_state(one.transformer) for one in (whole, second))
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def blame_corners(videos: Tensor, prompts: list[str], *, fps: float) -> dict[str, Tensor]:
+    """Brightness, with a corner of the later frames to blame, at a resolution of its own."""
+    blame = torch.zeros(len(videos), videos.shape[1], 5, 7)
+    blame[:, 1:, :3, :3] = 0.5
+    return {"score": videos.mean((1, 2, 3, 4)), "blame": blame}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_from_grounded_credit(family: str) -> None:
+    generator = build(family)
+    attach_lora(generator.transformer, LoraSettings(rank=2))
+    settings = FinetuneSettings(
+        algorithm=GrpoSettings(clip_range=0.5),
+        credit=CreditSettings(name="grounded", clip="position"),
+        rollout=RolloutSettings(
+            num_inference_steps=3, stochastic_steps=1, prompts_per_update=1, videos_per_prompt=2
+        ),
+        updates=1,
+    )
+    prompts = ["a red circle moves left"]
+    (report,) = finetune(generator, [Reward("bright", blame_corners)], prompts, settings)
+    assert report.focused_share > 0.1
+    assert 0 < report.focus_area < 1
+    assert report.grad_norm > 0
 
 
 def updates_to_halve(credit: str, clip: str, seed: int, most: int = 24) -> int:

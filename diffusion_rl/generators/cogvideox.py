@@ -29,10 +29,7 @@ SCHEDULER = {
 class CogVideoXGenerator(AbstractPipelineGenerator):
     """CogVideoX 2B, 5B and 1.5 behind the loop's interface.
 
-    The pipeline's own videos with `CogVideoXDDIMScheduler` are those of the rollout where the
-    number of steps divides that of the training timesteps; elsewhere the scheduler steps to levels
-    slightly off those at which it goes on. With `CogVideoXDPMScheduler` they differ by its
-    higher-order steps.
+    Videos are those of `CogVideoXDDIMScheduler` where the steps divide the training timesteps.
     """
 
     pipeline_class = CogVideoXPipeline
@@ -66,8 +63,7 @@ class CogVideoXGenerator(AbstractPipelineGenerator):
     @property
     def padding(self) -> int:
         """Latent frames put before the video's own, so that CogVideoX 1.5 can pair them."""
-        frames = super().latent_shape[1]
-        return -frames % (self.pipeline.transformer.config.patch_size_t or 1)
+        return -super().latent_shape[1] % (self.pipeline.transformer.config.patch_size_t or 1)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:

@@ -43,7 +43,7 @@ def scan_frames(clip, judge):
 
 
 def read_tokens(judge, conversation, prefix=""):
-    return judge._reader._tokenize([conversation], [prefix], ())[0].tokens
+    return judge._reader.renderer.tokenize([conversation], [prefix], ())[0].tokens
 
 
 def test_turn_1_is_what_the_scorer_asks(judge, writer):

@@ -214,6 +214,7 @@ def test_a_request_to_stop_ends_in_a_checkpoint_and_the_rest_is_the_same(
     )
     run_stage(whole)
     step = JudgeSFTTrainer.training_step
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted(self: Any, *arguments: Any, **more: Any) -> Any:
         if self.state.global_step == 2:
@@ -226,7 +227,7 @@ def test_a_request_to_stop_ends_in_a_checkpoint_and_the_rest_is_the_same(
             run_stage(cut)
     assert [one.name for one in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-3"]
     assert not (tmp_path / "cut" / "judge").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
     run_stage(cut)
     one, other = (weights(tmp_path / name / "judge") for name in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)

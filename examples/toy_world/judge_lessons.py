@@ -17,13 +17,7 @@ import torch
 from torch import Tensor
 
 from cac_reward.answers import write_findings, write_scan_answer, write_tool_call
-from cac_reward.frames import (
-    InspectSettings,
-    JudgeSettings,
-    ScanSettings,
-    inspect_indices,
-    resize_to_budget,
-)
+from cac_reward.frames import inspect_indices, resize_to_budget
 from cac_reward.questions import (
     ALIGNMENT_CHOICES,
     CLEAN_ANSWER,
@@ -35,36 +29,12 @@ from cac_reward.questions import (
     write_time,
 )
 from cac_reward.report import Box, Finding, TimeWindow
-from examples.toy_world.world import (
-    COLOURS,
-    FAULTS,
-    MOTIONS,
-    SHAPES,
-    Clip,
-    sample_prompts,
-    write_prompt,
-)
+from examples.toy_world.annotated_clips import WHY, snap
+from examples.toy_world.base_judge import INSPECT_SIDE, PATCH, SCAN_SIDE, SETTINGS
+from examples.toy_world.world import COLOURS, FAULTS, MOTIONS, SHAPES, Clip
 
-PATCH = 8
-SCAN_SIDE = 24
-INSPECT_SIDE = 32
 MAX_BOXES = 3
 DECISION_WEIGHT = 4.0
-SETTINGS = JudgeSettings(
-    wording="brief",
-    domain="toy_world",
-    scan=ScanSettings(fps=8.0, max_frames=16, pixels=SCAN_SIDE**2),
-    inspect=InspectSettings(fps=8.0, max_frames=8, pixels=INSPECT_SIDE**2, margin_seconds=0.25),
-)
-WHY = {
-    "vanish": "vanishes",
-    "teleport": "jumps",
-    "recolour": "changes colour",
-    "deform": "changes shape",
-    "duplicate": "is there twice",
-    "freeze": "stops",
-    "flicker": "flickers",
-}
 
 
 @dataclass
@@ -77,13 +47,6 @@ class Lesson:
     frames: list[tuple[int, int]]
     """(frame index, side in pixels) of every image, in order."""
     clip: Clip
-
-
-def number_tokens(num_frames: int, fps: float) -> list[str]:
-    """Texts that become one token each: time stamps, times and pixel-grid coordinates."""
-    times = [f"{frame / fps:.2f}" for frame in range(num_frames + 1)]
-    stamps = [write_time(frame / fps) for frame in range(num_frames + 1)]
-    return stamps + times + sorted({str(round(i * 1000 / 32)) for i in range(33)}, key=int)
 
 
 def protocol_corpus() -> list[str]:
@@ -103,13 +66,6 @@ def protocol_corpus() -> list[str]:
     turns = ["user\n", "assistant\n", SCAN_TEXT, JUDGE_TEXT + "\n", CLEAN_ANSWER]
     turns += [*ALIGNMENT_CHOICES, VERDICT_PREFIX + VERDICT_CHOICES[1]]
     return questions + answers + [*turns, write_tool_call([window, window])] * 50
-
-
-def snap(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-    """A relative box on the 32-pixel grid, at least one pixel wide and high."""
-    low = [min(round(v * 32), 31) for v in box[:2]]
-    high = [max(round(v * 32), a + 1) for v, a in zip(box[2:], low)]
-    return (low[0] / 32, low[1] / 32, high[0] / 32, high[1] / 32)
 
 
 def clip_windows(clip: Clip) -> list[TimeWindow]:
@@ -227,38 +183,6 @@ class LessonWriter:
             self.answer(lesson, write_findings(clip_findings(clip)), True, 0)
             lesson.weights[-2] = DECISION_WEIGHT
         return lesson
-
-
-def wrong_prompt(clip: Clip, random: np.random.Generator) -> str:
-    """A prompt that is not true of the clip: another clip's, or its own with one thing changed.
-
-    The first kind is easy and gets the question learnt, the second makes the answer careful.
-    """
-    if random.random() < 0.35:
-        other = clip.prompt
-        while other == clip.prompt:
-            other = sample_prompts(1, int(random.integers(2**31)), "train")[0]
-        return other
-    objects = []
-    for part in clip.prompt.split(" and a "):
-        colour, shape, _, *motion = part.removeprefix("a ").split()
-        objects.append((colour, shape, " ".join(motion)))
-    at = int(random.integers(len(objects)))
-    colour, shape, motion = objects[at]
-    used = {c for c, _, _ in objects}
-    change = random.random()
-    if change < 0.3:
-        colour = str(random.choice([c for c in COLOURS if c not in used]))
-    elif change < 0.6:
-        shape = str(random.choice([s for s in SHAPES if s != shape]))
-    elif change < 0.9 or len(objects) == 3:
-        motion = str(random.choice([m for m in MOTIONS if m != motion]))
-    else:
-        free = str(random.choice([c for c in COLOURS if c not in used]))
-        thing = (free, str(random.choice(SHAPES)), str(random.choice(MOTIONS)))
-        return write_prompt([*objects, thing])
-    objects[at] = (colour, shape, motion)
-    return write_prompt(objects)
 
 
 def lesson_random(clip: Clip, salt: int) -> np.random.Generator:

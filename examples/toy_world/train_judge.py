@@ -22,19 +22,18 @@ from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from examples.toy_world import judge_bank
+from examples.toy_world.annotated_clips import wrong_prompt
+from examples.toy_world.base_judge import SETTINGS, number_tokens
 from examples.toy_world.judge_folder import build_config, build_processor, build_tokenizer
 from examples.toy_world.judge_lessons import (
-    SETTINGS,
     DenseLabels,
     Lesson,
     LessonWriter,
     dense_labels,
     frames_to_tensor,
     lesson_random,
-    number_tokens,
     patches,
     protocol_corpus,
-    wrong_prompt,
 )
 from examples.toy_world.train_generator import build_optimizers
 from examples.toy_world.training_state import (

@@ -9,8 +9,9 @@ from cac_reward.frames import frame_times, inspect_indices, resize_to_budget
 from cac_reward.judges.local import LocalJudge
 from cac_reward.questions import Message, alignment_message, inspect_message, scan_message
 from examples.toy_world import training_state
+from examples.toy_world.annotated_clips import snap, wrong_prompt
+from examples.toy_world.base_judge import SETTINGS
 from examples.toy_world.judge_lessons import (
-    SETTINGS,
     LessonWriter,
     clip_findings,
     clip_windows,
@@ -18,8 +19,6 @@ from examples.toy_world.judge_lessons import (
     frames_to_tensor,
     lesson_random,
     patches,
-    snap,
-    wrong_prompt,
 )
 from examples.toy_world.train_judge import JudgeModel, build_judge, collate
 from examples.toy_world.world import COLOURS, FAULTS, render_clip, sample_prompts, split_of

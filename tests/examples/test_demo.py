@@ -215,7 +215,8 @@ def test_control_c_saves_and_the_same_command_goes_on(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
-            wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, process)
+            # An update is noted before it is saved, and may be interrupted between the two.
+            wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3, process)
             process.send_signal(signal.SIGINT)
             said, _ = process.communicate(timeout=120)
         finally:

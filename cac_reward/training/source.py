@@ -51,6 +51,8 @@ class LessonSource:
         options: of lessons.
         count: lessons in all.
         seed: of everything that is drawn.
+        update: lessons of one update. Those of a kind follow each other within it, so that the
+            batches that are accumulated hold sequences of like length and little padding.
         anomalous_share: of lessons on anomalous clips; None takes clips as they come.
 
     Raises:
@@ -66,6 +68,7 @@ class LessonSource:
         *,
         count: int,
         seed: int,
+        update: int = 1,
         anomalous_share: float | None = None,
     ) -> None:
         self.store = store
@@ -75,7 +78,9 @@ class LessonSource:
         self.names = [name for name, share in shares.items() if share > 0]
         chances = np.array([shares[name] for name in self.names])
         random = np.random.default_rng([seed, 0])
-        self.kinds = random.choice(len(self.names), count, p=chances / chances.sum())
+        drawn = random.choice(len(self.names), count, p=chances / chances.sum())
+        # By update first, by kind second.
+        self.kinds = drawn[np.lexsort((drawn, np.arange(count) // update))]
         self.clips = np.zeros(count, np.int64)
         self._fitting = self._fit()
         anomalous = None if anomalous_share is None else random.random(count) < anomalous_share

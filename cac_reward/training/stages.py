@@ -107,10 +107,9 @@ def _source(stage: StageSettings, pupil: Pupil, processes: int) -> LessonSource:
     """The lessons of a stage, in their order."""
     options = LessonOptions.build(stage.options, written=stage.trainer == "sft")
     view = View(pupil.settings, pupil.family, _patch_factor(pupil.processor), tuple(stage.classes))
-    if stage.trainer == "grpo":
-        count = count_questions(stage, processes)
-    else:
-        count = stage.updates * stage.batch * stage.accumulation * processes
+    update = stage.batch * stage.accumulation * processes
+    grpo = stage.trainer == "grpo"
+    count = count_questions(stage, processes) if grpo else stage.updates * update
     return LessonSource(
         ClipStore(stage.data.train, videos=stage.data.videos, split=stage.data.split),
         view,
@@ -118,6 +117,7 @@ def _source(stage: StageSettings, pupil: Pupil, processes: int) -> LessonSource:
         options,
         count=count,
         seed=stage.seed,
+        update=1 if grpo else update,
         anomalous_share=stage.data.anomalous_share,
     )
 

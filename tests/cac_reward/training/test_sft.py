@@ -35,6 +35,7 @@ def lessons_of(stage: StageSettings, family: str, factor: int, count: int) -> li
         LessonOptions.build(stage.options),
         count=count,
         seed=stage.seed,
+        update=stage.batch * stage.accumulation,
     )
     return [source.draw(number).write() for number in range(count)]
 

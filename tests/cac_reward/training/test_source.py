@@ -55,6 +55,20 @@ def plain(number: int, one: LessonSource) -> list[object]:
     return parts
 
 
+def test_lessons_of_a_kind_follow_each_other_within_an_update(store: ClipStore) -> None:
+    update, count = 8, 45
+    mixed, sorted_ = source(store, count=count), source(store, count=count, update=update)
+    for first in range(0, count, update):
+        window = slice(first, first + update)
+        assert sorted_.kinds[window].tolist() == sorted(mixed.kinds[window].tolist())
+    assert mixed.kinds.tolist() != sorted_.kinds.tolist()
+    for kind in range(3):
+        # The clips of a kind come in whole rounds as before.
+        np.testing.assert_array_equal(
+            np.sort(mixed.clips[mixed.kinds == kind]), np.sort(sorted_.clips[sorted_.kinds == kind])
+        )
+
+
 def test_a_lesson_is_a_function_of_seed_and_number(store: ClipStore) -> None:
     options = {"compressed": 0.5, "verdict_only": 0.5}
     one, same = (source(store, options=options) for _ in range(2))

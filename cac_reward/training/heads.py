@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 HEADS = "cac_heads"
 """Name of the heads within the judge's module."""
@@ -33,14 +34,21 @@ class ClassifierHeads(nn.Module):
             nn.init.zeros_(one.weight)
             nn.init.zeros_(one.bias)
         self._ends: Tensor | None = None
+        self._caption_labels: Tensor | None = None
         self._read: tuple[Tensor, Tensor] | None = None
-        self.caption_states: Tensor | None = None
-        """[N caption_tokens D] of the last pass: what each token of a caption is read off."""
+        self.caption_loss: Tensor | None = None
+        """Of the last pass that was announced with captions: mean cross-entropy of their tokens."""
 
-    def watch(self, frame_ends: Tensor) -> None:
-        """Announce where the frames of the next pass end: [N 2] of row and place, in order."""
-        self._ends = frame_ends
-        self._read = None
+    def watch(self, frame_ends: Tensor, captions: Tensor | None = None) -> None:
+        """Announce the next pass.
+
+        Args:
+            frame_ends: [N 2] of row and place right behind each frame, in order.
+            captions: [N caption_tokens] of what each frame shows; -100 where nothing is to be
+                said. None says nothing of them.
+        """
+        self._ends, self._caption_labels = frame_ends, captions
+        self._read = self.caption_loss = None
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Log-odds [N] of the frames and [B] of the clips of the pass that was announced.
@@ -57,8 +65,6 @@ class ClassifierHeads(nn.Module):
         """Read states [B L D]; a clip without frames has log-odds 0."""
         rows, places = frame_ends.unbind(1)
         states = hidden[rows, places].to(self.frame.weight.dtype)
-        if self.captions is not None:
-            self.caption_states = self.captions(states).view(len(rows), -1, hidden.shape[-1])
         last = torch.full((len(hidden),), -1, device=hidden.device, dtype=torch.long)
         # Of several frames in a row the last counts; plain indexing would leave that open on a GPU.
         numbers = torch.arange(len(rows), device=hidden.device)
@@ -67,10 +73,36 @@ class ClassifierHeads(nn.Module):
         clips = self.clip(padded)[last, 0] * (last >= 0)
         return self.frame(states)[:, 0], clips
 
-    def _along(self, module: nn.Module, arguments: tuple, output: Any) -> None:
-        if self._ends is not None:
-            ends, self._ends = self._ends, None
-            self._read = self(output.last_hidden_state, ends)
+    def say_captions(
+        self, hidden: Tensor, frame_ends: Tensor, labels: Tensor, output_embedding: nn.Module
+    ) -> Tensor:
+        """Mean cross-entropy of all tokens of the captions, each said at once.
+
+        Args:
+            hidden: [B L D].
+            frame_ends: [N 2].
+            labels: [N caption_tokens]; -100 where nothing is to be said.
+            output_embedding: [... D] to [... V], the judge's own.
+        """
+        assert self.captions is not None
+        rows, places = frame_ends.unbind(1)
+        states = self.captions(hidden[rows, places].to(self.captions.weight.dtype))
+        states = states.view(len(rows), -1, hidden.shape[-1])
+        said = labels != -100
+        if not said.any():
+            # All that learns takes part in every pass, as DDP expects.
+            return states.sum() * 0
+        logits = output_embedding(states[said].to(hidden.dtype))
+        return cross_entropy(logits.float(), labels[said])
+
+    def _along(self, hidden: Tensor, output_embedding: nn.Module) -> None:
+        if self._ends is None:
+            return
+        ends, self._ends = self._ends, None
+        labels, self._caption_labels = self._caption_labels, None
+        self._read = self(hidden, ends)
+        if self.captions is not None and labels is not None:
+            self.caption_loss = self.say_captions(hidden, ends, labels, output_embedding)
 
     def save(self, folder: str | Path) -> None:
         """Write `cac_heads.safetensors` into a judge's folder."""
@@ -112,5 +144,11 @@ def attach_heads(model: Any, caption_tokens: int = 0) -> ClassifierHeads:
     heads = ClassifierHeads(model.config.get_text_config().hidden_size, caption_tokens)
     heads = heads.to(next(model.parameters()).device)
     setattr(model, HEADS, heads)
-    model.model.register_forward_hook(heads._along)
+
+    def read(module: nn.Module, arguments: tuple, output: Any) -> None:
+        # Within the judge's own pass, and by calling its module: where FSDP or ZeRO shard the
+        # weights, they are whole there and nowhere else.
+        heads._along(output.last_hidden_state, model.get_output_embeddings())
+
+    model.model.register_forward_hook(read)
     return heads

@@ -37,11 +37,6 @@ class Pupil:
     name: str
     """Folder or hub id that it was loaded from."""
 
-    @property
-    def core(self) -> Any:
-        """transformers' own model within any wrapping."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-
     def training_processor(self) -> Any:
         """A copy whose pictures come as a judge is shown them, whoever calls it."""
         twin = copy.copy(self.processor)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, linear
+from torch.nn.functional import binary_cross_entropy_with_logits
 from trl import SFTConfig, SFTTrainer
 
 from cac_reward.training.clips import Skipped
@@ -124,7 +124,7 @@ class JudgeSFTTrainer(LearningMixin, SFTTrainer):
         frame_labels, captions = inputs.pop("frame_labels"), inputs.pop("frame_captions")
         heads, loss = self.pupil.heads, self.stage.loss
         if heads is not None:
-            heads.watch(ends)
+            heads.watch(ends, captions)
         parts: dict[str, Tensor] = {}
         if loss.words > 0:
             labels = inputs["input_ids"].masked_fill(weights == 0, -100)
@@ -136,9 +136,8 @@ class JudgeSFTTrainer(LearningMixin, SFTTrainer):
             parts["words"] = model(**inputs, logits_to_keep=1).logits.float().mean()
         if heads is not None:
             parts |= head_losses(*heads.take(), frame_labels, clip_labels, loss)
-            if heads.caption_states is not None:
-                output = self.pupil.core.get_output_embeddings().weight
-                parts["captions"] = caption_loss(heads.caption_states, output, captions)
+            if heads.caption_loss is not None:
+                parts["captions"] = heads.caption_loss
         shares = {name: getattr(loss, name) for name in parts}
         for name, value in parts.items():
             if shares[name] > 0:
@@ -152,21 +151,6 @@ class JudgeSFTTrainer(LearningMixin, SFTTrainer):
         if self.stage.loss.decision_words > 1 and decisive.any():
             share = right.float()[decisive].mean().item()
             self._metrics["train"]["decisions_right"].append(share)
-
-
-def caption_loss(states: Tensor, output: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of captions said at once.
-
-    Args:
-        states: [N K D].
-        output: [V D], the judge's output embedding.
-        labels: [N K]; -100 where there is nothing to say.
-    """
-    said = labels != -100
-    if not said.any():
-        return states.sum() * 0
-    logits = linear(states[said], output.to(states.dtype))
-    return cross_entropy(logits.float(), labels[said])
 
 
 def head_losses(

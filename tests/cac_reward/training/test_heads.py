@@ -114,15 +114,31 @@ def test_heads_that_say_captions_go_on_from_those_that_did_not(tmp_path: Path) -
             assert torch.equal(new.captions.weight, expected)
 
 
-def test_captions_are_read_off_each_frames_state() -> None:
-    heads = some_heads(captions=2)
-    hidden = torch.randn(2, 4, WIDTH)
-    ends = torch.tensor([[0, 1], [1, 3]])
-    heads(hidden, ends)
-    assert heads.caption_states.shape == (2, 2, WIDTH)
-    for frame, (row, place) in enumerate(ends.tolist()):
-        weight = heads.captions.weight.view(2, WIDTH, WIDTH)
-        bias = heads.captions.bias.view(2, WIDTH)
-        for token in range(2):
-            expected = weight[token] @ hidden[row, place] + bias[token]
-            torch.testing.assert_close(heads.caption_states[frame, token], expected)
+def test_captions_are_said_off_each_frames_state_by_the_judges_own_words(tmp_path: Path) -> None:
+    """Against a loop over frames and tokens; nothing to say costs nothing, and keeps a gradient."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(build_tiny_judge(tmp_path))
+    heads = attach_heads(model, 2)
+    width = model.config.get_text_config().hidden_size
+    ids = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
+    ends = torch.tensor([[0, 1], [1, 2], [1, 3]])
+    labels = torch.tensor([[11, 12], [-100, -100], [13, -100]])
+    heads.watch(ends, labels)
+    states: Tensor = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    weight, bias = heads.captions.weight.view(2, width, width), heads.captions.bias.view(2, width)
+    losses = []
+    for (row, place), tokens in zip(ends.tolist(), labels.tolist(), strict=True):
+        for at, token in enumerate(tokens):
+            if token >= 0:
+                said = model.lm_head(weight[at] @ states[row, place] + bias[at])
+                losses.append(-said.log_softmax(-1)[token])
+    torch.testing.assert_close(heads.caption_loss, torch.stack(losses).mean())
+    heads.watch(ends, torch.full((3, 2), -100))
+    model(input_ids=ids)
+    assert heads.caption_loss.item() == 0
+    heads.caption_loss.backward()
+    assert heads.captions.weight.grad is not None
+    heads.watch(ends)
+    model(input_ids=ids)
+    assert heads.caption_loss is None

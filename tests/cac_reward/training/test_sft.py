@@ -211,6 +211,18 @@ def test_heads_learn_from_what_is_known_behind_each_frame(clips: Path, tmp_path:
     assert all(torch.equal(before[name], after[name]) for name in before | after)
 
 
+def test_captions_are_learnt_beside_the_words(judge: Path, clips: Path, tmp_path: Path) -> None:
+    loss = {"captions": 1.0, "caption_tokens": 3}
+    optimizer = {"learning_rate": 1e-2, "schedule": "constant"}
+    stage = tiny_stage(
+        judge, clips, tmp_path, lessons={"scan": 1.0}, loss=loss, optimizer=optimizer, updates=12
+    )
+    result = run_stage(stage)
+    heard = [line["loss_captions"] for line in history(tmp_path)]
+    assert heard[-1] < 0.8 * heard[0]
+    assert load_file(result.judge / HEADS_FILE)["captions.weight"].shape == (3 * 32, 32)
+
+
 def test_unknown_labels_take_no_part_in_the_heads_losses() -> None:
     labels, odds = torch.tensor([1.0, float("nan"), 0.0]), torch.tensor([0.3, 9.0, -0.2])
     loss = LossSettings(anomalous_weight=3.0)

@@ -86,7 +86,8 @@ LAYERS = {
             "charts",
             "style",
         ),
-        *("clips", "page", "evaluation", "before_after", "configuration", "launch", "__main__"),
+        *("clips", "page", "evaluation", "before_after", "configuration", "launch"),
+        *("commands/base", "commands/", "__main__"),
     ],
 }
 # The only files that may import HEAVY packages, the (!) of the design.

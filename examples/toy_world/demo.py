@@ -19,8 +19,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from diffusion_rl.__main__ import INTERRUPTED, USER_ERRORS, describe, train_with_bar
 from diffusion_rl.checkpoint import latest_checkpoint
+from diffusion_rl.commands.base import INTERRUPTED, USER_ERRORS
+from diffusion_rl.commands.train import describe, train_with_bar
 from diffusion_rl.configuration import RunSettings, build, load_config, read_prompts, to_tree
 from diffusion_rl.launch import (
     CHECKPOINTS,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_rl.__main__ import INTERRUPTED, USER_ERRORS
+from diffusion_rl.commands.base import INTERRUPTED, USER_ERRORS
 from examples.toy_world.world import sample_prompts
 
 HERE = Path(__file__).parent

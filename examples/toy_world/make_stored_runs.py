@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffusion_rl.__main__ import train_with_bar
+from diffusion_rl.commands.train import train_with_bar
 from diffusion_rl.configuration import load_config, read_prompts
 from diffusion_rl.launch import Run, prepare
 from diffusion_rl.tracking import METRICS_FILE

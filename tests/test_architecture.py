@@ -37,6 +37,7 @@ LAYERS = {
         *("drawing", "tables", "page_assets", "page", "exports/base", "exports/", "exporting"),
         *("batch", "score_command"),
         *("data/annotations", "data/lines", "data/parquet", "data/shards", "data/storage"),
+        "data/videos",
         *("data/checking", "data/importers/base", "data/importers/", "data/importing"),
         *("data/synthesis/motion", "data/synthesis/targets", "data/synthesis/blending"),
         *("data/synthesis/places", "data/synthesis/surfaces", "data/synthesis/moments"),

@@ -76,27 +76,71 @@ def read_shard(
     """
     key: str | None = None
     members: dict[str, bytes] = {}
+    for shard, member, own, suffix in _members(path):
+        if own != key and key is not None:
+            yield ShardSample(key, members)
+        if own != key:
+            key, members = own, {}
+        _check_member(member, suffix in members, path)
+        if suffixes is None or suffix in suffixes:
+            with _refused(path):
+                content = shard.extractfile(member)
+                assert content is not None
+                members[suffix] = content.read()
+    if key is not None:
+        yield ShardSample(key, members)
+
+
+def shard_places(path: str | os.PathLike[str]) -> dict[str, dict[str, tuple[int, int]]]:
+    """Where the members of each sample stand in a tar file that is not compressed.
+
+    Returns:
+        Begin and length in bytes by suffix, by key.
+
+    Raises:
+        ValueError: As `read_shard`.
+    """
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for _, member, key, suffix in _members(path):
+        own = found.setdefault(key, {})
+        _check_member(member, suffix in own, path)
+        own[suffix] = (member.offset_data, member.size)
+    return found
+
+
+def is_compressed(path: str | os.PathLike[str]) -> bool:
+    """Whether a shard can only be read from the front."""
     try:
-        with tarfile.open(path, "r|*") as shard:
-            for member in shard:
-                if member.isdir():
-                    continue
-                own, suffix = _split(member.name)
-                if own != key and key is not None:
-                    yield ShardSample(key, members)
-                if own != key:
-                    key, members = own, {}
-                _check_member(member, suffix in members, path)
-                if suffixes is None or suffix in suffixes:
-                    content = shard.extractfile(member)
-                    assert content is not None
-                    members[suffix] = content.read()
+        with tarfile.open(path, "r:"):
+            return False
+    except tarfile.ReadError:
+        return True
+
+
+Member = tuple[tarfile.TarFile, tarfile.TarInfo, str, str]
+"""The open shard, a member of it, and the member's key and suffix."""
+
+
+def _members(path: str | os.PathLike[str]) -> Iterator[Member]:
+    """Every member that is no folder; a file that is no whole shard is refused at its end."""
+    with _refused(path), tarfile.open(path, "r|*") as shard:
+        for member in shard:
+            if not member.isdir():
+                yield shard, member, *_split(member.name)
+        # Where tarfile meets half a header, or none, it stops without a word.
+        assert shard.fileobj is not None
+        if shard.fileobj.tell() < shard.offset + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("no end-of-archive block")
+
+
+@contextmanager
+def _refused(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(
             f"{path} must be a whole tar file, got one that is not: {error}"
         ) from error
-    if key is not None:
-        yield ShardSample(key, members)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import numpy as np
 from cac_reward.data.annotations import AnnotatedClip, SchemaError
 from cac_reward.data.lines import parse_record
 from cac_reward.data.storage import annotation_files, refusal
+from cac_reward.data.videos import open_video
 from cac_reward.video import Video
 
 
@@ -83,7 +84,7 @@ class ClipStore:
         if packed is not None:
             return Video.decode(io.BytesIO(packed), fps=clip.fps)
         root = self.videos or self.files[self._which[number]].parent
-        return Video.decode(root / clip.path, fps=clip.fps)
+        return open_video(clip, root)
 
 
 class _Lines:

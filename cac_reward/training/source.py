@@ -41,46 +41,47 @@ class Drawn:
         return None if self.seen is None else LESSONS[self.kind].write(self.seen)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LessonPlan:
+    """Which lessons there are."""
+
+    shares: Mapping[str, float]
+    """Of lessons, by the names of `LESSONS`."""
+    count: int
+    """Lessons in all."""
+    seed: int
+    """Of everything that is drawn."""
+    update: int = 1
+    """Lessons of one update. Those of a kind follow each other within it, so that the batches that
+    are accumulated hold sequences of like length and little padding."""
+    anomalous_share: float | None = None
+    """Of lessons on anomalous clips; None takes clips as they come."""
+
+
 class LessonSource:
     """Plans and draws lessons.
 
     Args:
         store: the clips.
         view: how the judge sees them.
-        shares: of lessons, by the names of `LESSONS`.
+        plan: which lessons there are.
         options: of lessons.
-        count: lessons in all.
-        seed: of everything that is drawn.
-        update: lessons of one update. Those of a kind follow each other within it, so that the
-            batches that are accumulated hold sequences of like length and little padding.
-        anomalous_share: of lessons on anomalous clips; None takes clips as they come.
 
     Raises:
         ValueError: If no clip fits a kind of lesson that has a share.
     """
 
     def __init__(
-        self,
-        store: ClipStore,
-        view: View,
-        shares: Mapping[str, float],
-        options: LessonOptions,
-        *,
-        count: int,
-        seed: int,
-        update: int = 1,
-        anomalous_share: float | None = None,
+        self, store: ClipStore, view: View, plan: LessonPlan, options: LessonOptions
     ) -> None:
-        self.store = store
-        self.view = view
-        self.options = options
-        self.seed = seed
+        self.store, self.view, self.options, self.seed = store, view, options, plan.seed
+        shares, count, anomalous_share = plan.shares, plan.count, plan.anomalous_share
         self.names = [name for name, share in shares.items() if share > 0]
         chances = np.array([shares[name] for name in self.names])
-        random = np.random.default_rng([seed, 0])
+        random = np.random.default_rng([plan.seed, 0])
         drawn = random.choice(len(self.names), count, p=chances / chances.sum())
         # By update first, by kind second.
-        self.kinds = drawn[np.lexsort((drawn, np.arange(count) // update))]
+        self.kinds = drawn[np.lexsort((drawn, np.arange(count) // plan.update))]
         self.clips = np.zeros(count, np.int64)
         self._fitting = self._fit()
         anomalous = None if anomalous_share is None else random.random(count) < anomalous_share

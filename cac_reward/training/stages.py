@@ -24,7 +24,7 @@ from cac_reward.training.models import Pupil, load_pupil, save_judge
 from cac_reward.training.processes import processes
 from cac_reward.training.settings import StageSettings, to_tree
 from cac_reward.training.sft import JudgeSFTTrainer
-from cac_reward.training.source import LessonSource
+from cac_reward.training.source import LessonPlan, LessonSource
 from cac_reward.training.stopping import StopRequest
 from cac_reward.whole_files import whole_file
 
@@ -110,15 +110,18 @@ def _source(stage: StageSettings, pupil: Pupil, processes: int) -> LessonSource:
     update = stage.batch * stage.accumulation * processes
     grpo = stage.trainer == "grpo"
     count = count_questions(stage, processes) if grpo else stage.updates * update
-    return LessonSource(
-        ClipStore(stage.data.train, videos=stage.data.videos, split=stage.data.split),
-        view,
-        stage.lessons,
-        options,
+    plan = LessonPlan(
+        shares=stage.lessons,
         count=count,
         seed=stage.seed,
         update=1 if grpo else update,
         anomalous_share=stage.data.anomalous_share,
+    )
+    return LessonSource(
+        ClipStore(stage.data.train, videos=stage.data.videos, split=stage.data.split),
+        view,
+        plan,
+        options,
     )
 
 

@@ -6,7 +6,6 @@ teacher is told, what it answers and what it is compared with are on one grid.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cac_reward.data.annotations import AnnotatedClip, Caption
-from cac_reward.data.shards import read_shard
+from cac_reward.data.videos import open_video
 from cac_reward.frames import ScanSettings, scan_indices
 from cac_reward.report import TIME_TOLERANCE, VERDICTS, Box, Finding, TimeWindow
 from cac_reward.video import Video
@@ -60,17 +59,7 @@ def open_clip(clip: AnnotatedClip, root: Path) -> Video:
             f"path must be below {base}, got {clip.path!r}; frames are sent elsewhere, so name the "
             "folder above them by --videos"
         )
-    if clip.key is None:
-        return Video.decode(place, fps=clip.fps)
-    if not os.path.isfile(place):
-        raise FileNotFoundError(f"shard must be an existing file, got {place}")
-    for sample in read_shard(place):
-        if sample.key == clip.key:
-            packed = [data for suffix, data in sample.members.items() if suffix != "json"]
-            if len(packed) != 1:
-                raise ValueError(f"sample {clip.key!r} must hold one video, got {len(packed)}")
-            return Video.decode(io.BytesIO(packed[0]), fps=clip.fps)
-    raise FileNotFoundError(f"shard must hold the sample {clip.key!r}, got none in {place}")
+    return open_video(clip, base)
 
 
 def check_times(clip: AnnotatedClip, video: Video) -> None:

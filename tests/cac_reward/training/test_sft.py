@@ -17,7 +17,7 @@ from cac_reward.training.clips import ClipStore
 from cac_reward.training.lessons import Lesson, LessonOptions, View, Words
 from cac_reward.training.settings import LossSettings, StageSettings
 from cac_reward.training.sft import head_losses
-from cac_reward.training.source import LessonSource
+from cac_reward.training.source import LessonPlan, LessonSource
 from cac_reward.training.stages import run_stage
 from tests.tiny_judge import build_tiny_judge
 from tests.tiny_stage import history, sharpen, tiny_stage, weights
@@ -28,14 +28,13 @@ HEADS_FILE = "cac_heads.safetensors"
 def lessons_of(stage: StageSettings, family: str, factor: int, count: int) -> list[Lesson]:
     """What a stage teaches, in its order."""
     view = View(stage.judge.over(JudgeSettings()), FAMILIES[family], factor)
+    update = stage.batch * stage.accumulation
+    plan = LessonPlan(shares=stage.lessons, count=count, seed=stage.seed, update=update)
     source = LessonSource(
         ClipStore(stage.data.train, split=None),
         view,
-        stage.lessons,
+        plan,
         LessonOptions.build(stage.options),
-        count=count,
-        seed=stage.seed,
-        update=stage.batch * stage.accumulation,
     )
     return [source.draw(number).write() for number in range(count)]
 

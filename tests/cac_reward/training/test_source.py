@@ -17,7 +17,7 @@ from cac_reward.judges.families import FAMILIES
 from cac_reward.report import Finding, TimeWindow
 from cac_reward.training.clips import ClipStore
 from cac_reward.training.lessons import LessonOptions, View, Words
-from cac_reward.training.source import LessonSource, compress
+from cac_reward.training.source import LessonPlan, LessonSource, compress
 from tests.training_clips import FRAMES, square_clip, write_clips
 
 CLIPS = 12
@@ -40,7 +40,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ClipStore:
 
 def source(store: ClipStore, shares: dict[str, float] = SHARES, **more: Any) -> LessonSource:
     options = LessonOptions.build(more.pop("options", {}))
-    return LessonSource(store, VIEW, shares, options, **{"count": 50, "seed": 3} | more)
+    plan = LessonPlan(shares=shares, **{"count": 50, "seed": 3} | more)
+    return LessonSource(store, VIEW, plan, options)
 
 
 def plain(number: int, one: LessonSource) -> list[object]:

@@ -175,6 +175,8 @@ def train(run: Run) -> Generator[StepReport]:
     finally:
         if snapshot.step:
             save_checkpoint(output / CHECKPOINTS, snapshot)
+        for reward in run.rewards:
+            reward.close()
         for tracker in trackers:
             tracker.close()
 

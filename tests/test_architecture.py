@@ -73,6 +73,7 @@ LAYERS = {
     "diffusion_rl": [
         *("shapes", "transitions", "advantages", "credit", "losses", "surrogates"),
         *("algorithms", "row_settings", "guards"),
+        *("loading", "reward_contract", "reward_worker", "remote_rewards"),
         *("rewards", "generators/base", "generators/families", "generators/pipeline"),
         *("generators/wan", "generators/", "lora", "lora_files", "rollout"),
         *("optimizers", "updates"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffusion_rl.rewards import (
+    Calls,
     Reward,
     RewardSettings,
     build_reward,
@@ -299,3 +300,116 @@ def test_bad_settings_are_refused():
         RewardSettings(name="", target="a:b")
     with pytest.raises(ValueError, match="weight must be finite, got nan"):
         RewardSettings(name="a", target="a:b", weight=NAN)
+
+
+def failing(times: int, **others):
+    """A reward that raises at its first calls, then scores by brightness."""
+    calls = []
+
+    def reward(videos, prompts, *, fps):
+        calls.append(list(prompts))
+        if len(calls) <= times:
+            raise ConnectionError("gone")
+        return videos.flatten(1).mean(1)
+
+    return reward, calls
+
+
+def asked(function, **calls) -> Reward:
+    return Reward("mine", function, calls=Calls(retry_seconds=0.0, **calls))
+
+
+def test_a_failed_call_is_made_again_as_often_as_asked():
+    for times, retries in ((0, 0), (2, 2)):
+        function, calls = failing(times)
+        batch = judge_videos([asked(function, retries=retries)], VIDEOS, PROMPTS, fps=8.0)
+        assert len(calls) == times + 1
+        torch.testing.assert_close(batch.score, VIDEOS.flatten(1).mean(1))
+    function, calls = failing(3)
+    with pytest.raises(RuntimeError, match="'mine' raised ConnectionError: gone"):
+        judge_videos([asked(function, retries=2)], VIDEOS, PROMPTS, fps=8.0)
+    assert len(calls) == 3
+
+
+def test_pauses_double_up_to_a_minute_and_end_when_nobody_waits(monkeypatch):
+    function, calls = failing(99)
+    reward = Reward("mine", function, calls=Calls(retries=9, retry_seconds=0.5))
+    pauses = []
+    monkeypatch.setattr(reward.closed, "wait", lambda seconds: pauses.append(seconds))
+    with pytest.raises(RuntimeError, match="gone"):
+        judge_videos([reward], VIDEOS, PROMPTS, fps=8.0)
+    assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    monkeypatch.undo()
+    calls.clear()
+    reward.close()
+    with pytest.raises(RuntimeError, match="gone"):
+        judge_videos([reward], VIDEOS, PROMPTS, fps=8.0)
+    assert len(calls) == 1
+
+
+def test_videos_of_a_call_that_failed_may_be_left_missing(caplog):
+    function, calls = failing(1)
+    reward = asked(function, on_error="missing", videos_per_call=3)
+    with pytest.raises(RuntimeError, match="NaN for 3 of 4 videos, more .*ConnectionError: gone"):
+        judge_videos([reward], VIDEOS, PROMPTS, fps=8.0)
+    assert calls == [["a", "b", "c"], ["d"]]
+    function, _ = failing(1)
+    reward = asked(function, on_error="missing", videos_per_call=2)
+    batch = judge_videos([reward], VIDEOS, PROMPTS, fps=8.0)
+    assert batch.score.isnan().tolist() == [True, True, False, False]
+    torch.testing.assert_close(batch.score[2:], VIDEOS.flatten(1).mean(1)[2:])
+    assert batch.judgements["mine"].unanswered == 2
+    assert "2 videos are left unjudged" in caplog.text
+
+
+def test_a_broken_answer_stops_the_run_whatever_is_said_of_failures():
+    reward = asked(constant(1.0), on_error="missing", retries=3)
+    with pytest.raises(ValueError, match=r"shape \(4,\), got \(1,\)"):
+        judge_videos([reward], VIDEOS, PROMPTS, fps=8.0)
+
+
+def test_blame_and_reports_of_several_calls_are_put_together():
+    def reward(videos, prompts, *, fps):
+        if prompts[0] == "a":
+            return videos.flatten(1).mean(1)
+        size = 2 if prompts[0] == "b" else sizes
+        blame = videos.mean(2)[..., :size, :size]
+        return {"score": torch.zeros(len(prompts)), "blame": blame, "reports": list(prompts)}
+
+    sizes = 2
+    batch = judge_videos([asked(reward, videos_per_call=1)], VIDEOS, PROMPTS, fps=8.0)
+    found = batch.judgements["mine"]
+    assert found.reports == [None, "b", "c", "d"]
+    assert torch.equal(found.blame[1:], VIDEOS.mean(2)[1:, :, :2, :2])
+    assert not found.blame[0].any()
+    sizes = 3
+    with pytest.raises(ValueError, match=r"must be of one size .* got \[\(3, 2, 2\), \(3, 3, 3\)"):
+        judge_videos([asked(reward, videos_per_call=1)], VIDEOS, PROMPTS, fps=8.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"where": "there"}, "where must be one of here, process, http, got there; near names: he"),
+        ({"on_error": "mising"}, "on_error must be one of .*, got mising; near names: missing"),
+        ({"where": "http"}, "target must be 'http://HOST' .* got a:b with where: http"),
+        ({"target": "http://a"}, "'module:name' with any other, got http://a with where: here"),
+        ({"retries": -1}, "retries must be at least 0, got -1"),
+        ({"retry_seconds": -1.0}, "retry_seconds must be at least 0, got -1.0"),
+        ({"videos_per_call": 0}, "videos_per_call must be at least 1, got 0"),
+        ({"calls_at_once": 2}, "calls_at_once must be 1 with where: here, got 2"),
+        ({"timeout_seconds": 5.0}, "timeout_seconds must be left out with where: here, got 5.0"),
+        ({"where": "process", "timeout_seconds": 0.0}, "timeout_seconds must be above 0, got 0.0"),
+    ],
+)
+def test_settings_of_calls_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        RewardSettings(**{"name": "a", "target": "a:b", **options})
+
+
+def test_a_server_is_asked_patiently_and_in_small_calls_unless_told_otherwise():
+    calls = RewardSettings(name="a", target="http://a", where="http").calls
+    assert (calls.retries, calls.videos_per_call, calls.elsewhere) == (5, 8, True)
+    calls = RewardSettings(name="a", target="a:b").calls
+    assert (calls.retries, calls.videos_per_call, calls.elsewhere) == (0, None, False)
+    assert RewardSettings(name="a", target="a:b", where="process", retries=2).calls.retries == 2

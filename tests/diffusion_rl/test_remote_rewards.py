@@ -1,0 +1,252 @@
+"""Rewards elsewhere answer as those here do, and every way they can fail has a name."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cac_reward.client import RewardClient
+from diffusion_rl.remote_rewards import HttpReward, ProcessReward
+from diffusion_rl.reward_contract import RewardFailed, RewardRefused
+from diffusion_rl.rewards import Reward, RewardSettings, ask_rewards, build_reward, judge_videos
+from tests.score_server import by_redness, score_server
+from tests.serving import running_server
+
+PROMPTS = ["a", "b", "unknown", "d"]
+VIDEOS = torch.rand(4, 3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+RED = VIDEOS[:, :, 0].mean((1, 2, 3))
+
+
+class Report:
+    """A report that knows how to become JSON, as those of CaC do."""
+
+    def __init__(self, error: str | None) -> None:
+        self.error = error
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"error": self.error, "process": os.getpid()}
+
+
+def act(videos: Tensor, prompts: Sequence[str], *, fps: float, bonus: float = 0.0) -> Any:
+    """A reward that does what the first prompt says."""
+    print("a library prints")
+    word, _, value = prompts[0].partition(" ")
+    if word == "die":
+        print("the card fell off the bus", file=sys.stderr, flush=True)
+        os._exit(7)
+    if word == "sleep":
+        time.sleep(float(value))
+    if word == "raise":
+        raise KeyError(value)
+    if word == "short":
+        return torch.zeros(1)
+    score = videos[:, :, 0].mean((1, 2, 3)) + bonus * fps
+    score[[prompt == "unknown" for prompt in prompts]] = math.nan
+    blame = videos.mean(2)
+    reports = [Report("told not to know" if prompt == "unknown" else None) for prompt in prompts]
+    return {"score": score, "blame": blame, "reports": reports}
+
+
+def settings(**changes: Any) -> RewardSettings:
+    given = {"name": "mine", "target": f"{__name__}:act", "where": "process", **changes}
+    return RewardSettings(**given)
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[ProcessReward]:
+    reward = ProcessReward(settings(options={"bonus": 0.5}))
+    yield reward
+    reward.close()
+
+
+def ask(function: Any, *prompts: str) -> Any:
+    return function(VIDEOS, [*prompts, *PROMPTS[len(prompts) :]], fps=8.0)
+
+
+def test_a_process_answers_what_the_reward_would_here(process: ProcessReward) -> None:
+    found, expected = ask(process), act(VIDEOS, PROMPTS, fps=8.0, bonus=0.5)
+    torch.testing.assert_close(found["score"], expected["score"], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found["blame"], expected["blame"])
+    assert found["reports"][2]["error"] == "told not to know"
+    assert found["reports"][0]["process"] != os.getpid()
+    with pytest.raises(RuntimeError, match=r'for 1 of 4 .* last report: "told not to know"'):
+        judge_videos([Reward("mine", process)], VIDEOS, PROMPTS, fps=8.0, missing_limit=0.1)
+
+
+def test_what_goes_wrong_in_the_process_is_told(process: ProcessReward) -> None:
+    with pytest.raises(RewardFailed, match="raised KeyError: 'lens' in its process"):
+        ask(process, "raise lens")
+    with pytest.raises(RewardRefused, match=r"score of reward 'mine' must be .* got \(1,\)"):
+        ask(process, "short")
+    before = ask(process)["reports"][0]["process"]
+    assert ask(process)["reports"][0]["process"] == before  # It lives on.
+    with pytest.raises(RewardFailed, match="(?s)ended with status 7; .*card fell off the bus"):
+        ask(process, "die")
+    assert ask(process)["reports"][0]["process"] != before  # Started again.
+
+
+def test_a_process_that_hangs_is_ended_and_one_that_is_closed_is_not_asked() -> None:
+    reward = ProcessReward(settings(timeout_seconds=60.0))
+    reward._seconds = 0.3
+    started = time.monotonic()
+    with pytest.raises(RewardFailed, match=r"took longer than 0.3 s and was ended"):
+        ask(reward, "sleep 60")
+    assert time.monotonic() - started < 30
+    reward.close()
+    with pytest.raises(RewardRefused, match="its process was closed"):
+        ask(reward)
+
+
+def test_a_process_that_does_not_start_says_why() -> None:
+    with pytest.raises(RewardFailed, match="(?s)ended with status 1; .*has no 'acct'; near"):
+        build_reward(settings(target=f"{__name__}:acct"))
+
+
+def test_the_server_gets_the_documented_schema_and_its_words_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "s" * 16)
+    with score_server() as server:
+        reward = HttpReward(f"{server.url}/", token_variable="MY_TOKEN", timeout_seconds=30.0)
+        found = reward(VIDEOS, PROMPTS, fps=12.5)
+    assert (found["score"][[0, 1, 3]] - RED[[0, 1, 3]]).abs().max() < 1 / 255
+    assert found["score"].isnan().tolist() == [False, False, True, False]
+    assert found["reports"] == [None, None, "told not to know", None]
+    ((path, body, headers),) = server.received
+    assert path == "/v1/score"
+    assert headers["Authorization"] == "Bearer " + "s" * 16
+    assert [one["prompt"] for one in body["videos"]] == PROMPTS
+    assert {one["fps"] for one in body["videos"]} == {12.5}
+    assert body["deadline_seconds"] == 30.0
+
+
+def test_our_own_server_answers_it_as_it_answers_its_own_client() -> None:
+    with running_server("--scorer", "tests.serving:plain_reward") as server:
+        own = RewardClient(server.url)(VIDEOS, PROMPTS, fps=8.0)
+        reward = build_reward(
+            settings(where="http", target=server.url, videos_per_call=2, calls_at_once=2)
+        )
+        judged = judge_videos([reward], VIDEOS, PROMPTS, fps=8.0)
+        assert torch.equal(judged.score, own["score"])
+        assert judged.score.std() > 0
+        server.process.kill()
+        server.process.wait()
+        with pytest.raises(RewardFailed, match="'mine': http://127.* Connection"):
+            judge_videos([_hasty(reward, retries=0)], VIDEOS, PROMPTS, fps=8.0)
+
+
+def _hasty(reward: Reward, **changes: Any) -> Reward:
+    """The same reward, asked again without pauses."""
+    from dataclasses import replace
+
+    calls = replace(reward.calls, retry_seconds=0.0, **changes)
+    return replace(reward, calls=calls)
+
+
+def http(url: str, **changes: Any) -> Reward:
+    return build_reward(settings(where="http", target=url, retry_seconds=0.0, **changes))
+
+
+def test_calls_are_split_made_at_once_and_put_together_in_order() -> None:
+    with score_server() as server:
+        server.seconds = 0.1
+        batch = judge_videos(
+            [http(server.url, videos_per_call=1, calls_at_once=4)], VIDEOS, PROMPTS, fps=8.0
+        )
+        assert 1 < server.most_at_once <= 4
+        assert [len(body["videos"]) for _, body, _ in server.received] == [1] * 4
+        server.most_at_once = 0
+        judge_videos([http(server.url, videos_per_call=1)], VIDEOS, PROMPTS, fps=8.0)
+        assert server.most_at_once == 1
+    assert (batch.score - RED)[[0, 1, 3]].abs().max() < 1 / 255
+    assert batch.judgements["mine"].reports == [None, None, "told not to know", None]
+
+
+def test_asking_does_not_wait_and_the_answers_do() -> None:
+    release = threading.Event()
+
+    def held(body: dict[str, Any]) -> Any:
+        assert release.wait(30)
+        return by_redness(body)
+
+    with score_server(held) as server:
+        asked = ask_rewards([http(server.url)], VIDEOS, PROMPTS, fps=8.0)
+        assert server.finished == 0
+        release.set()
+        assert asked.answers()["mine"].score.isnan().sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "message", "asked"),
+    [
+        ((503, {"error": "full"}, {}), RewardFailed, r"answered 503: .*full", 3),
+        ((401, {"error": "token"}, {}), RewardRefused, r"answered 401: .*token", 1),
+        ((200, b"<html>", {}), RewardRefused, "must answer in JSON, got <html>", 1),
+        ((200, [1], {}), RewardRefused, r"must answer an object, got \[1\]", 1),
+        ((200, {"results": []}, {}), RewardRefused, r"must answer 4 results, got \[\]", 1),
+        (
+            (200, {"results": [{"score": "high"}] * 4}, {}),
+            RewardRefused,
+            "must answer finite scores or null, got {'score': 'high'}",
+            1,
+        ),
+    ],
+)
+def test_only_what_may_pass_is_asked_again(
+    reply: Any, error: type[Exception], message: str, asked: int
+) -> None:
+    with score_server(lambda body: reply) as server:
+        with pytest.raises(error, match=message):
+            judge_videos([http(server.url, retries=2)], VIDEOS, PROMPTS, fps=8.0)
+        assert len(server.received) == asked
+
+
+def test_a_busy_server_is_left_alone_for_as_long_as_it_asks() -> None:
+    times: list[float] = []
+
+    def busy_twice(body: dict[str, Any]) -> Any:
+        times.append(time.monotonic())
+        return (429, {}, {"Retry-After": "1"}) if len(times) < 2 else by_redness(body)
+
+    with score_server(busy_twice) as server:
+        batch = judge_videos([http(server.url, retries=2)], VIDEOS, PROMPTS, fps=8.0)
+    assert batch.score.isnan().sum() == 1
+    assert times[1] - times[0] > 0.9
+
+
+def test_closing_ends_a_request_under_way_at_once() -> None:
+    with score_server() as server:
+        server.seconds = 5.0
+        reward = http(server.url, retries=5)
+        asked = ask_rewards([reward], VIDEOS, PROMPTS, fps=8.0)
+        while not server.received:
+            time.sleep(0.01)
+        started = time.monotonic()
+        reward.close()
+        with pytest.raises(RewardFailed, match="'mine': http"):
+            asked.answers()
+        assert time.monotonic() - started < 2
+        with pytest.raises(RewardRefused, match="is not asked any more"):
+            judge_videos([reward], VIDEOS, PROMPTS, fps=8.0)
+        assert len(server.received) == 1
+
+
+def test_a_wrong_address_option_or_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_TOKEN", raising=False)
+    with pytest.raises(ValueError, match="target must be http://HOST or https://HOST, got 'http:/"):
+        HttpReward("http:///v1")
+    with pytest.raises(ValueError, match="must be set in the environment, got no NO_TOKEN"):
+        HttpReward("http://127.0.0.1", token_variable="NO_TOKEN")
+    with pytest.raises(ValueError, match="'mine' must be token_variable or none .*, got mode"):
+        http("http://127.0.0.1:1", options={"mode": "fast"})
+    with pytest.raises(ValueError, match=r"prompts must be one per video \(4\), got 1"):
+        HttpReward("http://127.0.0.1:1")(VIDEOS, ["a"], fps=8.0)

@@ -33,7 +33,7 @@ from diffusion_rl.evaluation import (
     write_report,
 )
 from diffusion_rl.generators.base import AbstractVideoGenerator
-from diffusion_rl.lora import reference_policy
+from diffusion_rl.policies import reference_policy
 from diffusion_rl.rollout import RolloutSettings, rollout
 
 SIDES = ("base", "tuned")

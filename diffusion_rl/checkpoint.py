@@ -3,7 +3,8 @@
 A checkpoint is a folder that appears under its name only when it is complete:
 
     step-000010/lora/pytorch_lora_weights.safetensors  loads in diffusers on its own (and a second
-                                                       file where two transformers learn)
+                                                       file where two transformers learn); or
+    step-000010/weights.safetensors                    float32, where the weights themselves learn
     step-000010/training_state.pt                      optimiser, slow copies, random state, counts
     step-000010/checkpoint.json                        version, step, digests of the others
 """
@@ -25,14 +26,15 @@ import torch
 
 from diffusion_rl.finetune import FinetuneState
 from diffusion_rl.generators.base import AbstractVideoGenerator
-from diffusion_rl.lora import AVERAGE, OLD, has_adapter, lora_state, set_lora_state
-from diffusion_rl.lora_files import lora_contents, set_lora_contents
+from diffusion_rl.lora import AVERAGE, OLD
+from diffusion_rl.policies import policies_of
+from diffusion_rl.weight_files import set_trained_contents, trained_contents
 
 VERSION = 2
-MANIFEST, STATE_FILE, LORA_FOLDER = "checkpoint.json", "training_state.pt", "lora/"
+MANIFEST, STATE_FILE = "checkpoint.json", "training_state.pt"
 PARTIAL = ".partial"
 COPIES = {OLD: "old_policy", AVERAGE: "average"}
-"""Adapters that follow the trained one, to their entry in the state file."""
+"""Policies that follow the trained one, to their entry in the state file."""
 LEVELS = ("reference_levels", "running_levels")
 COUNTS = ("step", "videos_generated", "reward_calls", "seconds")
 
@@ -48,22 +50,19 @@ class Snapshot:
 
 
 def take_snapshot(generator: AbstractVideoGenerator, state: FinetuneState) -> Snapshot:
-    """Copy what the next update would change: the adapter, its optimiser, the counts."""
-    transformer = generator.transformer
+    """Copy what the next update would change: what learns, its optimiser, the counts."""
+    policies = policies_of(generator.transformer)
     record = {name: getattr(state, name) for name in COUNTS}
     for name in LEVELS:
         record[name] = dict(getattr(state, name))
     record["history"] = {prompt: list(past) for prompt, past in state.history.items()}
     record["optimizer"] = state.optimizer.state_dict()
-    for adapter, name in COPIES.items():
-        record[name] = (
-            lora_state(transformer, adapter) if has_adapter(transformer, adapter) else None
-        )
+    for policy, name in COPIES.items():
+        record[name] = policies.state(policy) if policies.has(policy) else None
     record["random"] = _random_state()
     buffer = io.BytesIO()
     torch.save(record, buffer)
-    files = {LORA_FOLDER + name: content for name, content in lora_contents(generator).items()}
-    return Snapshot(state.step, {**files, STATE_FILE: buffer.getvalue()})
+    return Snapshot(state.step, {**trained_contents(generator), STATE_FILE: buffer.getvalue()})
 
 
 def restore(generator: AbstractVideoGenerator, state: FinetuneState, snapshot: Snapshot) -> None:
@@ -75,25 +74,20 @@ def restore(generator: AbstractVideoGenerator, state: FinetuneState, snapshot: S
     Raises:
         ValueError: the snapshot is of another model, other lora settings or another algorithm.
     """
-    transformer = generator.transformer
+    policies = policies_of(generator.transformer)
     record = torch.load(io.BytesIO(snapshot.files[STATE_FILE]), weights_only=True)
     causes = ("the same algorithm", "the same use of optimizer.average_decay")
-    for (adapter, name), cause in zip(COPIES.items(), causes, strict=True):
-        if has_adapter(transformer, adapter) != (record[name] is not None):
+    for (policy, name), cause in zip(COPIES.items(), causes, strict=True):
+        if policies.has(policy) != (record[name] is not None):
             raise ValueError(
                 f"checkpoint must be of {cause}, got one "
                 + ("without" if record[name] is None else "with")
                 + f" an {name.replace('_', ' ')}; start anew in another output folder"
             )
-    lora = {
-        place.removeprefix(LORA_FOLDER): content
-        for place, content in snapshot.files.items()
-        if place.startswith(LORA_FOLDER)
-    }
-    set_lora_contents(generator, lora, "checkpoint")
-    for adapter, name in COPIES.items():
+    set_trained_contents(generator, snapshot.files, "checkpoint")
+    for policy, name in COPIES.items():
         if record[name] is not None:
-            set_lora_state(transformer, record[name], adapter, source="checkpoint")
+            policies.set_state(record[name], policy, "checkpoint")
     options = [
         {key: value for key, value in group.items() if key != "params"}
         for group in state.optimizer.param_groups

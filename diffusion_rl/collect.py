@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
-from diffusion_rl.lora import old_policy
+from diffusion_rl.policies import old_policy
 from diffusion_rl.progress import FinetuneSettings
 from diffusion_rl.rollout import Trajectory, eligible_steps, rollout
 from diffusion_rl.row_settings import MixGrpoSettings, RecordedSettings

@@ -21,6 +21,7 @@ from diffusion_rl.generators.families import FAMILIES, check_options
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.lora import LoraSettings
 from diffusion_rl.optimizers import OptimizerSettings
+from diffusion_rl.policies import FullSettings
 from diffusion_rl.rewards import RewardSettings
 from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings
@@ -79,8 +80,10 @@ class RunSettings:
 
     generator: GeneratorSettings
     """What is fine-tuned."""
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    """The part of it that learns; without targets, the family's own are filled in."""
+    lora: LoraSettings | None = None
+    """What learns, unless `full` is given; without targets, the family's own are filled in."""
+    full: FullSettings | None = None
+    """Let the transformer's own weights learn instead of a LoRA; `{}` is all of them."""
     algorithm: AlgorithmSettings = field(default_factory=GrpoSettings)
     """A row of ALGORITHMS, by `name`, with that row's options."""
     credit: CreditSettings = field(default_factory=CreditSettings)
@@ -119,10 +122,20 @@ class RunSettings:
             raise ValueError(f"guards must watch different statistics, got {watched}")
         if self.save_every < 1:
             raise ValueError(f"save_every must be at least 1, got {self.save_every}")
-        if self.lora.targets is None:
-            targets = FAMILIES[self.generator.family].lora_targets
-            object.__setattr__(self, "lora", dataclasses.replace(self.lora, targets=targets))
+        if self.full is None:
+            lora = self.lora or LoraSettings()
+            targets = lora.targets or FAMILIES[self.generator.family].lora_targets
+            object.__setattr__(self, "lora", dataclasses.replace(lora, targets=targets))
+        elif self.lora is not None:
+            raise ValueError("full must be left out where lora is given, got both; one learns")
         self.finetune_settings()
+
+    @property
+    def learner(self) -> LoraSettings | FullSettings:
+        """What learns."""
+        learner = self.full or self.lora
+        assert learner is not None
+        return learner
 
     def finetune_settings(self) -> FinetuneSettings:
         """The part that the loop reads."""
@@ -174,6 +187,10 @@ def build(tree: Any) -> RunSettings:
                     f"rollout.{name} must be left out with algorithm '{row}', got "
                     f"{rollout[name]}; it would be ignored"
                 )
+    if isinstance(tree, Mapping) and tree.get("full") is None and tree.get("lora", {}) is None:
+        raise ValueError(
+            "lora must be given where full is not, got neither; full: {} is all weights"
+        )
     return _convert(RunSettings, tree, "")
 
 

@@ -25,13 +25,13 @@ from diffusion_rl.collect import Batch, collect, update_source
 from diffusion_rl.credit import Credit, LatentGrid, ScorePart, assign_credit
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.guards import GuardReport, apply_guards, measure_reference
-from diffusion_rl.lora import (
+from diffusion_rl.optimizers import build_optimizer
+from diffusion_rl.policies import (
     reference_policy,
     trained_parameters,
     update_average,
     update_old_policy,
 )
-from diffusion_rl.optimizers import build_optimizer
 from diffusion_rl.progress import FinetuneSettings, FinetuneState, StepReport
 from diffusion_rl.rewards import JudgedBatch, Reward, judge_videos
 from diffusion_rl.rollout import Trajectory
@@ -45,10 +45,12 @@ logger = logging.getLogger(__name__)
 
 
 def begin(generator: AbstractVideoGenerator, settings: FinetuneSettings) -> FinetuneState:
-    """The state before the first update; the adapter must be attached."""
+    """The state before the first update; what learns must be attached."""
     parameters = trained_parameters(generator.transformer)
     if not parameters:
-        raise ValueError("generator must carry a LoRA, got none; call attach_lora first")
+        raise ValueError(
+            "generator must carry a LoRA or weights that learn, got none; call attach_policies"
+        )
     return FinetuneState(build_optimizer(parameters, settings.optimizer))
 
 
@@ -65,7 +67,7 @@ def finetune(
     Between two reports generator and state are whole: the caller may save, stop or go on.
 
     Args:
-        generator: with an adapter from `attach_lora` (and the old policy, where the row uses it).
+        generator: with what `attach_policies` adds (and the old policy, where the row uses it).
         rewards: at least one.
         prompts: at least one text.
         settings: everything else.

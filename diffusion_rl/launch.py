@@ -1,6 +1,7 @@
 """From settings to a running loop: what the command line and the examples share.
 
-An output folder holds config.yaml, metrics.jsonl, checkpoints/step-NNNNNN and, at the end, lora.
+An output folder holds config.yaml, metrics.jsonl, checkpoints/step-NNNNNN and, at the end, lora (or
+tuned, where the transformer's own weights learn).
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ from diffusion_rl.configuration import (
 from diffusion_rl.finetune import FinetuneState, StepReport, begin, finetune
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.generators.families import FAMILIES
-from diffusion_rl.lora import attach_lora
-from diffusion_rl.lora_files import load_lora, save_lora
+from diffusion_rl.policies import attach_policies
 from diffusion_rl.rewards import Reward, build_reward, load_callable
 from diffusion_rl.tracking import AccelerateTracker, MetricsFile
+from diffusion_rl.weight_files import LORA as LORA  # For callers who look for the result.
+from diffusion_rl.weight_files import TUNED, load_result, save_result
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, CHECKPOINTS, LORA = "config.yaml", "checkpoints", "lora"
+CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
 # What may differ when a run goes on; the rest would make it another run.
 MAY_CHANGE = (
     "updates",
@@ -59,7 +61,7 @@ class Run:
 
     settings: RunSettings
     generator: AbstractVideoGenerator
-    """With its adapter attached."""
+    """With what learns attached."""
     rewards: list[Reward]
     prompts: list[str]
     embeddings: PromptEmbeddings
@@ -73,15 +75,23 @@ class Run:
         return Path(self.settings.output)
 
     @property
+    def result(self) -> Path:
+        """Folder of what was learnt, once the run has ended."""
+        return self.output / (TUNED if self.settings.full else LORA)
+
+    @property
     def resumed(self) -> bool:
         """Whether it goes on from a checkpoint."""
         return self.state.step > 0
 
 
 def build_generator(
-    settings: GeneratorSettings, *, lora: str | Path | None = None
+    settings: GeneratorSettings,
+    *,
+    lora: str | Path | None = None,
+    transformer: str | Path | None = None,
 ) -> AbstractVideoGenerator:
-    """Load a generator, and put a saved LoRA on it if one is given."""
+    """Load a generator, and put a saved LoRA or tuned transformers on it if they are given."""
     generator = load_callable(FAMILIES[settings.family].loader)(
         settings.path,
         height=settings.height,
@@ -95,8 +105,7 @@ def build_generator(
         revision=settings.revision,
         **settings.options,
     )
-    if lora is not None:
-        load_lora(generator, lora)
+    load_result(generator, lora=lora, transformer=transformer)
     return generator
 
 
@@ -121,9 +130,9 @@ def prepare(
     prompts = read_prompts(settings.prompts)
     rewards = [build_reward(reward) for reward in settings.rewards]
     generator = build_generator(settings.generator)
-    attach_lora(
+    attach_policies(
         generator.transformer,
-        settings.lora,
+        settings.learner,
         old_policy=algorithm(settings.algorithm.name).uses_old_policy,
         average=settings.optimizer.average_decay > 0,
         seed=settings.seed,
@@ -171,7 +180,7 @@ def train(run: Run) -> Generator[StepReport]:
             if report.step % settings.save_every == 0:
                 save_checkpoint(output / CHECKPOINTS, snapshot)
             yield report
-        save_lora(run.generator, output / LORA)
+        save_result(run.generator, output)
     finally:
         if snapshot.step:
             save_checkpoint(output / CHECKPOINTS, snapshot)

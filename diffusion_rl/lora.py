@@ -78,7 +78,7 @@ def attach_lora(
         if "lora_" in name:
             parameter.data = parameter.data.float()
     for name in copies:
-        _follow(transformer, name, decay=0.0)
+        follow_trained(transformer, name, decay=0.0)
     _activate(transformer, TRAINED)
     return trained_parameters(transformer)
 
@@ -148,9 +148,9 @@ def reference_policy(transformer: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def saved_policy(transformer: nn.Module) -> Iterator[None]:
-    """The policy that `save_lora` writes, for use without gradient."""
-    _activate(transformer, saved_adapter(transformer))
+def adapter_policy(transformer: nn.Module, adapter: str) -> Iterator[None]:
+    """Run with this adapter, for use without gradient."""
+    _activate(transformer, adapter)
     try:
         yield
     finally:
@@ -169,11 +169,8 @@ def old_policy(transformer: nn.Module) -> Iterator[None]:
         raise RuntimeError("transformer must have an old policy; attach_lora(..., old_policy=True)")
     layers: list[Any] = tuner_layers(transformer)
     if any(layer.base_layer.weight.dtype != torch.float32 for layer in layers):
-        _activate(transformer, OLD)
-        try:
+        with adapter_policy(transformer, OLD):
             yield
-        finally:
-            _activate(transformer, TRAINED)
         return
     own = [layer.base_layer.weight.data for layer in layers]
     try:
@@ -186,28 +183,9 @@ def old_policy(transformer: nn.Module) -> Iterator[None]:
             layer.base_layer.weight.data = weight
 
 
-def update_old_policy(transformer: nn.Module, decay: float) -> None:
-    """old = decay * old + (1 - decay) * trained, in place; decay in [0, 1]."""
-    _follow(transformer, OLD, decay)
-
-
-def update_average(transformer: nn.Module, decay: float, update: int) -> None:
-    """average = d * average + (1 - d) * trained, in place, where it is attached.
-
-    d = min(decay, (update - 1) / (update + 8)), so that the first updates are not held back by a
-    beginning that changes nothing.
-
-    Args:
-        transformer: carries the adapters.
-        decay: in [0, 1).
-        update: number of the update just made, from 1.
-    """
-    if has_adapter(transformer, AVERAGE):
-        _follow(transformer, AVERAGE, min(decay, (update - 1) / (update + 8)))
-
-
 @torch.no_grad()
-def _follow(transformer: nn.Module, adapter: str, decay: float) -> None:
+def follow_trained(transformer: nn.Module, adapter: str, decay: float) -> None:
+    """adapter = decay * adapter + (1 - decay) * trained, in place; decay in [0, 1]."""
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be in [0, 1], got {decay}")
     parameters = dict(transformer.named_parameters())
@@ -242,7 +220,12 @@ def set_lora_state(
         place.copy_(state[name])
 
 
-def check_same_model(shapes: dict[str, torch.Size], state: dict[str, Tensor], source: str) -> None:
+def check_same_model(
+    shapes: dict[str, torch.Size],
+    state: dict[str, Tensor],
+    source: str,
+    settings: str = "lora settings",
+) -> None:
     """One clear error instead of a list of missing keys."""
     problem = None
     for name in sorted(set(state) | set(shapes)):
@@ -255,8 +238,8 @@ def check_same_model(shapes: dict[str, torch.Size], state: dict[str, Tensor], so
         if problem:
             raise ValueError(
                 f"{source} must fit the generator's transformer, got {len(state)} weights for "
-                f"{len(shapes)} places ({problem}); it belongs to another model or to other lora "
-                "settings"
+                f"{len(shapes)} places ({problem}); it belongs to another model or to other "
+                f"{settings}"
             )
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.credit import Credit
 from diffusion_rl.generators.base import AbstractVideoGenerator
-from diffusion_rl.lora import old_policy, reference_policy
 from diffusion_rl.losses import Surrogate, gaussian_kl, velocity_kl
 from diffusion_rl.optimizers import take_step
+from diffusion_rl.policies import old_policy, policies_of, reference_policy
 from diffusion_rl.rollout import RolloutSettings, Trajectory, chunks, predict_in_chunks
 from diffusion_rl.row_settings import AlgorithmSettings, ForwardProcessSettings
 from diffusion_rl.surrogates import ReplayedSteps
@@ -79,6 +79,7 @@ def update_policy(
             (terms.loss * terms.share).backward()
             statistics.append(terms._replace(loss=terms.loss.detach()))
         norms.append(take_step(optimizer))
+        policies_of(generator.transformer).sync()
     return _summarise(statistics, norms)
 
 

@@ -75,7 +75,8 @@ LAYERS = {
         *("algorithms", "row_settings", "guards"),
         *("loading", "reward_contract", "reward_worker", "remote_rewards"),
         *("rewards", "generators/base", "generators/families", "generators/pipeline"),
-        *("generators/wan", "generators/", "lora", "lora_files", "rollout"),
+        *("generators/wan", "generators/", "lora", "policies"),
+        *("lora_files", "weight_files", "rollout"),
         *("optimizers", "updates"),
         *(
             "self_check",

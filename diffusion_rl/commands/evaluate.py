@@ -1,4 +1,4 @@
-"""`evaluate`: base and LoRA measured alike, a table, summary.json and report.html."""
+"""`evaluate`: base and tuned measured alike, a table, summary.json and report.html."""
 
 from __future__ import annotations
 
@@ -35,13 +35,16 @@ STILL = tuple(name for name in STATISTICS if name != "diversity")
 def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
     """Describe the command's options."""
     evaluation = commands.add_parser(
-        "evaluate", parents=[shared], help="compare a LoRA with its base, same prompts and noise"
+        "evaluate", parents=[shared], help="compare what a run made with its base, same noise"
     )
     evaluation.add_argument("overrides", nargs="*", metavar="key=value")
     evaluation.add_argument(
-        "--base", help="a YAML like those in configs/rl; default: the config.yaml beside the LoRA"
+        "--base",
+        help="a YAML like those in configs/rl; default: the config.yaml beside what is given",
     )
-    evaluation.add_argument("--lora", required=True, help="folder of the LoRA")
+    tuned = evaluation.add_mutually_exclusive_group(required=True)
+    tuned.add_argument("--lora", help="folder of the LoRA")
+    tuned.add_argument("--transformer", help="folder of a full fine-tuning, a run's `tuned`")
     evaluation.add_argument("--prompts", required=True, help="a text file of held-out prompts")
     evaluation.add_argument("--videos-per-prompt", type=int, default=4, help="at least 1")
     evaluation.add_argument("--seed", type=int, default=0, help="of the first video")
@@ -63,10 +66,10 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
 
 
 def evaluate_command(options: argparse.Namespace) -> int:
-    """`evaluate`: base and LoRA measured alike, a table, summary.json and report.html."""
+    """`evaluate`: base and tuned measured alike, a table, summary.json and report.html."""
     if options.videos_per_prompt < 1:
         raise ValueError(f"--videos-per-prompt must be at least 1, got {options.videos_per_prompt}")
-    config = options.base or Path(options.lora).parent / CONFIG_FILE
+    config = options.base or Path(options.lora or options.transformer).parent / CONFIG_FILE
     settings = with_local_path(load_config(config, options.overrides), options.local_path)
     prompts = [
         text for text in read_prompts(options.prompts) for _ in range(options.videos_per_prompt)
@@ -77,7 +80,9 @@ def evaluate_command(options: argparse.Namespace) -> int:
     ]
     measures = {reward.name: reward.function for reward in rewards}
     clean = options.clean or [rewards[0].name]
-    generator = build_generator(settings.generator, lora=options.lora)
+    generator = build_generator(
+        settings.generator, lora=options.lora, transformer=options.transformer
+    )
     samplers = build_samplers(generator, prompts, settings.rollout)
     watched = statistic_measures(*(STATISTICS if options.videos_per_prompt > 1 else STILL))
     sides = {}

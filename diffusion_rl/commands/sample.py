@@ -1,4 +1,4 @@
-"""`sample`: one video for each prompt, with and without a LoRA."""
+"""`sample`: one video for each prompt, by the base generator or by what a run made of it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
     sampling.add_argument("overrides", nargs="*", metavar="key=value")
     sampling.add_argument("--prompts", required=True, help="a text file, one prompt a line")
     sampling.add_argument("--lora", help="folder of a LoRA; without it the base generator")
+    sampling.add_argument("--transformer", help="folder of a full fine-tuning, instead of a LoRA")
     sampling.add_argument("--output", default="samples", help="folder of the videos")
     sampling.add_argument("--seed", type=int, default=0, help="of the first video")
     sampling.add_argument("--format", choices=["mp4", "webp"], default="mp4")
@@ -29,10 +30,12 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
 
 
 def sample_command(options: argparse.Namespace) -> int:
-    """`sample`: one video for each prompt, with and without a LoRA."""
+    """`sample`: one video for each prompt, by the base generator or by what a run made of it."""
     settings = with_local_path(load_config(options.config, options.overrides), options.local_path)
     prompts = read_prompts(options.prompts)
-    generator = build_generator(settings.generator, lora=options.lora)
+    generator = build_generator(
+        settings.generator, lora=options.lora, transformer=options.transformer
+    )
     for index, prompt in enumerate(tqdm(prompts, desc="sample")):
         video = sample_videos(
             generator,

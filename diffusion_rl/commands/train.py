@@ -13,7 +13,7 @@ from diffusion_rl.checkpoint import latest_checkpoint, read_checkpoint
 from diffusion_rl.commands.base import INTERRUPTED, Subparsers, with_local_path
 from diffusion_rl.configuration import load_config
 from diffusion_rl.finetune import StepReport
-from diffusion_rl.launch import CHECKPOINTS, LORA, Run, prepare, train
+from diffusion_rl.launch import CHECKPOINTS, Run, prepare, train
 from diffusion_rl.tracking import METRICS_FILE
 
 logger = logging.getLogger("diffusion_rl")
@@ -46,7 +46,7 @@ def train_command(options: argparse.Namespace) -> int:
         done = read_checkpoint(newest).step if newest else 0
         print(f"\nstopped after update {done} of {settings.updates}; go on with: {again}")
         return INTERRUPTED
-    print(f"lora: {run.output / LORA}   metrics: {run.output / METRICS_FILE}")
+    print(f"{run.result.name}: {run.result}   metrics: {run.output / METRICS_FILE}")
     return 0
 
 

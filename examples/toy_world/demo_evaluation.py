@@ -37,7 +37,7 @@ from diffusion_rl.evaluation import (
 )
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.launch import Run
-from diffusion_rl.lora import reference_policy, saved_policy
+from diffusion_rl.policies import reference_policy, saved_policy
 from diffusion_rl.rewards import RewardFunction, build_reward
 from diffusion_rl.rollout import RolloutSettings, sample_videos
 from examples.toy_world import oracle

@@ -22,9 +22,10 @@ from diffusion_rl.finetune import (
     finetune,
 )
 from diffusion_rl.guards import GuardSettings
-from diffusion_rl.lora import OLD, attach_lora, lora_state, saved_policy
+from diffusion_rl.lora import OLD, attach_lora, lora_state
 from diffusion_rl.lora_files import load_lora, save_lora
 from diffusion_rl.optimizers import OptimizerSettings
+from diffusion_rl.policies import saved_policy
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, Trajectory, sample_videos
 from diffusion_rl.row_settings import (
@@ -371,7 +372,9 @@ def test_updates_draw_fresh_seeds_far_from_those_of_evaluations() -> None:
 
 def test_what_cannot_start_is_refused() -> None:
     generator = ToyGenerator()
-    with pytest.raises(ValueError, match="generator must carry a LoRA, got none"):
+    with pytest.raises(
+        ValueError, match="generator must carry a LoRA or weights that learn, got none"
+    ):
         begin(generator, settings_for(GrpoSettings()))
     attach_lora(generator.transformer, LORA)
     with pytest.raises(ValueError, match="prompts must be at least one text, got none"):

@@ -194,7 +194,7 @@ def test_without_advantage_and_kl_nothing_moves(algorithm: AlgorithmSettings) ->
     generator, trajectory = prepare(algorithm, OPTIONS, std=0.1)
     if algorithm.name == "nft":
         # With the old policy at the trained one, good and bad pull alike.
-        from diffusion_rl.lora import update_old_policy
+        from diffusion_rl.policies import update_old_policy
 
         update_old_policy(generator.transformer, 0.0)
     before = copy.deepcopy(lora_state(generator.transformer))

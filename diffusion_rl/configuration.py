@@ -26,6 +26,8 @@ from diffusion_rl.rewards import RewardSettings
 from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings
 
+CONFIG_FILE = "config.yaml"
+"""The resolved settings in a run's folder."""
 # Only recorded steps explore; elsewhere these would be read and do nothing.
 ONLY_RECORDED = ("stochastic_steps", "eligible_steps", "noise_level", "shared_noise")
 

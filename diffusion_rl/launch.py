@@ -23,6 +23,7 @@ from diffusion_rl.checkpoint import (
     take_snapshot,
 )
 from diffusion_rl.configuration import (
+    CONFIG_FILE,
     GeneratorSettings,
     RunSettings,
     build,
@@ -41,7 +42,7 @@ from diffusion_rl.weight_files import TUNED, load_result, save_result
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
+CHECKPOINTS = "checkpoints"
 # What may differ when a run goes on; the rest would make it another run.
 MAY_CHANGE = (
     "updates",

@@ -41,14 +41,22 @@ def lora_bytes(transformer: nn.Module, adapter: str = TRAINED) -> bytes:
         raise ValueError("generator must carry a LoRA to save, got none; call attach_lora first")
     configs: Any = transformer.peft_config
     config = configs[adapter]
+    settings = LoraSettings(
+        rank=config.r, alpha=config.lora_alpha, targets=tuple(config.target_modules)
+    )
+    return pack_lora(lora_state(transformer, adapter), settings)
+
+
+def pack_lora(state: Mapping[str, Tensor], settings: LoraSettings) -> bytes:
+    """Weights by the names of `lora_state` as the file that `lora_bytes` describes."""
     metadata = {
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "target_modules": sorted(config.target_modules),
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "target_modules": sorted(settings.targets or ()),
     }
     packed = json.dumps({PREFIX + key: value for key, value in metadata.items()}, sort_keys=True)
-    state = {PREFIX + name: value for name, value in lora_state(transformer, adapter).items()}
-    return save(state, metadata={"format": "pt", METADATA_KEY: packed})
+    named = {PREFIX + name: value for name, value in state.items()}
+    return save(named, metadata={"format": "pt", METADATA_KEY: packed})
 
 
 def lora_contents(generator: AbstractVideoGenerator, adapter: str = TRAINED) -> dict[str, bytes]:

@@ -90,6 +90,8 @@ LAYERS = {
             "style",
         ),
         *("clips", "page", "evaluation", "before_after", "configuration", "launch"),
+        *("exports/parts", "exports/comfyui", "exports/peft_layout", "exports/merged"),
+        "exports/formats",
         *("commands/base", "commands/", "__main__"),
     ],
 }
@@ -107,6 +109,8 @@ HEAVY_FILES = {
     "cac_reward/training/",
     "diffusion_rl/generators/",
     "diffusion_rl/lora.py",
+    "diffusion_rl/exports/merged.py",
+    "diffusion_rl/exports/peft_layout.py",
 }
 ALWAYS_LIGHT = {"diffusion_rl/generators/base.py", "diffusion_rl/generators/families.py"}
 LIGHT = "torch, einops, omegaconf"

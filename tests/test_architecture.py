@@ -91,7 +91,7 @@ LAYERS = {
         ),
         *("clips", "page", "evaluation", "before_after", "configuration", "launch"),
         *("exports/parts", "exports/comfyui", "exports/peft_layout", "exports/merged"),
-        "exports/formats",
+        *("exports/formats", "exports/"),
         *("commands/base", "commands/", "__main__"),
     ],
 }

@@ -122,8 +122,8 @@ def comfyui_state(part: LoraPart, family: str) -> dict[str, Tensor]:
     found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for module in dict.fromkeys(name.split(".lora_")[0] for name in part.state):
         place, _, piece = comfyui_name(module, family).partition("#")
-        matrices = tuple(part.state[f"{module}.lora_{half}.weight"] for half in "AB")
-        found.setdefault(place, {})["qkv".find(piece) if piece else -1] = matrices
+        down, up = (part.state[f"{module}.lora_{half}.weight"] for half in "AB")
+        found.setdefault(place, {})["qkv".find(piece) if piece else -1] = (down, up)
     state = {}
     for place, pieces in found.items():
         name = f"diffusion_model.{place}"

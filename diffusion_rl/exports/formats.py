@@ -8,11 +8,12 @@ from pathlib import Path
 
 from diffusion_rl.configuration import CONFIG_FILE, load_config
 from diffusion_rl.exports.comfyui import write_comfyui
-from diffusion_rl.exports.parts import COMPONENTS, LoraPart, read_lora, write_bytes
+from diffusion_rl.exports.parts import LoraPart, read_lora, write_bytes
 from diffusion_rl.exports.peft_layout import write_peft
 from diffusion_rl.generators.families import FAMILIES
 from diffusion_rl.generators.pipeline import find_folder
 from diffusion_rl.lora_files import pack_lora
+from diffusion_rl.weight_files import COMPONENTS
 
 FORMATS = ("diffusers", "comfyui", "peft", "merged")
 

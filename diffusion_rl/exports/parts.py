@@ -9,12 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffusion_rl.generators.base import LORA_FILE, SECOND_LORA_FILE
+from diffusion_rl.generators.base import LORA_FILE
 from diffusion_rl.lora import LoraSettings
 from diffusion_rl.lora_files import parse_lora
-
-COMPONENTS = {LORA_FILE: "transformer", SECOND_LORA_FILE: "transformer_2"}
-"""The part of the pipeline that each file of a saved LoRA is for."""
+from diffusion_rl.weight_files import COMPONENTS
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,12 @@ def read_lora(folder: str | Path) -> list[LoraPart]:
         if (folder / name).is_file():
             path = folder / name
             parts.append(LoraPart(component, *parse_lora(path.read_bytes(), str(path))))
+    if not parts and any((folder / name).is_dir() for name in COMPONENTS.values()):
+        raise FileNotFoundError(
+            f"lora must be a folder with a {LORA_FILE}, got {folder} with whole transformers; "
+            "those are diffusers' own folders already: load them with from_pretrained and give "
+            "them to the pipeline"
+        )
     if not parts:
         raise FileNotFoundError(f"lora must be a folder with a {LORA_FILE}, got {folder}")
     return parts

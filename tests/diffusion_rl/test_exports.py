@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from diffusion_rl.__main__ import main
 from diffusion_rl.exports.comfyui import comfyui_state
 from diffusion_rl.exports.formats import FORMATS, export_lora, find_base
-from diffusion_rl.exports.parts import COMPONENTS, LoraPart, read_lora
+from diffusion_rl.exports.parts import LoraPart, read_lora
 from diffusion_rl.generators.base import LORA_FILE, SECOND_LORA_FILE
 from diffusion_rl.generators.families import FAMILIES
+from diffusion_rl.loading import load_callable
 from diffusion_rl.lora import LoraSettings, attach_lora, lora_state, trained_parameters
 from diffusion_rl.lora_files import pack_lora
-from diffusion_rl.rewards import load_callable
+from diffusion_rl.weight_files import COMPONENTS
 from tests import tiny_cogvideox, tiny_hunyuan15, tiny_ltx, tiny_wan
 from tests.tiny_cogvideox import build_tiny_cogvideox
 from tests.tiny_hunyuan15 import build_tiny_hunyuan15
@@ -350,6 +351,9 @@ def test_what_cannot_be_exported_is_refused(made: Callable[[str], Made], tmp_pat
     refuse(ValueError, "ComfyUI has no CogVideoX", cog.lora, target, "comfyui", base=cog.base)
     refuse(FileNotFoundError, r"base must be known.*--base", wan.lora, target, "comfyui")
     refuse(FileNotFoundError, f"a folder with a {LORA_FILE}", tmp_path, target, "diffusers")
+    (tmp_path / "tuned" / "transformer").mkdir(parents=True)
+    message = "with whole transformers; those are diffusers' own"
+    refuse(FileNotFoundError, message, tmp_path / "tuned", target, "peft")
     refuse(ValueError, "format must be one of diffusers", wan.lora, target, "onnx")
     refuse(ValueError, "dtype must be left out", wan.lora, target, "peft", dtype="float16")
     message = "dtype must be one of float32"

@@ -1,6 +1,6 @@
 """Draw the videos of one update; everything random follows from the seed and its number.
 
-Axes: B videos, K denoising steps.
+Axes: B videos of this process, N of the update, K denoising steps.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.policies import old_policy
+from diffusion_rl.processes import gather_rows
 from diffusion_rl.progress import FinetuneSettings
 from diffusion_rl.rollout import Trajectory, eligible_steps, rollout
 from diffusion_rl.row_settings import MixGrpoSettings, RecordedSettings
+from diffusion_rl.shares import own_share
 
 # Seeds of training videos start here, so that small seeds stay unseen for evaluation.
 FIRST_TRAINING_SEED = 1 << 31
@@ -28,9 +30,22 @@ class Batch(NamedTuple):
     """One update's videos; every field follows from the settings' seed and the update's number."""
 
     trajectory: Trajectory
-    """What was drawn."""
+    """What this process drew."""
     group: Tensor
-    """[B] long: videos of one group share a prompt slot."""
+    """[N] long: videos of one group share a prompt slot."""
+    prompt_index: Tensor
+    """[N] long: which prompt each shows."""
+    seeds: tuple[int, ...]
+    """N, one for each video."""
+
+    @property
+    def own_group(self) -> Tensor:
+        """[B] long: the group of what was drawn here."""
+        return self.group[self.trajectory.rows]
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Put [B ...] of each process together as [N ...], in the videos' order."""
+        return gather_rows(own, self.trajectory.rows, self.trajectory.total)
 
 
 def collect(
@@ -40,7 +55,11 @@ def collect(
     *,
     step: int,
 ) -> Batch:
-    """Draw the videos of update `step`, which fixes prompts, seeds and stochastic steps."""
+    """Draw this process's share of the videos of update `step`.
+
+    Prompts, seeds and stochastic steps of all of them follow from the settings' seed and `step`,
+    whatever the number of processes.
+    """
     source = update_source(settings.seed, step)
     options = settings.rollout
     groups, members = options.prompts_per_update, options.videos_per_prompt
@@ -49,23 +68,26 @@ def collect(
     seeds = torch.randint(1 << 31, (groups * members,), generator=source) + FIRST_TRAINING_SEED
     if options.shared_noise:
         seeds = seeds[::members].repeat_interleave(members)
+    prompt_index = chosen[group]
     row = algorithm(settings.algorithm.name)
     slow = row.old_policy == "draws" and step > 0
-    transition, steps = row.transition, list[int]()
+    transition, steps, inner_steps = row.transition, list[int](), 1
     if isinstance(settings.algorithm, RecordedSettings):
         transition = settings.algorithm.transition_function
         steps = choose_steps(settings, step, source, eligible_steps(generator, options))
+        inner_steps = settings.algorithm.inner_steps
     with old_policy(generator.transformer) if slow else nullcontext():
         trajectory = rollout(
             generator,
             embeddings,
-            chosen[group],
+            prompt_index,
             seeds.tolist(),
             options,
             transition=transition,
             stochastic=steps,
+            share=own_share(len(group), options.micro_batch, inner_steps),
         )
-    return Batch(trajectory, group)
+    return Batch(trajectory, group, prompt_index, tuple(seeds.tolist()))
 
 
 def choose_steps(

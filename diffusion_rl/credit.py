@@ -117,24 +117,32 @@ class Credit:
         return (self.weights != 1).flatten(1).any(dim=1)
 
     @property
+    def moved(self) -> Tensor:
+        """[B] float64 share of each video's advantage that is not spread, in [0, 1): what has to be
+        moved from even weights to get these."""
+        if self.weights is None:
+            return torch.zeros_like(self.advantages, dtype=torch.float64)
+        return (self.weights.double() - 1).clamp_min(0).flatten(1).mean(dim=1)
+
+    @property
+    def areas(self) -> Tensor:
+        """[B] share of the latent that counts, 1 / mean(weights^2), of focused videos; else NaN.
+
+        In (0, 1]: the area itself where one region has all the weight.
+        """
+        if self.weights is None:
+            return torch.full_like(self.advantages, torch.nan)
+        return torch.where(self.focused, 1 / self._concentration(), torch.nan)
+
+    @property
     def focused_share(self) -> float:
-        """Share of all negative advantage that is not spread, in [0, 1]; 0 if none is negative."""
-        size = self.advantages.clamp(max=0).double().abs()
-        if self.weights is None or not bool(size.any()):
-            return 0.0
-        # What has to be moved from even weights to get these.
-        moved = (self.weights.double() - 1).clamp_min(0).flatten(1).mean(dim=1)
-        return ((size * moved).sum() / size.sum()).item()
+        """As in `focused_share`, of these videos."""
+        return focused_share(self.advantages, self.moved)
 
     @property
     def focus_area(self) -> float:
-        """Mean over focused videos of the share of the latent that counts, 1 / mean(weights^2).
-
-        In (0, 1]: the area itself where one region has all the weight. NaN if no video is focused.
-        """
-        if self.weights is None:
-            return float("nan")
-        return (1 / self._concentration()[self.focused]).mean().item()
+        """Mean of `areas` over focused videos; NaN if no video is focused."""
+        return self.areas.nanmean().item()
 
     def columns(self, whole: Tensor, positions: Tensor) -> Tensor:
         """A mean over latents the way that ratios see it: of each video, or of each position.
@@ -181,6 +189,17 @@ class Credit:
         return (self.weights**2).flatten(1).mean(dim=1)
 
 
+def focused_share(advantages: Tensor, moved: Tensor) -> float:
+    """Share of all negative advantage that is not spread, in [0, 1]; 0 if none is negative.
+
+    Args:
+        advantages: [B] of whole videos.
+        moved: [B], as in `Credit`.
+    """
+    size = advantages.clamp(max=0).double().abs()
+    return ((size * moved).sum() / size.sum()).item() if bool(size.any()) else 0.0
+
+
 def assign_credit(
     advantages: Tensor,
     parts: Sequence[ScorePart],
@@ -188,6 +207,7 @@ def assign_credit(
     grid: LatentGrid,
     seeds: Sequence[int],
     settings: CreditSettings,
+    rows: Tensor | None = None,
 ) -> Credit:
     """Lay the advantages on the latents' positions.
 
@@ -202,13 +222,16 @@ def assign_credit(
         seeds: One for each video; `random` moves a video's blame by its seed, and by which of the
             videos with that seed it is.
         settings: uniform, grounded or random, and how much.
+        rows: [R] places of the videos that `blame` is of, and that credit is wanted for, where
+            other processes have the others; None is all.
 
     Raises:
         ValueError: No part has blame, so that there is nothing to ground credit in, or a shape is
             wrong.
     """
     axes = check_shape("advantages", advantages, "B")
-    uniform = Credit(advantages, None, settings.clip)
+    rows = torch.arange(axes["B"]) if rows is None else rows
+    uniform = Credit(advantages[rows], None, settings.clip)
     if settings.name != "uniform" and all(part.blame is None for part in parts):
         raise ValueError(
             f"credit.name must be uniform for rewards that return no blame, got {settings.name}; "
@@ -217,15 +240,15 @@ def assign_credit(
     if settings.focus == 0:
         return uniform
     shares = blamed_shares(torch.stack([part.score for part in parts]), group)
-    shares = shares * (advantages < 0)
-    size = (axes["B"], len(grid.frame_groups), grid.height, grid.width)
+    shares = (shares * (advantages < 0))[:, rows]
+    size = (len(rows), len(grid.frame_groups), grid.height, grid.width)
     weights = torch.ones(size, dtype=torch.float64)
     for part, share in zip(parts, shares, strict=True):
         if part.blame is None:
             continue
         focus = blame_weights(pool_blame(part.blame, grid), grid)
         if settings.name == "random":
-            focus = move_at_random(focus, grid, seeds)
+            focus = move_at_random(focus, grid, seeds, rows)
         weights += settings.focus * share.double().view(-1, 1, 1, 1) * (focus - 1)
     # Float64 so far, so that even blame is 1 and no weight below 0 after rounding.
     credit = replace(uniform, weights=weights.float().clamp_min(0))
@@ -316,16 +339,21 @@ def blame_weights(pooled: Tensor, grid: LatentGrid) -> Tensor:
     return torch.where(even, 1.0, pooled / mean.where(~even, 1.0))
 
 
-def move_at_random(weights: Tensor, grid: LatentGrid, seeds: Sequence[int]) -> Tensor:
+def move_at_random(
+    weights: Tensor, grid: LatentGrid, seeds: Sequence[int], rows: Tensor | None = None
+) -> Tensor:
     """Shift each video's weights [B T H W] by a random way in time and space, round the edges.
 
     The region keeps its shape, its size and how it is concentrated, and loses only its place.
-    Latent frames that show nothing stay out of it.
+    Latent frames that show nothing stay out of it. Where the weights are of some videos only, they
+    are those at `rows` [B] of the seeds.
     """
     moved, shown = weights.clone(), _shown_frames(grid)
-    for row, seed in enumerate(seeds):
+    places = range(len(seeds)) if rows is None else rows.tolist()
+    for row, place in enumerate(places):
         # The third word keeps apart from the noise that the rollout draws of the same seed.
-        words = np.random.SeedSequence((seed, list(seeds[:row]).count(seed), 1)).generate_state(3)
+        earlier = list(seeds[:place]).count(seeds[place])
+        words = np.random.SeedSequence((seeds[place], earlier, 1)).generate_state(3)
         own = weights[row, shown]
         ways = tuple(int(word) % size for word, size in zip(words, own.shape, strict=True))
         moved[row, shown] = own.roll(ways, dims=(0, 1, 2))

@@ -1,6 +1,9 @@
 """The loop: draw videos, judge them, move the adapter; one StepReport for each update.
 
-Axes: B videos.
+On several processes each draws, judges and replays its share of an update's videos; scores,
+advantages and reports are of all of them, and so is the step.
+
+Axes: B videos of this process, N of the update.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from diffusion_rl.advantages import (
 )
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.collect import Batch, collect, update_source
-from diffusion_rl.credit import Credit, LatentGrid, ScorePart, assign_credit
+from diffusion_rl.credit import Credit, LatentGrid, ScorePart, assign_credit, focused_share
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.guards import GuardReport, apply_guards, measure_reference
 from diffusion_rl.optimizers import build_optimizer
@@ -32,8 +35,15 @@ from diffusion_rl.policies import (
     update_average,
     update_old_policy,
 )
+from diffusion_rl.processes import together
 from diffusion_rl.progress import FinetuneSettings, FinetuneState, StepReport
-from diffusion_rl.rewards import JudgedBatch, Reward, judge_videos
+from diffusion_rl.rewards import (
+    JudgedBatch,
+    Reward,
+    add_up_rewards,
+    ask_rewards,
+    gather_judgement,
+)
 from diffusion_rl.rollout import Trajectory
 from diffusion_rl.row_settings import ForwardProcessSettings, GroupSettings
 from diffusion_rl.self_check import self_check
@@ -87,7 +97,8 @@ def finetune(
         measure_base(generator, embeddings, settings, state)
     while state.step < settings.updates:
         started = time.monotonic()
-        batch = collect(generator, embeddings, settings, step=state.step + 1)
+        with together("drawing videos"):
+            batch = collect(generator, embeddings, settings, step=state.step + 1)
         collected = time.monotonic()
         texts = [prompts[index] for index in batch.trajectory.prompt_index.tolist()]
         judged, guarded = judge(generator, rewards, batch, texts, settings, state)
@@ -112,8 +123,8 @@ def finetune(
             alarms=guarded.alarms,
             score_std=score[~score.isnan()].std(correction=0).item(),
             advantage_size=advantages.abs().mean().item(),
-            focused_share=credit.focused_share,
-            focus_area=credit.focus_area,
+            focused_share=focused_share(advantages, batch.gather(credit.moved)),
+            focus_area=batch.gather(credit.areas).nanmean().item(),
             tied_share=tied_share(score, batch.group),
             missing_share=missing_share(score),
             **asdict(statistics),
@@ -141,7 +152,9 @@ def measure_base(
     with reference_policy(generator.transformer):
         batch = collect(generator, embeddings, replace(settings, rollout=spread), step=0)
     videos = batch.trajectory.videos
-    state.reference_levels = measure_reference(settings.guards, videos, batch.group)
+    state.reference_levels = measure_reference(
+        settings.guards, videos, batch.own_group, batch.gather
+    )
     state.videos_generated += len(batch.group)
 
 
@@ -153,13 +166,20 @@ def judge(
     settings: FinetuneSettings,
     state: FinetuneState,
 ) -> tuple[JudgedBatch, GuardReport]:
-    """Ask the rewards and the guards about the videos."""
-    videos = batch.trajectory.videos
-    judged = judge_videos(
-        rewards, videos, prompts, fps=generator.fps, missing_limit=settings.missing_limit
-    )
+    """Ask the rewards and the guards about the videos; scores and penalties are [N], of all."""
+    trajectory = batch.trajectory
+    with together("judging videos"):
+        said = ask_rewards(rewards, trajectory.videos, prompts, fps=generator.fps).answers()
+    places = (trajectory.videos, trajectory.rows, trajectory.total)
+    said = {name: gather_judgement(one, *places) for name, one in said.items()}
+    judged = add_up_rewards(rewards, said, settings.missing_limit)
     guarded = apply_guards(
-        settings.guards, state.reference_levels, videos, batch.group, state.running_levels
+        settings.guards,
+        state.reference_levels,
+        trajectory.videos,
+        batch.own_group,
+        state.running_levels,
+        batch.gather,
     )
     state.running_levels = dict(guarded.running)
     return judged, guarded
@@ -174,14 +194,14 @@ def compare(
     settings: FinetuneSettings,
     state: FinetuneState,
 ) -> Tensor:
-    """Advantages [B] the way the row forms them; 0 for videos not judged.
+    """Advantages [N] the way the row forms them; 0 for videos not judged.
 
     The score is what the rewards sum up to without what the guards take off.
     """
     row, options = algorithm(settings.algorithm.name), settings.algorithm.advantage_options
     if row.uses_history:
         advantages, state.history = row.advantages(
-            score, batch.trajectory.prompt_index, state.history, **options
+            score, batch.prompt_index, state.history, **options
         )
         return cast(Tensor, advantages)
     own = settings.algorithm
@@ -204,9 +224,10 @@ def place(
     batch: Batch,
     settings: FinetuneSettings,
 ) -> Credit:
-    """Say where in the videos the advantages go, each reward weighed as it is in them."""
+    """Say where in this process's videos their advantages go, each reward weighed as in them."""
+    rows = batch.trajectory.rows
     if settings.credit.name == "uniform":
-        return Credit(advantages, clip=settings.credit.clip)
+        return Credit(advantages[rows], clip=settings.credit.clip)
     parts = [
         ScorePart(reward.weight * one.score, one.blame)
         for reward, one in ((reward, judged.judgements[reward.name]) for reward in rewards)
@@ -221,8 +242,7 @@ def place(
             for part in parts
         ]
     grid = LatentGrid(generator.frame_groups, *generator.latent_shape[2:])
-    seeds = batch.trajectory.seeds
-    return assign_credit(advantages, parts, batch.group, grid, seeds, settings.credit)
+    return assign_credit(advantages, parts, batch.group, grid, batch.seeds, settings.credit, rows)
 
 
 def update(
@@ -236,7 +256,7 @@ def update(
     """Move the adapter, and the old policy after it; unjudged videos teach nothing."""
     judged = ~score.isnan()
     if not bool(judged.all()):
-        trajectory, credit = trajectory.keep(judged), credit[judged]
+        trajectory, credit = trajectory.keep(judged), credit[judged[trajectory.rows]]
     rate = settings.optimizer.learning_rate_at(state.step + 1, settings.updates)
     for options in state.optimizer.param_groups:
         options["lr"] = rate

@@ -5,7 +5,7 @@ policy has fallen below its share of that level, the guard raises an alarm and c
 for what it lacks. Before that nobody is charged: a clip of one small object moves less than the
 mean without any fault, and faults such as flicker move more.
 
-Axes: B videos, F frames, C channels, H height, W width.
+Axes: B videos of this process, N of all of them, F frames, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -128,6 +128,15 @@ STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """What a guard may watch: (videos [B F C H W], group [B]) -> [B]."""
 
 
+Gather = Callable[[Tensor], Tensor]
+"""[B ...] of this process to [N ...] of all that took part."""
+
+
+def _alone(own: Tensor) -> Tensor:
+    """Where one process has all videos."""
+    return own
+
+
 @dataclass(frozen=True, kw_only=True)
 class GuardSettings:
     """One guard of a run."""
@@ -158,7 +167,7 @@ class GuardReport:
     """What the guards found in a batch."""
 
     penalty: Tensor
-    """[B] float32 on the CPU, at least 0; to be taken from the reward."""
+    """[N] float32 on the CPU, at least 0; to be taken from the reward."""
     levels: Mapping[str, float]
     """Mean of each watched statistic over the batch."""
     running: Mapping[str, float]
@@ -168,7 +177,7 @@ class GuardReport:
 
 
 def measure_reference(
-    guards: Sequence[GuardSettings], videos: Tensor, group: Tensor
+    guards: Sequence[GuardSettings], videos: Tensor, group: Tensor, gather: Gather = _alone
 ) -> dict[str, float]:
     """Measure the level that each guard will hold the policy to.
 
@@ -176,6 +185,7 @@ def measure_reference(
         guards: Any number; no statistic twice.
         videos: [B F C H W] in [0, 1] made by the base policy.
         group: [B] integer, equal for the videos of one prompt.
+        gather: Where several processes have a share of the videos each.
 
     Returns:
         The mean of each watched statistic; plain numbers, to be saved with a checkpoint.
@@ -186,7 +196,7 @@ def measure_reference(
     names = [guard.statistic for guard in guards]
     if len(set(names)) != len(names):
         raise ValueError(f"guards must watch different statistics, got {names}")
-    reference = {name: _values(name, videos, group).mean().item() for name in names}
+    reference = {name: _values(name, videos, group, gather).mean().item() for name in names}
     for name, level in reference.items():
         if not level > 0:
             raise ValueError(
@@ -202,10 +212,11 @@ def apply_guards(
     videos: Tensor,
     group: Tensor,
     running: Mapping[str, float] | None = None,
+    gather: Gather = _alone,
 ) -> GuardReport:
     """Raise an alarm for what the policy lacks, and charge every video for its part in that.
 
-    running = MEMORY * running + (1 - MEMORY) * mean over B of statistic
+    running = MEMORY * running + (1 - MEMORY) * mean over N of statistic
     lowest  = floor * reference level
     penalty = sum over guards with running < lowest of
         weight * max(0, lowest - statistic) / lowest
@@ -216,11 +227,12 @@ def apply_guards(
         videos: [B F C H W] in [0, 1].
         group: [B] integer, equal for the videos of one prompt.
         running: Of the batch before; None begins at the reference level.
+        gather: Where several processes have a share of the videos each.
 
     Raises:
         ValueError: The reference lacks a watched statistic.
     """
-    penalty = torch.zeros(videos.shape[0])
+    penalty = gather(torch.zeros(videos.shape[0]))
     levels: dict[str, float] = {}
     now: dict[str, float] = {}
     alarms: list[str] = []
@@ -231,7 +243,7 @@ def apply_guards(
                 "measure it again with measure_reference"
             )
         name, lowest = guard.statistic, guard.floor * reference[guard.statistic]
-        values = _values(name, videos, group)
+        values = _values(name, videos, group, gather)
         levels[name] = values.mean().item()
         before = (running or reference)[name]
         now[name] = MEMORY * before + (1 - MEMORY) * levels[name]
@@ -243,8 +255,13 @@ def apply_guards(
     return GuardReport(penalty, levels, now, tuple(alarms))
 
 
-def _values(statistic: str, videos: Tensor, group: Tensor) -> Tensor:
-    values = STATISTICS[statistic](videos, group).detach().float().cpu()
+def _values(statistic: str, videos: Tensor, group: Tensor, gather: Gather) -> Tensor:
+    """[N], the same on every process."""
+    if statistic == "diversity":  # A group may lie on several processes; thumbnails are enough.
+        values = diversity(gather(_thumbnails(videos)), gather(group))
+    else:
+        values = gather(STATISTICS[statistic](videos, group))
+    values = values.detach().float().cpu()
     if bool(values.isnan().any()):
         raise ValueError(
             f"{statistic} needs finite videos and, for diversity, at least 2 videos per prompt; "

@@ -192,7 +192,7 @@ class JudgedBatch:
     score: Tensor
     """[B] float32 on the CPU, NaN where any reward of weight other than 0 could not judge."""
     judgements: Mapping[str, Judgement]
-    """By the name of the reward."""
+    """By the name of the reward; blame is of the videos of this process only."""
 
 
 def build_function(settings: RewardSettings) -> RewardFunction:

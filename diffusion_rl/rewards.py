@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion_rl.loading import load_callable
+from diffusion_rl.processes import gather_objects, gather_rows
 from diffusion_rl.remote_rewards import HttpReward, ProcessReward
 from diffusion_rl.reward_contract import (
     RESUME,
@@ -44,6 +45,7 @@ __all__ = [
     "ask_rewards",
     "build_reward",
     "check_videos",
+    "gather_judgement",
     "judge_videos",
     "load_callable",
 ]
@@ -161,6 +163,27 @@ class AskedRewards:
                 parts = [_call(reward, *part, fps) for part in chunks]
             judgements[reward.name] = _joined(reward.name, parts)
         return judgements
+
+
+def gather_judgement(own: Judgement, videos: Tensor, rows: Tensor, total: int) -> Judgement:
+    """What a reward said of the videos of all processes; blame stays where it was found.
+
+    Args:
+        own: of this process's videos.
+        videos: [B F C H W] those videos.
+        rows: [B] long, their places among all.
+        total: N, of all.
+    """
+    said = gather_objects((rows.tolist(), own.reports, own.blame is not None))
+    reports, blame = None, own.blame
+    if any(part is not None for _, part, _ in said):
+        found = {}
+        for places, part, _ in said:
+            found |= dict(zip(places, part or [None] * len(places), strict=True))
+        reports = [found[place] for place in range(total)]
+    if blame is None and any(blamed for _, _, blamed in said):
+        blame = torch.zeros(*videos.shape[:2], 1, 1)  # It found fault with others only.
+    return Judgement(gather_rows(own.score, rows, total), blame, reports)
 
 
 def add_up_rewards(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
+from diffusion_rl.shares import Share, chunks, whole
 from diffusion_rl.transitions import Transition, TransitionFunction, flow_sde, ode
 
 
@@ -114,6 +115,11 @@ class Trajectory:
     """One for each video."""
     transition: TransitionFunction
     """How the recorded steps were taken."""
+    rows: Tensor
+    """[B] long, ascending: places of these videos among all of the update's; the others are with
+    other processes."""
+    total: int
+    """Videos of the update."""
 
     @property
     def sigma_max(self) -> Tensor:
@@ -121,8 +127,9 @@ class Trajectory:
         return highest_sigma(self.sigmas)
 
     def keep(self, videos: Tensor) -> Trajectory:
-        """Only the videos where `videos` [B] is True."""
-        rows = videos.nonzero().flatten()
+        """Only the videos where `videos` ([total], of all processes) is True."""
+        own = videos[self.rows]
+        rows = own.nonzero().flatten()
         at = rows.to(self.final_latent.device)
         return replace(
             self,
@@ -136,6 +143,8 @@ class Trajectory:
             embeddings=self.embeddings[rows],
             prompt_index=self.prompt_index[rows],
             seeds=tuple(self.seeds[row] for row in rows.tolist()),
+            rows=(videos.cumsum(0) - 1)[self.rows[own]],
+            total=int(videos.sum()),
         )
 
 
@@ -163,27 +172,21 @@ def eligible_steps(generator: AbstractVideoGenerator, settings: RolloutSettings)
     return places
 
 
-def chunks(count: int, size: int) -> list[slice]:
-    """Slices of at most `size` that cover `count`; rollout and replay must use the same ones,
-    since a matrix product's last bits may depend on the batch it is in."""
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 def predict_in_chunks(
     generator: AbstractVideoGenerator,
     latent: Tensor,
     sigma: Tensor,
     embeddings: PromptEmbeddings,
     guidance_scale: float,
-    micro_batch: int,
+    parts: Sequence[slice],
 ) -> Tensor:
-    """Velocity [B C T H W] of the whole batch, `micro_batch` videos at a time."""
-    parts = []
-    for part in chunks(len(latent), micro_batch):
+    """Velocity [B C T H W] of the whole batch, the videos of one part at a time."""
+    found = []
+    for part in parts:
         rows = torch.arange(part.start, part.stop)
         of_part = sigma[part] if sigma.ndim else sigma
-        parts.append(generator.predict(latent[part], of_part, embeddings[rows], guidance_scale))
-    return torch.cat(parts)
+        found.append(generator.predict(latent[part], of_part, embeddings[rows], guidance_scale))
+    return torch.cat(found) if found else torch.zeros_like(latent)
 
 
 @torch.no_grad()
@@ -196,6 +199,7 @@ def rollout(
     *,
     transition: TransitionFunction = flow_sde,
     stochastic: Sequence[int] = (),
+    share: Share | None = None,
 ) -> Trajectory:
     """Draw one video for each (prompt, seed) with the generator's active policy.
 
@@ -205,24 +209,27 @@ def rollout(
     Args:
         generator: the policy; runs without gradient.
         embeddings: [N ...] of the prompts.
-        prompt_index: [B] long into `embeddings`.
-        seeds: B integers; a seed fixes the initial noise and the exploration of its video.
+        prompt_index: [N] long into `embeddings`.
+        seeds: N integers; a seed fixes the initial noise and the exploration of its video.
         settings: steps, guidance, noise level and micro batch.
         transition: taken at the stochastic steps; all others are `ode`.
         stochastic: places of the recorded steps in [0, K); none for a deterministic rollout.
+        share: which of them are drawn here; None is all.
     """
+    share = whole(len(seeds), settings.micro_batch) if share is None else share
+    prompt_index, trunks, places, sources = _find_trunks(prompt_index, seeds, share)
+    seeds = [seeds[row] for row in share.rows.tolist()]
     sigmas = generator.sigmas(settings.num_inference_steps).to(generator.device)
     text = embeddings[prompt_index]
-    trunks, places, sources = _find_trunks(prompt_index, seeds)
     latent = generator.initial_latents([seeds[row] for row in trunks.tolist()])
-    shared = text[trunks]
+    shared, parts = text[trunks], chunks(len(trunks), settings.micro_batch)
     recorded: list[tuple[Tensor, Transition]] = []
     branching = min(stochastic, default=settings.num_inference_steps)
     for step in range(settings.num_inference_steps):
         if step == branching:
-            latent, shared = latent[places.to(latent.device)], text
+            latent, shared, parts = latent[places.to(latent.device)], text, share.parts
         prediction = predict_in_chunks(
-            generator, latent, sigmas[step], shared, settings.guidance_scale, settings.micro_batch
+            generator, latent, sigmas[step], shared, settings.guidance_scale, parts
         )
         explores = step in stochastic
         result = (transition if explores else ode)(
@@ -250,34 +257,37 @@ def rollout(
         steps=tuple(sorted(stochastic)),
         sigmas=sigmas,
         final_latent=latent,
-        videos=torch.cat(
-            [generator.decode(latent[part]) for part in chunks(len(latent), settings.micro_batch)]
-        ),
+        videos=torch.cat([generator.decode(latent[part]) for part in share.parts]),
         embeddings=text,
         prompt_index=prompt_index,
         seeds=tuple(int(seed) for seed in seeds),
         transition=transition,
+        rows=share.rows,
+        total=share.total,
     )
 
 
 def _find_trunks(
-    prompt_index: Tensor, seeds: Sequence[int]
-) -> tuple[Tensor, Tensor, list[torch.Generator]]:
-    """Rows [U] that differ in prompt or seed, each video's place [B] among them, and its noise.
+    prompt_index: Tensor, seeds: Sequence[int], share: Share
+) -> tuple[Tensor, Tensor, Tensor, list[torch.Generator]]:
+    """Of a share: its prompts [B], the rows [U] that differ in prompt or seed, each video's place
+    [B] among them, and its noise.
 
     Each explores with a noise of its own, also where several share a trunk.
     """
-    keys = list(zip(prompt_index.tolist(), map(int, seeds), strict=True))
+    every = list(zip(prompt_index.tolist(), map(int, seeds), strict=True))
+    keys = [every[row] for row in share.rows.tolist()]
     rows = {key: row for row, key in reversed(list(enumerate(keys)))}
     distinct = sorted(rows, key=rows.__getitem__)
     sources = []
-    for row, key in enumerate(keys):
+    for row, key in zip(share.rows.tolist(), keys, strict=True):
         # Hashed: torch's generator hears only 32 bits of a seed, so that an offset beyond them
         # would explore with the very noise that the video began from.
-        words = np.random.SeedSequence((key[1], keys[:row].count(key))).generate_state(1)
+        words = np.random.SeedSequence((key[1], every[:row].count(key))).generate_state(1)
         sources.append(torch.Generator().manual_seed(int(words[0])))
     places = [distinct.index(key) for key in keys]
-    return torch.tensor([rows[key] for key in distinct]), torch.tensor(places), sources
+    trunks = torch.tensor([rows[key] for key in distinct])
+    return prompt_index[share.rows], trunks, torch.tensor(places), sources
 
 
 def _stack(recorded: list[Tensor], like: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """One update of the adapter from judged videos: replayed steps, or the forward process.
 
-Axes: B videos, K denoising steps, S recorded ones; latents [B C T H W].
+Axes: B videos of this process, N of the update, K denoising steps, S recorded ones; latents
+[B C T H W].
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.losses import Surrogate, gaussian_kl, velocity_kl
 from diffusion_rl.optimizers import take_step
 from diffusion_rl.policies import old_policy, policies_of, reference_policy
-from diffusion_rl.rollout import RolloutSettings, Trajectory, chunks, predict_in_chunks
+from diffusion_rl.processes import add_up, add_up_gradients, largest
+from diffusion_rl.rollout import RolloutSettings, Trajectory, predict_in_chunks
 from diffusion_rl.row_settings import AlgorithmSettings, ForwardProcessSettings
+from diffusion_rl.shares import chunks, chunks_of_steps, step_ranges
 from diffusion_rl.surrogates import ReplayedSteps
 from diffusion_rl.transitions import Transition
 
@@ -56,7 +59,8 @@ def update_policy(
 
     Within an optimiser step gradients are summed over micro batches, so memory holds one pass of
     `micro_batch` videos. Recorded steps are split over the `inner_steps` optimiser steps by
-    video; noised videos are all seen in each, at fresh noise levels.
+    video; noised videos are all seen in each, at fresh noise levels. Each process sees its own
+    share, and its gradients are added to those of the others before a step is taken.
 
     Args:
         generator: carries the adapter.
@@ -78,6 +82,8 @@ def update_policy(
         for terms in losses:
             (terms.loss * terms.share).backward()
             statistics.append(terms._replace(loss=terms.loss.detach()))
+        for group in optimizer.param_groups:
+            add_up_gradients(group["params"])
         norms.append(take_step(optimizer))
         policies_of(generator.transformer).sync()
     return _summarise(statistics, norms)
@@ -89,7 +95,7 @@ class LossTerms(NamedTuple):
     loss: Tensor
     """Scalar, KL term included; carries the gradient."""
     share: float
-    """Its part of the optimiser step's loss."""
+    """Its part of the optimiser step's loss; those of all processes sum to 1."""
     kl: Tensor
     """Divergence from the reference policy; 0 where not computed."""
     log_ratio: Tensor | None
@@ -107,11 +113,12 @@ def recorded_losses(
     rollout: RolloutSettings,
 ) -> Iterator[Iterator[LossTerms]]:
     """For each optimiser step its micro batches, every recorded step of them in turn."""
-    parts = chunks(len(credit.advantages), rollout.micro_batch)
-    count = min(settings.inner_steps, len(parts))
-    for inner in range(count):
-        own = parts[inner * len(parts) // count : (inner + 1) * len(parts) // count]
-        yield _replayed_losses(generator, trajectory, credit, settings, rollout, own)
+    places = (trajectory.total, rollout.micro_batch, settings.inner_steps)
+    ranges = step_ranges(*places)
+    steps = chunks_of_steps(trajectory.rows, *places)
+    for of_step, parts in zip(ranges, steps, strict=True):
+        size = len(of_step) * len(trajectory.steps)
+        yield _replayed_losses(generator, trajectory, credit, settings, rollout, parts, size)
 
 
 def _replayed_losses(
@@ -121,8 +128,8 @@ def _replayed_losses(
     settings: AlgorithmSettings,
     rollout: RolloutSettings,
     parts: list[slice],
+    total: int,
 ) -> Iterator[LossTerms]:
-    total = sum(part.stop - part.start for part in parts) * len(trajectory.steps)
     for part in parts:
         for index in range(len(trajectory.steps)):
             reference = None
@@ -216,6 +223,7 @@ def forward_process_losses(
     """For each optimiser step all videos in micro batches, each video at its own noise levels."""
     levels, count = settings.noise_levels, settings.noise_levels * settings.inner_steps
     before: list[Tensor | None] = [None] * count
+    own_chunks = chunks(len(trajectory.final_latent), rollout.micro_batch)
     if algorithm(settings.name).old_policy == "anchors" and count > levels:
         # Later optimiser steps compare with the policy before the first, so it is asked now.
         state = source.get_state()
@@ -225,7 +233,7 @@ def forward_process_losses(
             before[levels:] = [
                 predict_in_chunks(
                     *(generator, *draw, trajectory.embeddings),
-                    *(rollout.learning_guidance, rollout.micro_batch),
+                    *(rollout.learning_guidance, own_chunks),
                 )
                 for draw in draws[levels:]
             ]
@@ -281,7 +289,7 @@ def _noised_losses(
         if reference is not None:
             kl = velocity_kl(prediction, reference)
             loss = loss + settings.kl_weight * kl
-        share = len(text) / len(data) / settings.noise_levels
+        share = len(text) / trajectory.total / settings.noise_levels
         if isinstance(value, Surrogate):
             clipped = value.outside.double().mean().item()
             yield LossTerms(loss, share, kl.detach(), value.log_ratios, clipped)
@@ -292,10 +300,22 @@ def _noised_losses(
 def noise_videos(
     generator: AbstractVideoGenerator, trajectory: Trajectory, source: torch.Generator
 ) -> NoisedVideos:
-    """Every video at a noise level of its own, where what learns takes part."""
+    """Every video at a noise level of its own, where what learns takes part.
+
+    Both follow from the video's place among all of the update's, so that `source` moves on alike on
+    every process.
+    """
     data = trajectory.final_latent
-    noise = torch.randn(data.shape, generator=source).to(data)
-    sigma = draw_sigmas(generator.learning_schedule(trajectory.sigmas), len(data), source)
+    noise = torch.zeros(data.shape)
+    places = {row: place for place, row in enumerate(trajectory.rows.tolist())}
+    for row in range(trajectory.total):
+        drawn = torch.randn(data.shape[1:], generator=source)
+        if row in places:
+            noise[places[row]] = drawn
+    noise = noise.to(data)
+    schedule = generator.learning_schedule(trajectory.sigmas)
+    sigma = draw_sigmas(schedule, trajectory.total, source)
+    sigma = sigma[trajectory.rows.to(sigma.device)]
     level = sigma.view(-1, *[1] * (data.ndim - 1))
     return NoisedVideos((1 - level) * data + level * noise, sigma)
 
@@ -315,15 +335,23 @@ def draw_sigmas(schedule: Tensor, count: int, source: torch.Generator) -> Tensor
 
 
 def _summarise(terms: list[LossTerms], norms: list[float]) -> UpdateStatistics:
-    """Means over the optimiser steps, whose shares each sum to 1."""
+    """Means over the optimiser steps, whose shares each sum to 1 over the processes."""
     count = len(norms)
     deviations = [
         (one.log_ratio.exp() - 1).abs().max().item() for one in terms if one.log_ratio is not None
     ]
+    loss, clip_fraction, kl = add_up(
+        [
+            sum(one.loss.item() * one.share for one in terms),
+            sum(one.clip_fraction * one.share for one in terms),
+            sum(one.kl.item() * one.share for one in terms),
+        ]
+    )
+    (deviation,) = largest([max(deviations, default=-math.inf)])
     return UpdateStatistics(
-        loss=sum(one.loss.item() * one.share for one in terms) / count,
-        ratio_deviation=max(deviations, default=math.nan),
-        clip_fraction=sum(one.clip_fraction * one.share for one in terms) / count,
-        kl=sum(one.kl.item() * one.share for one in terms) / count,
+        loss=loss / count,
+        ratio_deviation=deviation if deviation >= 0 else math.nan,
+        clip_fraction=clip_fraction / count,
+        kl=kl / count,
         grad_norm=sum(norms) / count,
     )

@@ -71,7 +71,8 @@ LAYERS = {
         "__main__",
     ],
     "diffusion_rl": [
-        *("shapes", "transitions", "advantages", "credit", "losses", "surrogates"),
+        *("shapes", "processes", "shares", "transitions"),
+        *("advantages", "credit", "losses", "surrogates"),
         *("algorithms", "row_settings", "guards"),
         *("loading", "reward_contract", "reward_worker", "remote_rewards"),
         *("rewards", "generators/base", "generators/families", "generators/pipeline"),
@@ -127,6 +128,7 @@ TOO_MANY_ARGUMENTS_BECAUSE = {
     "cac_reward.scorer.CaCScorer.from_pretrained": "the one call that names every setting",
     "diffusion_rl.losses.awm_surrogate": "the formula has these symbols",
     "diffusion_rl.losses.nft_loss": "the formula has these symbols",
+    "diffusion_rl.rollout.rollout": "what is drawn, how, and which part of it here",
     "diffusion_rl.transitions.cps": "every transition has this one signature",
     "diffusion_rl.transitions.dance_sde": "every transition has this one signature",
     "diffusion_rl.transitions.ddim": "every transition has this one signature",

@@ -1,0 +1,251 @@
+"""Several processes over gloo do what one does: the same scores, advantages, weights and reports."""
+
+import dataclasses
+import math
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import diffusion_rl.finetune
+from diffusion_rl import processes
+from diffusion_rl.algorithms import algorithm
+from diffusion_rl.credit import Credit, CreditSettings
+from diffusion_rl.finetune import FinetuneSettings, begin, finetune
+from diffusion_rl.guards import GuardSettings
+from diffusion_rl.lora import attach_lora, lora_state
+from diffusion_rl.optimizers import OptimizerSettings
+from diffusion_rl.rewards import Reward
+from diffusion_rl.rollout import RolloutSettings, Trajectory
+from diffusion_rl.row_settings import (
+    AlgorithmSettings,
+    AwmSettings,
+    DdpoSettings,
+    GrpoSettings,
+    NftSettings,
+)
+from diffusion_rl.updates import UpdateStatistics, update_policy
+from diffusion_rl.shares import chunks_of_steps, own_share
+from tests.several import run_on
+from tests.toy_gaussian import LORA, ToyGenerator
+
+PROMPTS = ["plain", "bright", "plain and small"]
+TIMES = ("collect_seconds", "judge_seconds", "update_seconds", "seconds")
+
+
+def redness(videos: Tensor, prompts: list[str], *, fps: float) -> dict[str, Any]:
+    """The left half's red, one video in five unjudged, the fault where it is least red."""
+    red = videos[:, :, 0, :, :2].mean((1, 2, 3))
+    unjudged = (videos.flatten(1).sum(1) * 1000).long() % 5 == 0
+    return {
+        "score": red.masked_fill(unjudged, math.nan),
+        "blame": 1 - videos[:, :, 0],
+        "reports": [f"{value:.6f}" for value in red.tolist()],
+    }
+
+
+def settings_for(row: AlgorithmSettings, **changes: Any) -> FinetuneSettings:
+    settings = FinetuneSettings(
+        algorithm=row,
+        rollout=RolloutSettings(
+            num_inference_steps=4,
+            stochastic_steps=2,
+            prompts_per_update=3,
+            videos_per_prompt=4,
+            micro_batch=3,
+        ),
+        optimizer=OptimizerSettings(learning_rate=1e-2),
+        guards=tuple(GuardSettings(statistic=name, floor=1.0) for name in ("contrast", "diversity")),
+        updates=4,
+    )
+    return dataclasses.replace(settings, **changes)
+
+
+def trained(settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A run's reports, weights, and what each of its updates learnt from."""
+    seen: list[dict[int, float]] = []
+
+    def spy(generator: Any, trajectory: Trajectory, credit: Credit, *rest: Any) -> UpdateStatistics:
+        seen.append(dict(zip(trajectory.rows.tolist(), credit.advantages.tolist(), strict=True)))
+        return update_policy(generator, trajectory, credit, *rest)
+
+    monkeypatch.setattr(diffusion_rl.finetune, "update_policy", spy)
+    generator = ToyGenerator()
+    old = algorithm(settings.algorithm.name).uses_old_policy
+    attach_lora(generator.transformer, LORA, old_policy=old)
+    state = begin(generator, settings)
+    reports = [
+        {
+            name: value
+            for name, value in dataclasses.asdict(report).items()
+            if name not in TIMES
+        }
+        for report in finetune(generator, [Reward("red", redness)], PROMPTS, settings, state)
+    ]
+    return {
+        "reports": reports,
+        "weights": lora_state(generator.transformer),
+        "advantages": seen,
+        "history": state.history,
+        "levels": state.running_levels,
+    }
+
+
+CASES = {
+    "grpo": settings_for(GrpoSettings(clip_range=0.02, kl_weight=0.1)),
+    "two optimiser steps": settings_for(GrpoSettings(clip_range=0.02, inner_steps=2)),
+    "separate rewards": settings_for(
+        GrpoSettings(clip_range=0.02, advantage_std="batch", advantage_rewards="separate")
+    ),
+    "history": settings_for(DdpoSettings(clip_range=0.02, history_min_count=4)),
+    "shared noise": settings_for(
+        GrpoSettings(clip_range=0.02),
+        rollout=dataclasses.replace(
+            settings_for(GrpoSettings()).rollout, shared_noise=True, eligible_steps=3
+        ),
+        credit=CreditSettings(name="random", mix=0.7),
+    ),
+    "grounded": settings_for(
+        GrpoSettings(clip_range=0.02), credit=CreditSettings(name="grounded", clip="position")
+    ),
+    "nft": settings_for(NftSettings(), credit=CreditSettings(name="grounded")),
+    "awm": settings_for(AwmSettings(inner_steps=2, noise_levels=2)),
+}
+
+
+COUNTS = (2, 4, 5)  # Of 12 videos in 3 groups: even shares, a group on several, uneven shares.
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[int, list[dict[str, Any]]]:
+    """Every case on each number of processes: what each process ends with."""
+
+    def every() -> dict[str, Any]:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            return {name: trained(settings, monkeypatch) for name, settings in CASES.items()}
+
+    return {1: [every()], **{count: run_on(count, every) for count in COUNTS}}
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", CASES)
+def test_several_processes_learn_what_one_learns(
+    name: str, count: int, runs: dict[int, list[dict[str, Any]]]
+) -> None:
+    alone, group = runs[1][0][name], [one[name] for one in runs[count]]
+    moved = [value.abs().max() for key, value in alone["weights"].items() if "lora_B" in key]
+    assert min(moved) > 1e-3
+    assert any(report["missing_share"] for report in alone["reports"])
+    for one in group:
+        for key, value in alone["weights"].items():
+            torch.testing.assert_close(one["weights"][key], value, rtol=0, atol=1e-6)
+            assert torch.equal(one["weights"][key], group[0]["weights"][key])
+        assert one["history"].keys() == alone["history"].keys()
+        for prompt, past in alone["history"].items():
+            assert one["history"][prompt] == pytest.approx(past, abs=1e-6)
+        assert one["levels"] == pytest.approx(alone["levels"], abs=1e-6)
+        assert str(one["reports"]) == str(group[0]["reports"])
+    for update, expected in enumerate(alone["advantages"]):
+        shares = [one["advantages"][update] for one in group]
+        together = {row: value for share in shares for row, value in share.items()}
+        assert sum(map(len, shares)) == len(together)
+        assert together == pytest.approx(expected, abs=1e-5)
+    for report, expected in zip(group[0]["reports"], alone["reports"], strict=True):
+        assert flat(report) == pytest.approx(flat(expected), rel=1e-4, abs=1e-6, nan_ok=True)
+
+
+def flat(report: dict[str, Any]) -> dict[str, float]:
+    """The report's numbers by name."""
+    numbers = {key: value for key, value in report.items() if isinstance(value, float | int)}
+    for name in ("rewards", "guards"):
+        numbers |= {f"{name}/{key}": value for key, value in report[name].items()}
+    return numbers
+
+
+def failing(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
+    """A judge that the last process cannot reach."""
+    if processes.rank() == processes.count() - 1:
+        raise OSError("the judge is gone")
+    return videos.mean((1, 2, 3, 4))
+
+
+def run_failing() -> list[Any]:
+    generator = ToyGenerator()
+    attach_lora(generator.transformer, LORA)
+    settings = settings_for(GrpoSettings(clip_range=0.02), guards=())
+    return list(finetune(generator, [Reward("red", failing)], PROMPTS, settings))
+
+
+def test_a_reward_that_fails_on_one_process_stops_all() -> None:
+    first, second = run_on(2, run_failing)
+    assert str(second) == (
+        "RuntimeError: reward 'red' raised OSError: the judge is gone; nothing saved so far is "
+        "lost: mend it and run the same command again to go on from the last checkpoint"
+    )
+    assert "process 1 of 2 failed while judging videos: RuntimeError: reward 'red'" in str(first)
+
+
+def unjudging(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
+    """Judges nothing on the last process and everything elsewhere."""
+    score = videos.mean((1, 2, 3, 4))
+    return score * math.nan if processes.rank() == processes.count() - 1 else score
+
+
+def run_unjudging(limit: float) -> list[Any]:
+    generator = ToyGenerator()
+    attach_lora(generator.transformer, LORA)
+    row = GrpoSettings(clip_range=0.02)
+    settings = settings_for(row, missing_limit=limit, updates=1, guards=())
+    return list(finetune(generator, [Reward("half", unjudging)], PROMPTS, settings))
+
+
+def test_the_limit_of_unjudged_videos_is_of_all_of_them() -> None:
+    """A process of which no video was judged learns nothing and takes part nevertheless."""
+    for found in run_on(2, lambda: run_unjudging(0.5)):
+        assert found[0].missing_share == 0.5
+    for found in run_on(2, lambda: run_unjudging(0.4)):
+        assert "NaN for 6 of 12 videos, more than missing_limit 0.4" in str(found)
+
+
+def test_shares_are_even_in_every_optimiser_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    found = []
+    for rank in range(3):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        found.append(own_share(18, size=2, steps=3))
+    assert sorted(row for share in found for row in share.rows.tolist()) == list(range(18))
+    for share in found:
+        steps = chunks_of_steps(share.rows, 18, size=2, steps=3)
+        assert [[part.stop - part.start for part in step] for step in steps] == [[2], [2], [2]]
+        assert share.parts == [part for step in steps for part in step]
+    with pytest.raises(ValueError, match="must be at least the 3 processes, got 2 videos"):
+        own_share(2, size=2)
+    # Steps of one video each cannot be shared out; the videos then are.
+    assert own_share(3, size=1, steps=3).rows.tolist() == [2]
+
+
+def test_gradients_are_summed_and_those_of_no_process_stay_away() -> None:
+    def summed() -> list[Any]:
+        rank = processes.rank()
+        weights = [torch.nn.Parameter(torch.zeros(3)) for _ in range(3)]
+        weights[0].grad = torch.full((3,), 1.0 + rank)
+        if rank == 1:
+            weights[1].grad = torch.ones(3)
+        processes.add_up_gradients(weights)
+        return [None if one.grad is None else one.grad.tolist() for one in weights]
+
+    assert run_on(2, summed) == [[[3.0] * 3, [1.0] * 3, None]] * 2
+
+
+def test_a_process_that_is_killed_ends_the_others() -> None:
+    def killed() -> None:
+        if processes.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        processes.gather_objects("here")
+
+    first, second = run_on(2, killed)
+    assert second == -signal.SIGKILL
+    assert "RuntimeError" in str(first)

@@ -49,9 +49,7 @@ def run_on(count: int, function: Callable[[], Any]) -> list[Any]:
 
 
 # Pickled by hand: a pipe would hand over a tensor's memory, which ends with its process.
-def _run(
-    function: Callable[[], Any], rank: int, count: int, port: int, sender: Connection
-) -> None:
+def _run(function: Callable[[], Any], rank: int, count: int, port: int, sender: Connection) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -63,10 +61,9 @@ def _run(
     try:
         processes.start("cpu")
         sender.send_bytes(pickle.dumps(function()))
-    except (Exception, KeyboardInterrupt) as error:
+    except (RuntimeError, ValueError, OSError, KeyboardInterrupt) as error:
         # As an exception that another process can unpickle, whatever its class takes.
         sender.send_bytes(pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}")))
-        raise
     finally:
         sender.close()
         if distributed.is_initialized():

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,7 +178,7 @@ def gather_judgement(own: Judgement, videos: Tensor, rows: Tensor, total: int) -
     said = gather_objects((rows.tolist(), own.reports, own.blame is not None))
     reports, blame = None, own.blame
     if any(part is not None for _, part, _ in said):
-        found = {}
+        found: dict[int, Any] = {}
         for places, part, _ in said:
             found |= dict(zip(places, part or [None] * len(places), strict=True))
         reports = [found[place] for place in range(total)]

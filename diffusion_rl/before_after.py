@@ -1,4 +1,4 @@
-"""What `evaluate` does: base and LoRA on the same prompts and seeds, compared and written down.
+"""What `evaluate` does: generators on the same prompts and seeds, compared and written down.
 
 Axes: N videos a side, F frames, C, H, W.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_rl.clips import judged_clip
+from diffusion_rl.clips import Clip, judged_clip
 from diffusion_rl.evaluation import (
     AuditRow,
     Comparison,
     Measured,
+    Table,
     VideoPair,
     audit_table,
     broken,
@@ -33,14 +34,19 @@ from diffusion_rl.evaluation import (
     write_report,
 )
 from diffusion_rl.generators.base import AbstractVideoGenerator
+from diffusion_rl.page import markdown_table, plain_numbers
 from diffusion_rl.policies import reference_policy
 from diffusion_rl.rollout import RolloutSettings, rollout
 
-SIDES = ("base", "tuned")
+SIDES: tuple[str, str] = ("base", "tuned")
 RATE = "_anomaly_rate"
 SHOWN = 8
 """Pairs of videos on the page."""
+AUDITED = 32
+"""Base videos of which the judges see spoilt copies."""
 
+Pair = tuple[str, str]
+"""Names of two sides, the earlier first."""
 Sampler = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 
@@ -93,84 +99,152 @@ def with_anomaly_rates(measured: Measured, clean: Sequence[str]) -> Measured:
     return dataclasses.replace(measured, values=values)
 
 
+def shown_videos(count: int) -> list[int]:
+    """Numbers of the videos that the page shows, of `count` a side."""
+    return _spread(count, SHOWN)
+
+
+def kept_videos(count: int) -> list[int]:
+    """Numbers of the videos that stay in memory: those of the page and of the audit, ascending."""
+    return sorted({*shown_videos(count), *range(min(count, AUDITED))})
+
+
 def compare_sides(
     sides: Mapping[str, Measured], clean: Sequence[str]
-) -> tuple[dict[str, Comparison], dict[str, Any]]:
-    """Every measure before against after, and the summary of all of it.
+) -> tuple[dict[Pair, dict[str, Comparison]], dict[str, Any]]:
+    """Every measure of base against tuned, and of every further side against both.
 
     Args:
-        sides: `base` and `tuned`, with anomaly rates.
+        sides: `base` and `tuned`, then any others, with anomaly rates.
         clean: measures that are P(clean).
+
+    Returns:
+        Comparisons by pair of sides and measure; and the summary of all of it.
     """
-    base, tuned = (sides[name] for name in SIDES)
-    group = prompt_groups(base.prompts)
-    comparisons = compare_all(base.values, tuned.values, group)
-    summary: dict[str, Any] = {"base": summarise(base), "tuned": summarise(tuned)}
-    for name in clean:
-        rates = base.values[name + RATE], tuned.values[name + RATE]
-        summary[f"mcnemar_p_{name}"] = mcnemar(*rates).p_value
-        if comparisons[name + RATE].base > 0:
-            found = relative_reduction(*rates, group=group)
-            summary[f"relative_reduction_{name}"] = found.value
-            summary[f"relative_reduction_{name}_ci95"] = [found.low, found.high]
-    return comparisons, summary
+    group = prompt_groups(sides["base"].prompts)
+    summary: dict[str, Any] = {name: summarise(side) for name, side in sides.items()}
+    found: dict[Pair, dict[str, Comparison]] = {}
+    entries = []
+    for pair in side_pairs(sides):
+        first, second = (sides[name] for name in pair)
+        found[pair] = compare_all(first.values, second.values, group)
+        tests: dict[str, Any] = {}
+        for name in clean:
+            rates = first.values[name + RATE], second.values[name + RATE]
+            tests[f"mcnemar_p_{name}"] = mcnemar(*rates).p_value
+            if found[pair][name + RATE].base > 0:
+                fewer = relative_reduction(*rates, group=group)
+                tests[f"relative_reduction_{name}"] = fewer.value
+                tests[f"relative_reduction_{name}_ci95"] = [fewer.low, fewer.high]
+        if pair == SIDES:
+            summary |= tests
+        measures = {name: _numbers(one) for name, one in found[pair].items()}
+        entries.append({"sides": list(pair), **tests, "measures": measures})
+    return found, summary | {"comparisons": entries}
+
+
+def side_pairs(sides: Iterable[str]) -> list[Pair]:
+    """Base to tuned; then for every further side, base to it and it to tuned."""
+    others = [name for name in sides if name not in SIDES]
+    return [SIDES, *(pair for name in others for pair in (("base", name), (name, "tuned")))]
+
+
+def _numbers(one: Comparison) -> dict[str, Any]:
+    difference = one.difference
+    return {
+        "means": [one.base, one.tuned],
+        "difference": difference.value,
+        "difference_ci95": [difference.low, difference.high],
+        "pairs": one.pairs,
+        "missing": one.missing,
+    }
+
+
+def result_tables(
+    comparisons: Mapping[Pair, Mapping[str, Comparison]],
+    summary: Mapping[str, Any],
+    audits: Mapping[str, Sequence[AuditRow]],
+) -> list[Table]:
+    """The tables of the page, of the Markdown and of the model card, in order.
+
+    Args:
+        comparisons: from `compare_sides`.
+        summary: from `compare_sides`.
+        audits: what each judge says of spoilt copies.
+    """
+    tables = []
+    for (pair, found), entry in zip(comparisons.items(), summary["comparisons"], strict=True):
+        tests = [
+            f"{name.removeprefix('mcnemar_p_')}: {value:.2g}"
+            for name, value in entry.items()
+            if name.startswith("mcnemar_p_")
+        ]
+        tables.append(
+            comparison_table(
+                found,
+                title="Before and after" if pair == SIDES else f"{pair[0]} and {pair[1]}",
+                caption=f"McNemar's p-value by judge: {', '.join(tests)}." if tests else "",
+                sides=pair,
+            )
+        )
+    for name, rows in audits.items():
+        table = audit_table(rows)
+        tables.append(dataclasses.replace(table, title=f"{table.title} ({name})"))
+    return tables
 
 
 def write_results(
     folder: str | Path,
     sides: Mapping[str, Measured],
-    comparisons: Mapping[str, Comparison],
     summary: Mapping[str, Any],
-    audits: Mapping[str, Sequence[AuditRow]],
+    tables: Sequence[Table],
     *,
     fps: float,
 ) -> Path:
-    """Write summary.json and report.html; returns the page's path.
+    """Write summary.json, report.md and report.html; returns the page's path.
 
     Args:
         folder: made if missing.
-        sides: `base` and `tuned`.
-        comparisons: from `compare_sides`.
+        sides: `base`, `tuned` and any others, each with the videos of `kept_videos`.
         summary: from `compare_sides`, with whatever else is to be kept.
-        audits: what each judge says of frozen and blurred copies.
+        tables: from `result_tables`.
         fps: of the videos.
     """
-    folder = Path(folder)
-    base, tuned = (sides[name] for name in SIDES)
-    tables = [comparison_table(comparisons)]
-    for name, rows in audits.items():
-        table = audit_table(rows)
-        tables.append(dataclasses.replace(table, title=f"{table.title} ({name})"))
-    judge = next(iter(base.reports), None)
-    pairs = [
-        VideoPair(
-            prompt=base.prompts[index],
-            **{
-                side: judged_clip(
-                    sides[side].videos[index].float() / 255,
-                    fps,
-                    sides[side].reports[judge][index] if judge else None,
-                )
-                for side in SIDES
-            },
-        )
-        for index in _spread(len(base.videos), SHOWN)
-    ]
+    folder, base = Path(folder), sides["base"]
+    judge, kept = next(iter(base.reports), None), kept_videos(len(base.prompts))
+
+    def clip(side: Measured, number: int) -> Clip:
+        video = side.videos[kept.index(number)].float() / 255
+        return judged_clip(video, fps, side.reports[judge][number] if judge else None)
+
+    pairs = []
+    for number in shown_videos(len(base.prompts)):
+        clips = {name: clip(side, number) for name, side in sides.items()}
+        own = {name: clips.pop(name) for name in SIDES}
+        pairs.append(VideoPair(prompt=base.prompts[number], **own, others=clips))
+    note = (
+        f"{len(base.prompts)} videos a side, from the same prompts and the same noise; intervals "
+        "are 95% paired bootstrap intervals over prompts, and p-values McNemar's exact test."
+    )
+    title = "Base and tuned generator"
     page = write_report(
         folder / "report.html",
-        title="Base and tuned generator",
+        title=title,
         summary=summary,
         tables=tables,
         video_pairs=pairs,
-        notes=[
-            f"{len(base.prompts)} videos a side, from the same prompts and the same noise; "
-            "intervals are 95% paired bootstrap intervals over prompts."
-        ],
+        notes=[note],
     )
-    partial = folder / "summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "summary.json")
+    text = "\n\n".join([f"# {title}", note, *(markdown_table(table) for table in tables)])
+    _write_text(folder / "report.md", text + "\n")
+    _write_text(folder / "summary.json", json.dumps(plain_numbers(summary), indent=2) + "\n")
     return page
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _spread(count: int, wanted: int) -> list[int]:

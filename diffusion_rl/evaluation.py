@@ -46,10 +46,12 @@ __all__ = [
     "compare",
     "compare_all",
     "comparison_table",
+    "darkened_copy",
     "frozen_copy",
     "gather",
     "mcnemar",
     "measure_generator",
+    "prompt_batches",
     "prompt_groups",
     "relative_reduction",
     "statistic_measures",
@@ -59,6 +61,8 @@ __all__ = [
 
 BLUR = 0.06
 """Spread of the audit's blur, as a share of the shorter side."""
+DARK = 0.1
+"""Light that the audit's darkened copies keep."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def measure_generator(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     rewards = [Reward(name, function) for name, function in measures.items()]
-    for batch in _batches(prompts, batch_size):
+    for batch in prompt_batches(prompts, batch_size):
         texts, numbers = tuple(prompts[batch]), tuple(seeds[batch])
         videos = sample(texts, numbers)
         judged = judge_videos(rewards, videos, texts, fps=fps).judgements
@@ -198,7 +202,7 @@ class AuditRow:
     """What the judge says of one kind of copy."""
 
     copy: str
-    """original, frozen or blurred."""
+    """original, frozen, blurred or darkened."""
     mean_score: float
     """Over the videos judged; NaN where none was."""
     passed: float
@@ -215,9 +219,10 @@ def audit_judge(
     fps: float,
     threshold: float = 0.5,
 ) -> list[AuditRow]:
-    """Ask a judge about a frozen and a blurred copy of every clip, which a good one refuses.
+    """Ask a judge about a frozen, a blurred and a darkened copy of every clip.
 
-    Where copies pass, training on this judge needs the motion and sharpness guards.
+    A good one refuses them; where copies pass, training on this judge needs the motion, sharpness
+    and contrast guards.
 
     Args:
         judge: Honours the reward contract.
@@ -227,12 +232,12 @@ def audit_judge(
         threshold: Score from which a clip passes.
 
     Returns:
-        Rows for the original, the frozen and the blurred copies.
+        Rows for the original, the frozen, the blurred and the darkened copies.
     """
     scores = {}
-    copies = {"original": videos, "frozen": frozen_copy(videos), "blurred": blurred_copy(videos)}
-    for name, copy in copies.items():
-        batch = judge_videos([Reward(f"{name} copies", judge)], copy, prompts, fps=fps)
+    for name, make in {"original": Tensor.clone, **COPIES}.items():
+        reward = Reward(f"{name} copies", judge)
+        batch = judge_videos([reward], make(videos), prompts, fps=fps)
         scores[name] = batch.score
     rows = []
     for name, score in scores.items():
@@ -258,8 +263,8 @@ def audit_table(rows: Sequence[AuditRow]) -> Table:
             [row.copy, row.mean_score, f"{100 * row.passed:.1f}%", f"{100 * row.preferred:.1f}%"]
             for row in rows
         ],
-        caption="A still or blurred clip shows no fault; where the judge lets it pass, only the "
-        "guards keep training from making such clips.",
+        caption="A still, blurred or dark clip shows no fault; where the judge lets it pass, only "
+        "the guards keep training from making such clips.",
     )
 
 
@@ -285,6 +290,20 @@ def blurred_copy(videos: Tensor) -> Tensor:
     return blurred.clamp(0, 1).to(videos.dtype)
 
 
+def darkened_copy(videos: Tensor) -> Tensor:
+    """Leave DARK of the light of videos [N F C H W]."""
+    check_shape("videos", videos, "N F C H W")
+    return videos * DARK
+
+
+COPIES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "frozen": frozen_copy,
+    "blurred": blurred_copy,
+    "darkened": darkened_copy,
+}
+"""How the audit spoils videos [N F C H W] in [0, 1]."""
+
+
 def _measure_statistic(name: str, videos: Tensor, prompts: Sequence[str], *, fps: float) -> Tensor:
     return STATISTICS[name](videos, prompt_groups(prompts).to(videos.device))
 
@@ -293,7 +312,7 @@ def _share(values: Tensor) -> float:
     return values.float().mean().item()
 
 
-def _batches(prompts: Sequence[str], size: int) -> Iterator[slice]:
+def prompt_batches(prompts: Sequence[str], size: int) -> Iterator[slice]:
     """Runs of equal prompts packed into batches without splitting one."""
     start = stop = 0
     for _, run in groupby(prompts):

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class VideoPair:
     """From the base generator."""
     tuned: Clip
     """From the tuned one."""
+    others: Mapping[str, Clip] = field(default_factory=dict)
+    """From further ones, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +135,7 @@ def write_page(
         *map(_draw_section, sections),
         _section(
             "Everything in numbers",
-            f"<details><summary>summary.json</summary><pre>"
-            f"{escape(json.dumps(_plain(summary), indent=2, allow_nan=False))}</pre></details>",
+            f"<details><summary>summary.json</summary><pre>{escape(_json(summary))}</pre></details>",
         ),
     ]
     page = (
@@ -160,6 +161,7 @@ def comparison_table(
     title: str = "Before and after",
     percent: Collection[str] = (),
     caption: str = "",
+    sides: tuple[str, str] = ("base", "tuned"),
 ) -> Table:
     """Lay out comparisons as a table with intervals.
 
@@ -169,6 +171,7 @@ def comparison_table(
         percent: Names of measures that are shares of 1: their change is given in points. Names
             that hold one of PERCENT_WORDS are taken as such too.
         caption: A sentence below the title.
+        sides: Names of the two generators.
     """
     rows: list[list[str | float | int]] = []
     for name, found in comparisons.items():
@@ -182,8 +185,19 @@ def comparison_table(
             change, interval = _plain_estimate(found.difference)
         base, tuned = (format_number(v, percent=share) for v in (found.base, found.tuned))
         rows.append([_words(name), base, tuned, change, interval, found.pairs])
-    columns = ["measure", "base", "tuned", "change", "95% interval", "pairs"]
+    columns = ["measure", *sides, "change", "95% interval", "pairs"]
     return Table(title=title, columns=columns, rows=rows, caption=caption)
+
+
+def markdown_table(table: Table) -> str:
+    """A table as Markdown with its title and its caption."""
+    rows = [table.columns, [":--", *["--:"] * (len(table.columns) - 1)], *table.rows]
+    lines = []
+    for row in rows:
+        cells = [format_number(float(c)) if _is_number(c) else str(c) for c in row]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    caption = [table.caption, ""] if table.caption else []
+    return "\n".join([f"## {table.title}", "", *caption, *lines])
 
 
 def _points(estimate: Estimate) -> tuple[str, str]:
@@ -274,17 +288,21 @@ def _videos(pairs: Sequence[VideoPair]) -> str:
         return ""
     shown = "".join(
         f'<article class="pair"><h3>{escape(pair.prompt)}</h3><div class="sides">'
-        f"{_clip('base', pair.base)}{_clip('tuned', pair.tuned)}</div></article>"
+        f"{''.join(_clip(*one) for one in _clips(pair).items())}</div></article>"
         for pair in pairs
     )
-    key = '<p class="caption">Same prompt and same noise on both sides.'
-    if any(clip.score is not None for pair in pairs for clip in (pair.base, pair.tuned)):
+    key = '<p class="caption">Same prompt and same noise on all sides.'
+    if any(clip.score is not None for pair in pairs for clip in _clips(pair).values()):
         key += (
             ' Time line below each video: <span class="key again"></span> the judge looked again, '
             '<span class="key fault"></span> it found a fault (boxed in the picture).'
         )
     key += "</p>"
     return f'{key}<div class="pairs">{shown}</div>'
+
+
+def _clips(pair: VideoPair) -> dict[str, Clip]:
+    return {"base": pair.base, "tuned": pair.tuned, **pair.others}
 
 
 def _clip(side: str, clip: Clip) -> str:
@@ -328,12 +346,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _plain(value: Any) -> Any:
-    """JSON without NaN and infinity, which browsers refuse."""
+def _json(value: Any) -> str:
+    return json.dumps(plain_numbers(value), indent=2, allow_nan=False)
+
+
+def plain_numbers(value: Any) -> Any:
+    """As JSON can hold it: NaN and infinity, which browsers refuse, are null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain_numbers(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain_numbers(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)

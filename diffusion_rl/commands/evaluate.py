@@ -1,34 +1,41 @@
-"""`evaluate`: base and tuned measured alike, a table, summary.json and report.html."""
+"""`evaluate`: base, tuned and further generators measured alike; JSON, Markdown and a page."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from diffusion_rl.before_after import (
+    AUDITED,
+    SIDES,
+    Sampler,
     build_samplers,
     compare_sides,
+    kept_videos,
+    result_tables,
     with_anomaly_rates,
     write_results,
 )
-from diffusion_rl.commands.base import Subparsers, measures_named, with_local_path
-from diffusion_rl.configuration import load_config, read_prompts
-from diffusion_rl.evaluation import (
-    Measured,
-    audit_judge,
-    gather,
-    measure_generator,
-    statistic_measures,
+from diffusion_rl.commands.base import (
+    INTERRUPTED,
+    Subparsers,
+    measures_named,
+    with_local_path,
 )
+from diffusion_rl.configuration import RunSettings, load_config, read_prompts
+from diffusion_rl.evaluation import Measured, audit_judge, gather, statistic_measures
+from diffusion_rl.evaluation_parts import EvaluationParts, EvaluationTask, fingerprint
 from diffusion_rl.guards import STATISTICS
 from diffusion_rl.launch import CONFIG_FILE, build_generator
-from diffusion_rl.rewards import build_reward
+from diffusion_rl.rewards import RewardSettings, build_reward
+from diffusion_rl.vbench import VBenchFolder
+from diffusion_rl.weight_files import COMPONENTS
 
-AUDITED = 32
-"""Clips of which `evaluate` shows the judge frozen and blurred copies."""
 STILL = tuple(name for name in STATISTICS if name != "diversity")
 
 
@@ -61,54 +68,172 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a measure that is P(clean), counted as broken below 0.5; default: the first reward",
     )
+    evaluation.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a further generator on the same prompts and noise: a LoRA's folder, a full "
+        "fine-tuning's, or a whole pipeline's",
+    )
     evaluation.add_argument("--output", default="evaluation", help="folder of the report")
+    evaluation.add_argument(
+        "--batch-size", type=int, default=32, help="videos measured and kept on disk at once"
+    )
+    evaluation.add_argument(
+        "--vbench", metavar="FOLDER", help="also write every video as VBench looks for it"
+    )
     evaluation.set_defaults(command=evaluate_command)
 
 
 def evaluate_command(options: argparse.Namespace) -> int:
-    """`evaluate`: base and tuned measured alike, a table, summary.json and report.html."""
-    if options.videos_per_prompt < 1:
-        raise ValueError(f"--videos-per-prompt must be at least 1, got {options.videos_per_prompt}")
+    """`evaluate`: measure every side, compare, write the report; Ctrl-C leaves what is measured."""
+    for name in ("videos_per_prompt", "batch_size"):
+        if getattr(options, name) < 1:
+            word = name.replace("_", "-")
+            raise ValueError(f"--{word} must be at least 1, got {getattr(options, name)}")
     config = options.base or Path(options.lora or options.transformer).parent / CONFIG_FILE
     settings = with_local_path(load_config(config, options.overrides), options.local_path)
-    prompts = [
-        text for text in read_prompts(options.prompts) for _ in range(options.videos_per_prompt)
-    ]
-    seeds = range(options.seed, options.seed + len(prompts))
-    rewards = [
-        build_reward(reward) for reward in (*settings.rewards, *measures_named(options.measure))
-    ]
-    measures = {reward.name: reward.function for reward in rewards}
+    others = further_sides(options.also)
+    rewards = [*settings.rewards, *measures_named(options.measure)]
+    task = build_task(options, settings, rewards)
     clean = options.clean or [rewards[0].name]
-    generator = build_generator(
-        settings.generator, lora=options.lora, transformer=options.transformer
+    parts = EvaluationParts(
+        options.output, identity_of(options, settings, rewards, others) | {"keep": list(task.keep)}
     )
-    samplers = build_samplers(generator, prompts, settings.rollout)
-    watched = statistic_measures(*(STATISTICS if options.videos_per_prompt > 1 else STILL))
-    sides = {}
-    for side, sample in samplers.items():
-        with tqdm(total=len(prompts), desc=side) as bar:
-            batches = measure_generator(
-                sample, measures | watched, prompts, seeds, fps=generator.fps
-            )
-            sides[side] = with_anomaly_rates(gather(_counted(batches, bar)), clean)
+    try:
+        sides, notes, seconds = {}, [], 0.0
+        for name, sample in draw_sides(options, settings, others, task.prompts):
+            vbench = VBenchFolder(options.vbench, name) if options.vbench else None
+            measured, own = measure_side(name, sample, task, parts, vbench)
+            sides[name], seconds = with_anomaly_rates(measured, clean), seconds + own
+            notes += [f"vbench {name}: {note}" for note in (vbench.close() if vbench else ())]
+    except KeyboardInterrupt:
+        print("\nstopped; what is measured is kept, and the same command goes on")
+        return INTERRUPTED
     comparisons, summary = compare_sides(sides, clean)
-    some = slice(0, AUDITED)
+    some = slice(0, min(AUDITED, len(task.prompts)))  # The first that are kept.
     audits = {
         name: audit_judge(
-            measures[name], sides["base"].videos[some] / 255, prompts[some], fps=generator.fps
+            task.measures[name],
+            sides["base"].videos[some].float() / 255,
+            task.prompts[some],
+            fps=task.fps,
         )
         for name in clean
     }
-    page = write_results(options.output, sides, comparisons, summary, audits, fps=generator.fps)
-    for name, found in comparisons.items():
+    made = len(sides) * len(task.prompts)
+    summary |= {"videos_generated": made, "seconds": seconds, "reward_calls": made * len(rewards)}
+    tables = result_tables(comparisons, summary, audits)
+    page = write_results(options.output, sides, summary, tables, fps=task.fps)
+    parts.close()
+    for name, found in comparisons[SIDES].items():
         low, high = found.difference.low, found.difference.high
         print(f"{name:28} {found.base:8.4f} -> {found.tuned:8.4f}   ({low:+.4f} to {high:+.4f})")
-    print(f"report: {page}")
+    print(*notes, f"report: {page}", sep="\n")
     return 0
 
 
-def _counted(batches: Iterable[Measured], bar: tqdm) -> Iterator[Measured]:
-    for batch in batches:
-        yield batch
-        bar.update(len(batch.prompts))
+def build_task(
+    options: argparse.Namespace, settings: RunSettings, rewards: Sequence[RewardSettings]
+) -> EvaluationTask:
+    """What is drawn and measured, from the command line."""
+    each = options.videos_per_prompt
+    prompts = [text for text in read_prompts(options.prompts) for _ in range(each)]
+    judges = {reward.name: build_reward(reward).function for reward in rewards}
+    return EvaluationTask(
+        prompts=prompts,
+        seeds=range(options.seed, options.seed + len(prompts)),
+        measures=judges | statistic_measures(*(STATISTICS if each > 1 else STILL)),
+        fps=settings.generator.fps,
+        batch_size=options.batch_size,
+        keep=kept_videos(len(prompts)),
+    )
+
+
+def further_sides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Every --also NAME=FOLDER as what `build_generator` is told of it.
+
+    Raises:
+        ValueError: one has another form, or a name is taken.
+        FileNotFoundError: there is no generator in a folder.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not (name.replace("-", "_").isidentifier() and equals and folder):
+            raise ValueError(
+                f"--also must be NAME=FOLDER with a name of letters, digits, - and _, got {text!r}"
+            )
+        if name in (*SIDES, *found):
+            raise ValueError(f"--also must have a name of its own, got {name} twice")
+        place = Path(folder)
+        if any((place / file).is_file() for file in COMPONENTS):
+            found[name] = {"lora": folder}
+        elif (place / "model_index.json").is_file():
+            found[name] = {"path": folder}
+        elif any((place / part).is_dir() for part in COMPONENTS.values()):
+            found[name] = {"transformer": folder}
+        else:
+            raise FileNotFoundError(
+                f"--also must be the folder of a LoRA, a full fine-tuning or a pipeline, got {text}"
+            )
+    return found
+
+
+def draw_sides(
+    options: argparse.Namespace,
+    settings: RunSettings,
+    others: dict[str, dict[str, Any]],
+    prompts: Sequence[str],
+) -> Iterator[tuple[str, Sampler]]:
+    """Name and sampler of each side; a further generator is loaded when its turn comes."""
+    generator = build_generator(
+        settings.generator, lora=options.lora, transformer=options.transformer
+    )
+    yield from build_samplers(generator, prompts, settings.rollout).items()
+    del generator
+    for name, given in others.items():
+        own, path = settings.generator, given.get("path")
+        if path is not None:
+            own = dataclasses.replace(own, path=path, local_path=None)
+        weights = {key: value for key, value in given.items() if key != "path"}
+        side = "tuned" if weights else "base"
+        yield name, build_samplers(build_generator(own, **weights), prompts, settings.rollout)[side]
+
+
+def measure_side(
+    name: str,
+    sample: Sampler,
+    task: EvaluationTask,
+    parts: EvaluationParts,
+    vbench: VBenchFolder | None,
+) -> tuple[Measured, float]:
+    """All of one side behind a progress bar, and the seconds it took."""
+    batches, seconds = [], 0.0
+    with tqdm(total=len(task.prompts), desc=name) as bar:
+        for batch, own in parts.measure(name, sample, task, vbench):
+            batches.append(batch)
+            seconds += own
+            bar.update(len(batch.prompts))
+    return gather(batches), seconds
+
+
+def identity_of(
+    options: argparse.Namespace,
+    settings: RunSettings,
+    rewards: Sequence[RewardSettings],
+    others: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """What the values depend on: a stopped evaluation goes on only where all of it is the same."""
+    generator = dataclasses.asdict(settings.generator)
+    folders = {"tuned": options.lora or options.transformer}
+    folders |= {name: next(iter(given.values())) for name, given in others.items()}
+    return {
+        "generator": {key: value for key, value in generator.items() if key != "device"},
+        "rollout": dataclasses.asdict(settings.rollout),
+        "prompts": read_prompts(options.prompts),
+        "draws": [options.videos_per_prompt, options.seed, options.batch_size],
+        "rewards": [dataclasses.asdict(reward) for reward in rewards],
+        "folders": {name: fingerprint(folder) for name, folder in folders.items()},
+    }

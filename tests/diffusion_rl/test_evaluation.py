@@ -13,6 +13,7 @@ from diffusion_rl.evaluation import (
     blurred_copy,
     broken,
     compare_all,
+    darkened_copy,
     frozen_copy,
     gather,
     measure_generator,
@@ -116,6 +117,7 @@ def test_copies_are_spoilt_as_they_say():
     assert motion(frozen).eq(0).all()
     assert torch.equal(frozen[:, 0], videos[:, 0])
     assert (sharpness(blurred) < 0.7 * sharpness(videos)).all()
+    torch.testing.assert_close(darkened_copy(videos), videos / 10)
     even = torch.full((1, 2, 3, 8, 12), 0.3)
     torch.testing.assert_close(blurred_copy(even), even)
 
@@ -126,11 +128,14 @@ def test_the_audit_tells_what_a_blind_judge_lets_pass():
     rows = audit_judge(
         lambda videos, prompts, *, fps: 1 - 2 * motion(videos), videos, PROMPTS, fps=8.0
     )
-    original, frozen, blurred = rows
-    assert [row.copy for row in rows] == ["original", "frozen", "blurred"]
+    original, frozen, blurred, darkened = rows
+    assert [row.copy for row in rows] == ["original", "frozen", "blurred", "darkened"]
     assert original.preferred == 0.0
     assert (frozen.mean_score, frozen.passed, frozen.preferred) == (1.0, 1.0, 1.0)
     assert original.mean_score < blurred.mean_score < 1.0
+    # A tenth of the light is a tenth of the motion.
+    moved = 1 - original.mean_score
+    assert darkened.mean_score == pytest.approx(1 - moved / 10, abs=1e-5)
     assert audit_table(rows).rows[1] == ["frozen", 1.0, "100.0%", "100.0%"]
 
 
@@ -140,7 +145,7 @@ def test_the_audit_leaves_unjudged_videos_out():
         still = motion(videos).eq(0).all()
         return torch.where(torch.arange(7) == 1, NAN, score + 0.05) if still else score
 
-    original, frozen, _ = audit_judge(judge, sample(PROMPTS, SEEDS), PROMPTS, fps=8.0)
+    original, frozen, *_ = audit_judge(judge, sample(PROMPTS, SEEDS), PROMPTS, fps=8.0)
     assert original.passed == pytest.approx(4 / 6)
     assert frozen.preferred == 1.0
     assert not math.isnan(frozen.mean_score)

@@ -13,6 +13,7 @@ import pytest
 from diffusion_rl.__main__ import INTERRUPTED, main
 from diffusion_rl.checkpoint import latest_checkpoint
 from diffusion_rl.launch import CHECKPOINTS, LORA
+from diffusion_rl.rollout import rollout
 from diffusion_rl.tracking import read_metrics
 from tests.tiny_wan import save_tiny_wan
 
@@ -190,6 +191,66 @@ def test_evaluate_compares_and_writes_a_report(
     assert "Can the judge be fooled? (held_out)" in page
 
 
+def test_evaluate_takes_further_generators_and_writes_for_vbench(
+    place: Path, pipeline: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["train", "tiny.yaml", "updates=1", "optimizer.learning_rate=0.1"])
+    main(["train", "tiny.yaml", "updates=1", "optimizer.learning_rate=0.3", "output=second"])
+    words = ["evaluate", "--lora", "run/lora", "--prompts", "prompts.txt", "--batch-size", "2"]
+    words += ["--also", "second=second/lora", "--also", "stock=wan", "--vbench", "vb"]
+    assert main([*words, "--videos-per-prompt", "2", "--clean", "red"]) == 0
+    summary = json.loads((place / "evaluation" / "summary.json").read_text())
+    assert summary["second"]["red"] != summary["tuned"]["red"]
+    assert summary["stock"]["red"] == summary["base"]["red"]
+    assert summary["videos_generated"] == summary["reward_calls"] == 16
+    assert [entry["sides"] for entry in summary["comparisons"]] == [
+        ["base", "tuned"],
+        ["base", "second"],
+        ["second", "tuned"],
+        ["base", "stock"],
+        ["stock", "tuned"],
+    ]
+    assert "## second and tuned" in (place / "evaluation" / "report.md").read_text()
+    names = ["a red circle-0.mp4", "a red circle-1.mp4"]
+    names += ["the blue square-0.mp4", "the blue square-1.mp4"]
+    for side in ("base", "tuned", "second", "stock"):
+        assert sorted(path.name for path in (place / "vb" / side).iterdir()) == names
+    assert "vbench tuned: 2 of 2 prompts have not the 5 videos" in capsys.readouterr().out
+    assert not (place / "evaluation" / "parts").exists()
+
+
+def test_an_interrupted_evaluation_goes_on(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["train", "tiny.yaml", "updates=1", "optimizer.learning_rate=0.1"])
+    words = ["evaluate", "--lora", "run/lora", "--prompts", "prompts.txt", "--batch-size", "1"]
+    words += ["--videos-per-prompt", "1", "--clean", "red"]
+    assert main([*words, "--output", "whole"]) == 0
+    calls = []
+
+    def stop_at_the_third(*arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return rollout(*arguments, **options)
+
+    monkeypatch.setattr("diffusion_rl.before_after.rollout", stop_at_the_third)
+    assert main(words) == INTERRUPTED
+    assert "stopped; what is measured is kept, and the same command goes on" in (
+        capsys.readouterr().out
+    )
+    assert len(list((place / "evaluation" / "parts").glob("*.safetensors"))) == 2
+    assert main(words) == 0
+    assert len(calls) == 5
+    found, whole = (
+        json.loads((place / folder / "summary.json").read_text())
+        for folder in ("evaluation", "whole")
+    )
+    for summary in (found, whole):
+        summary.pop("seconds")
+    assert found == whole
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -199,6 +260,10 @@ def test_evaluate_compares_and_writes_a_report(
             ["--measure", "loud=tiny_rewards:loud", "--clean", "loud"],
             r"--clean must name measures in \[0, 1\], got loud",
         ),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--also", "other"], "--also must be NAME=FOLDER with a name of letters, .*, got 'other'"),
+        (["--also", "tuned=run/lora"], "--also must have a name of its own, got tuned twice"),
+        (["--also", "other=run"], "--also must be the folder of a LoRA, .* got other=run"),
         (["--videos-per-prompt", "0"], "--videos-per-prompt must be at least 1, got 0"),
         (["--base", "none.yaml"], "config must be an existing YAML file, got none.yaml"),
     ],

@@ -27,6 +27,7 @@ import torch
 from diffusion_rl.finetune import FinetuneState
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.lora import AVERAGE, OLD
+from diffusion_rl.optimizers import SKIPPED
 from diffusion_rl.policies import policies_of
 from diffusion_rl.weight_files import set_trained_contents, trained_contents
 
@@ -89,7 +90,7 @@ def restore(generator: AbstractVideoGenerator, state: FinetuneState, snapshot: S
         if record[name] is not None:
             policies.set_state(record[name], policy, "checkpoint")
     options = [
-        {key: value for key, value in group.items() if key != "params"}
+        {key: value for key, value in group.items() if key not in ("params", SKIPPED)}
         for group in state.optimizer.param_groups
     ]
     state.optimizer.load_state_dict(record["optimizer"])

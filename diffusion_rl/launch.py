@@ -1,7 +1,7 @@
 """From settings to a running loop: what the command line and the examples share.
 
 An output folder holds config.yaml, metrics.jsonl, checkpoints/step-NNNNNN and, at the end, lora (or
-tuned, where the transformer's own weights learn).
+tuned, where the transformer's own weights learn); faults, where losses were not finite.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from diffusion_rl import processes
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.checkpoint import (
     latest_checkpoint,
@@ -31,18 +32,20 @@ from diffusion_rl.configuration import (
     save_config,
     to_tree,
 )
+from diffusion_rl.faults import save_fault
 from diffusion_rl.finetune import FinetuneState, StepReport, begin, finetune
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.generators.families import FAMILIES
 from diffusion_rl.policies import attach_policies
 from diffusion_rl.rewards import Reward, build_reward, load_callable
 from diffusion_rl.tracking import AccelerateTracker, MetricsFile
+from diffusion_rl.updates import NotFiniteError
 from diffusion_rl.weight_files import LORA as LORA  # For callers who look for the result.
 from diffusion_rl.weight_files import TUNED, load_result, save_result
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, FAULTS = "checkpoints", "faults"
 # What may differ when a run goes on; the rest would make it another run.
 MAY_CHANGE = (
     "updates",
@@ -53,7 +56,10 @@ MAY_CHANGE = (
     "generator.device",
     "generator.local_path",
     "rollout.micro_batch",
+    "rollout.update_micro_batch",
 )
+MUST_STAY = ("optimizer.name",)
+"""Of those the exceptions: the state of one optimiser is none of another's."""
 
 
 @dataclass
@@ -155,6 +161,10 @@ def train(run: Run) -> Generator[StepReport]:
 
     However it ends (done, Ctrl-C, an error in a reward, the caller closing the iterator), the last
     complete update is saved; `prepare` with the same settings goes on from there.
+
+    Raises:
+        NotFiniteError: too many losses or gradients in a row were not finite; the inputs of the
+            last are in `faults`, for `replay_fault`.
     """
     settings, output = run.settings, run.output
     metrics = MetricsFile(output, step=run.state.step)
@@ -182,6 +192,10 @@ def train(run: Run) -> Generator[StepReport]:
                 save_checkpoint(output / CHECKPOINTS, snapshot)
             yield report
         save_result(run.generator, output)
+    except NotFiniteError as error:
+        folder = output / FAULTS / f"update-{run.state.step + 1:06d}-process-{processes.rank()}"
+        save_fault(folder, run.generator, error.inputs, str(error))
+        raise NotFiniteError(f"{error}; its inputs are in {folder}", error.inputs) from error
     finally:
         if snapshot.step:
             save_checkpoint(output / CHECKPOINTS, snapshot)
@@ -217,7 +231,8 @@ def check_same_run(settings: RunSettings) -> None:
         )
     earlier = to_tree(build(OmegaConf.to_container(OmegaConf.load(output / CONFIG_FILE))))
     for path, before, now in differences(earlier, to_tree(settings)):
-        if not any(path == free or path.startswith(f"{free}.") for free in MAY_CHANGE):
+        free = any(path == one or path.startswith(f"{one}.") for one in MAY_CHANGE)
+        if not free or path in MUST_STAY:
             raise ValueError(
                 f"output must be a new folder or hold a run of the same settings, got {output} "
                 f"made with {path}={before}, now {now}; choose another output, or --restart to "

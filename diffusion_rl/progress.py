@@ -41,6 +41,11 @@ class FinetuneSettings:
             raise ValueError(f"updates must be at least 1, got {self.updates}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if self.optimizer.warmup_updates >= self.updates:
+            raise ValueError(
+                f"optimizer.warmup_updates must be below updates={self.updates}, got "
+                f"{self.optimizer.warmup_updates}"
+            )
         if not 0 <= self.missing_limit < 1:
             raise ValueError(f"missing_limit must be in [0, 1), got {self.missing_limit}")
         if isinstance(self.algorithm, RecordedSettings):
@@ -134,6 +139,8 @@ class StepReport:
     kl: float
     """As in UpdateStatistics."""
     grad_norm: float
+    """As in UpdateStatistics."""
+    skipped_steps: int
     """As in UpdateStatistics."""
     collect_seconds: float
     """Drawing and decoding the videos."""

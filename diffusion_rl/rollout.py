@@ -45,11 +45,15 @@ class RolloutSettings:
     then denoised once for all of it."""
     micro_batch: int = 16
     """Most videos in one pass of the transformer; bounds memory, not results."""
+    update_micro_batch: int | None = None
+    """The same for passes with gradient, which need far more memory; None is micro_batch. Another
+    number than that changes the last bits of a replay, as the self-check shows."""
 
     def __post_init__(self) -> None:
         for name in ("num_inference_steps", "stochastic_steps", "prompts_per_update"):
             _at_least(name, getattr(self, name), 1)
         _at_least("micro_batch", self.micro_batch, 1)
+        _at_least("update_micro_batch", self.learning_micro_batch, 1)
         if self.videos_per_prompt < 2:
             raise ValueError(
                 f"videos_per_prompt must be at least 2, got {self.videos_per_prompt}; "
@@ -73,6 +77,11 @@ class RolloutSettings:
         if self.eligible_steps is not None:
             return self.eligible_steps
         return max(1, self.num_inference_steps - 1)
+
+    @property
+    def learning_micro_batch(self) -> int:
+        """Most videos in one pass with gradient."""
+        return self.micro_batch if self.update_micro_batch is None else self.update_micro_batch
 
     @property
     def learning_guidance(self) -> float:

@@ -13,7 +13,8 @@ from diffusion_rl.credit import Credit
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.rollout import RolloutSettings, eligible_steps, rollout
 from diffusion_rl.row_settings import AlgorithmSettings, ClippedSettings, RecordedSettings
-from diffusion_rl.updates import replay, surrogate_of
+from diffusion_rl.shares import chunks
+from diffusion_rl.step_losses import replay, surrogate_of
 
 # Rounding may differ between a pass with and one without gradient, never by this much.
 MAX_NOISE = 0.05
@@ -60,16 +61,17 @@ def self_check(
         transition=settings.transition_function,
         stochastic=stochastic,
     )
-    whole, ones = slice(0, count), Credit(torch.ones(count), clip=clip)
+    ones = Credit(torch.ones(count), clip=clip)
     checked = [
         surrogate_of(
-            replay(generator, trajectory, index, whole, options),
-            *(trajectory, index, whole, ones, settings),
+            replay(generator, trajectory, index, part, options),
+            *(trajectory, index, part, ones, settings),
         )
+        for part in chunks(count, options.learning_micro_batch)
         for index in range(len(trajectory.steps))
     ]
     widths = ones.widths(trajectory.log_prob_maps[0, 0].numel())
-    log_ratios = torch.cat([one.log_ratios for one in checked], 1)
+    log_ratios = torch.cat([one.log_ratios.flatten() for one in checked])
     if widths is not None:
         log_ratios = log_ratios / widths[0, 0]
     deviation = (torch.exp(log_ratios) - 1).abs()
@@ -86,7 +88,7 @@ def self_check(
                 f"clip_range must be above the numerical noise of the ratio, {noise:.1e}, got "
                 f"{narrowest}; raise algorithm.clip_range or use generator.dtype=float32"
             )
-    clipped = torch.cat([one.outside for one in checked], 1).double().mean().item()
+    clipped = torch.cat([one.outside.flatten() for one in checked]).double().mean().item()
     if clipped:
         raise ValueError(
             f"divergence_limit must be above the numerical noise of a replay, got a limit that "

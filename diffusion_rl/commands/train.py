@@ -70,6 +70,8 @@ def summary_line(report: StepReport) -> str:
     parts += [f"{name} {level:.0%}" for name, level in report.guards.items()]
     if report.missing_share:
         parts.append(f"unjudged {report.missing_share:.0%}")
+    if report.skipped_steps:
+        parts.append(f"skipped {report.skipped_steps}")
     if report.alarms:
         parts.append("ALARM " + ",".join(report.alarms))
     return ", ".join(parts)

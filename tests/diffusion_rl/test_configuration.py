@@ -90,7 +90,7 @@ def test_saving_and_loading_gives_the_same_settings(
         ("rollout.guidance_scal=2", "^rollout.guidance_scal must be a known.*guidance_scale?"),
         (
             "optimizer.zzz=2",
-            "^optimizer.zzz must be a known key.*known: learning_rate, final_share",
+            "^optimizer.zzz must be a known key.*known: name, learning_rate",
         ),
         ("rewards[0].wieght=2", r"^rewards\[0\].wieght must be a known key.*mean weight?"),
         ("algorithm.beta=1", "^algorithm.beta must be a known key, got none of that name"),

@@ -23,8 +23,9 @@ from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout, sample_videos
 from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings, RecordedSettings
 from diffusion_rl.self_check import self_check
+from diffusion_rl.step_losses import replay, surrogate_of
 from diffusion_rl.transitions import TRANSITIONS, ode
-from diffusion_rl.updates import replay, surrogate_of, update_policy
+from diffusion_rl.updates import update_policy
 from tests.diffusion_rl.test_credit import FAMILIES, build
 from tests.toy_gaussian import LORA, ToyGenerator
 

@@ -14,7 +14,7 @@ from diffusion_rl.generators.wan22 import Wan22Generator
 from diffusion_rl.lora import LoraSettings, attach_lora, trained_parameters, tuner_layers
 from diffusion_rl.lora_files import load_lora, save_lora
 from diffusion_rl.rollout import RolloutSettings, eligible_steps
-from diffusion_rl.updates import draw_sigmas
+from diffusion_rl.step_losses import draw_sigmas
 from tests.family_checks import (
     PROMPTS,
     SEEDS,

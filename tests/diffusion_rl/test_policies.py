@@ -27,8 +27,9 @@ from diffusion_rl.policies import (
 )
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
 from diffusion_rl.row_settings import GrpoSettings, NftSettings
+from diffusion_rl.step_losses import replay
 from diffusion_rl.transitions import flow_sde, ode
-from diffusion_rl.updates import replay, update_policy
+from diffusion_rl.updates import update_policy
 from tests.tiny_wan import SIZE, build_tiny_wan
 from tests.toy_gaussian import LORA, ToyGenerator
 

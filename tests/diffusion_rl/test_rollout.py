@@ -15,8 +15,8 @@ from diffusion_rl.rollout import (
     rollout,
     sample_videos,
 )
+from diffusion_rl.step_losses import replay
 from diffusion_rl.transitions import flow_sde
-from diffusion_rl.updates import replay
 from tests.tiny_wan import SIZE, build_tiny_wan
 from tests.toy_gaussian import LORA, ToyGenerator
 

@@ -1,12 +1,16 @@
 """One update: its gradient by hand, its KL term, its batching, its failures."""
 
 import copy
+import dataclasses
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+import diffusion_rl.updates
+from diffusion_rl import step_losses
 from diffusion_rl.algorithms import ALGORITHMS
 from diffusion_rl.credit import Credit
 from diffusion_rl.lora import (
@@ -16,7 +20,7 @@ from diffusion_rl.lora import (
     reference_policy,
     trained_parameters,
 )
-from diffusion_rl.optimizers import OptimizerSettings, build_optimizer
+from diffusion_rl.optimizers import SKIPPED, OptimizerSettings, build_optimizer, take_step
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
 from diffusion_rl.row_settings import (
     AlgorithmSettings,
@@ -29,14 +33,9 @@ from diffusion_rl.row_settings import (
     NftSettings,
     RecordedSettings,
 )
+from diffusion_rl.step_losses import draw_sigmas, replay, surrogate_of
 from diffusion_rl.transitions import ode
-from diffusion_rl.updates import (
-    UpdateStatistics,
-    draw_sigmas,
-    replay,
-    surrogate_of,
-    update_policy,
-)
+from diffusion_rl.updates import NotFiniteError, UpdateStatistics, update_policy
 from tests.toy_gaussian import LORA, ToyGenerator
 
 ADVANTAGES = torch.tensor([1.0, -0.5, 0.25, -1.5, 0.75, 2.0])
@@ -74,8 +73,9 @@ def run(
     algorithm: AlgorithmSettings,
     options: RolloutSettings,
     advantages: Tensor = ADVANTAGES,
+    calm: OptimizerSettings = CALM,
 ) -> UpdateStatistics:
-    optimizer = build_optimizer(trained_parameters(generator.transformer), CALM)
+    optimizer = build_optimizer(trained_parameters(generator.transformer), calm)
     source = torch.Generator().manual_seed(0)
     credit = Credit(advantages)
     return update_policy(generator, trajectory, credit, algorithm, options, optimizer, source)
@@ -133,6 +133,35 @@ def test_the_micro_batch_changes_no_gradient(algorithm: AlgorithmSettings) -> No
     for other in results[1:]:
         for name in other:
             torch.testing.assert_close(other[name], results[0][name])
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [GrpoSettings(kl_weight=0.1, inner_steps=2), AwmSettings(inner_steps=2, noise_levels=2)],
+)
+def test_the_update_may_take_smaller_or_larger_passes_than_the_rollout(
+    algorithm: AlgorithmSettings,
+) -> None:
+    results, sizes = [], []
+    for size in (None, 1, 2, 5):
+        options = RolloutSettings(num_inference_steps=4, micro_batch=3, update_micro_batch=size)
+        generator, trajectory = prepare(algorithm, options, std=0.1)
+        predict, seen = generator.predict, []
+
+        def spy(latent: Tensor, *rest: object, predict=predict, seen=seen) -> Tensor:
+            seen.append(len(latent))
+            return predict(latent, *rest)
+
+        generator.predict = spy
+        statistics = run(generator, trajectory, algorithm, options)
+        sizes.append(max(seen))
+        results.append((lora_state(generator.transformer), statistics.grad_norm))
+    # Three of the six videos in each optimiser step of grpo, all of them in each of awm.
+    assert sizes == [3, 1, 2, 3 if algorithm.name == "grpo" else 5]
+    for state, norm in results[1:]:
+        assert norm == pytest.approx(results[0][1], rel=1e-4)
+        for name in state:
+            torch.testing.assert_close(state[name], results[0][0][name])
 
 
 def test_inner_steps_split_the_recorded_videos() -> None:
@@ -330,10 +359,90 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm() -> No
     algorithm = GrpoSettings()
     generator, trajectory = prepare(algorithm, OPTIONS)
     before = lora_state(generator.transformer)
-    with pytest.raises(RuntimeError, match="gradient must be finite, got norm nan; resume"):
-        run(generator, trajectory, algorithm, OPTIONS, torch.full((6,), math.nan))
+    broken, strict = torch.full((6,), math.nan), dataclasses.replace(CALM, skip_limit=0)
+    message = "must be finite, got 2 of 2 losses that are not, and a gradient of norm nan, 1 opt"
+    with pytest.raises(NotFiniteError, match=message) as raised:
+        run(generator, trajectory, algorithm, OPTIONS, broken, strict)
+    assert raised.value.inputs.credit.advantages is broken
     assert distance(before, lora_state(generator.transformer)) == 0.0
     assert all(p.grad is None for p in trained_parameters(generator.transformer))
+
+
+def run_three_steps(
+    algorithm: AlgorithmSettings, what: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[UpdateStatistics, dict[str, Tensor], torch.optim.Optimizer]:
+    """An update of which the second optimiser step is broken, or left out by hand."""
+    options = RolloutSettings(num_inference_steps=4, micro_batch=2)
+    generator, trajectory = prepare(algorithm, options, std=0.1)
+    optimizer = build_optimizer(trained_parameters(generator.transformer), CALM)
+    number = 0
+
+    def losses(generator: ToyGenerator, inputs: step_losses.StepInputs) -> Iterator:
+        nonlocal number
+        number += 1
+        for terms in step_losses.step_losses(generator, inputs):
+            extra = 0.0
+            if number == 2 and what == "loss":  # With a gradient that is finite.
+                extra = math.inf
+            elif number == 2 and what == "gradient":
+                extra = torch.sqrt(trained_parameters(generator.transformer)[0].sum() * 0)
+            yield terms._replace(loss=terms.loss + extra)
+
+    def take(optimizer: torch.optim.Optimizer) -> float:
+        if number == 2 and what == "left out":
+            optimizer.zero_grad()
+            return 0.0
+        return take_step(optimizer)
+
+    monkeypatch.setattr(diffusion_rl.updates, "step_losses", losses)
+    monkeypatch.setattr(diffusion_rl.updates, "take_step", take)
+    statistics = update_policy(
+        *(generator, trajectory, Credit(ADVANTAGES), algorithm, options, optimizer),
+        torch.Generator().manual_seed(0),
+    )
+    return statistics, lora_state(generator.transformer), optimizer
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("algorithm", [GrpoSettings(inner_steps=3), NftSettings(inner_steps=3)])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    algorithm: AlgorithmSettings, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of three: weights and optimiser end where the other two alone take them."""
+    statistics, weights, optimizer = run_three_steps(algorithm, what, monkeypatch)
+    assert statistics.skipped_steps == 1
+    assert math.isfinite(statistics.loss)
+    assert math.isfinite(statistics.grad_norm)
+    assert optimizer.param_groups[0][SKIPPED] == 0  # The third was taken.
+    without, expected, other = run_three_steps(algorithm, "left out", monkeypatch)
+    assert without.skipped_steps == 0
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    states = (one.state_dict()["state"].values() for one in (optimizer, other))
+    for one, another in zip(*states, strict=True):
+        assert one["step"] == another["step"] == 2
+        assert torch.equal(one["exp_avg_sq"], another["exp_avg_sq"])
+
+
+def test_an_update_without_a_step_has_no_numbers_and_stops_past_the_limit() -> None:
+    generator, trajectory = prepare(GrpoSettings(), OPTIONS)
+    parameters = trained_parameters(generator.transformer)
+    optimizer = build_optimizer(parameters, dataclasses.replace(CALM, skip_limit=2))
+    parts = (GrpoSettings(), OPTIONS, optimizer, torch.Generator())
+    broken = Credit(torch.full((6,), math.inf))
+
+    def update(credit: Credit) -> UpdateStatistics:
+        return update_policy(generator, trajectory, credit, *parts)
+
+    for _ in range(2):
+        statistics = update(broken)
+        assert statistics.skipped_steps == 1
+        assert math.isnan(statistics.loss)
+        assert math.isnan(statistics.grad_norm)
+    update(Credit(ADVANTAGES))  # Not in a row any more.
+    for _ in range(2):
+        update(broken)
+    with pytest.raises(NotFiniteError, match="norm nan, 3 optimiser steps in a row; go on from"):
+        update(broken)
 
 
 def test_the_gradient_is_limited() -> None:

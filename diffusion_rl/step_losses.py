@@ -1,0 +1,300 @@
+"""What one optimiser step learns from, and its losses: replayed steps, or the forward process.
+
+Axes: B videos of this process, N of the update, K denoising steps, S recorded ones; latents
+[B C T H W].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from diffusion_rl.algorithms import algorithm
+from diffusion_rl.credit import Credit
+from diffusion_rl.generators.base import AbstractVideoGenerator
+from diffusion_rl.losses import Surrogate, gaussian_kl, velocity_kl
+from diffusion_rl.policies import old_policy, reference_policy
+from diffusion_rl.rollout import RolloutSettings, Trajectory, predict_in_chunks
+from diffusion_rl.row_settings import AlgorithmSettings, ForwardProcessSettings
+from diffusion_rl.shares import chunks, chunks_of_steps, step_ranges
+from diffusion_rl.surrogates import ReplayedSteps
+from diffusion_rl.transitions import Transition
+
+
+class NoisedVideos(NamedTuple):
+    """Final latents with noise, as flow matching adds it."""
+
+    latent: Tensor
+    """[B C T H W] (1 - sigma) * data + sigma * noise."""
+    sigma: Tensor
+    """[B]."""
+
+
+class OptimizerStep(NamedTuple):
+    """The part of an update's videos that one optimiser step learns from."""
+
+    videos: int
+    """How many it learns from, those of other processes included."""
+    parts: tuple[slice, ...]
+    """Micro batches of this process: each in all recorded steps, or at all noise levels."""
+    noised: tuple[NoisedVideos, ...] = ()
+    """Of the forward process, all videos once for each noise level; else none."""
+    before: tuple[Tensor, ...] = ()
+    """[B C T H W] for each of `noised` the prediction by the policy before the update; none where
+    that is the policy as it is, or not asked for."""
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """All that an optimiser step learns from, besides the generator's weights."""
+
+    trajectory: Trajectory
+    """Judged videos only."""
+    credit: Credit
+    """Of those videos."""
+    settings: AlgorithmSettings
+    """The row and its options."""
+    rollout: RolloutSettings
+    """Micro batch, guidance, noise level."""
+    step: OptimizerStep
+    """Which part of it."""
+
+
+class LossTerms(NamedTuple):
+    """The loss of one micro batch, at one recorded step or noise level."""
+
+    loss: Tensor
+    """Scalar, KL term included; carries the gradient."""
+    share: float
+    """Its part of the optimiser step's loss; those of all processes sum to 1."""
+    kl: Tensor
+    """Divergence from the reference policy; 0 where not computed."""
+    log_ratio: Tensor | None
+    """[B 1] or, of each latent position, [B P] as the loss uses it, without gradient; None where it
+    uses none."""
+    clip_fraction: float
+    """NaN without ratios."""
+
+
+def optimizer_steps(
+    generator: AbstractVideoGenerator,
+    trajectory: Trajectory,
+    settings: AlgorithmSettings,
+    rollout: RolloutSettings,
+    source: torch.Generator,
+) -> Iterator[OptimizerStep]:
+    """The parts of an update, each drawn when its turn comes."""
+    size = rollout.learning_micro_batch
+    if not isinstance(settings, ForwardProcessSettings):
+        # Which videos a step learns from goes by the rollout's passes, on which shares depend.
+        places = (trajectory.total, rollout.micro_batch, settings.inner_steps)
+        own = chunks_of_steps(trajectory.rows, *places)
+        for of_step, passes in zip(step_ranges(*places), own, strict=True):
+            first, last = (passes[0].start, passes[-1].stop) if passes else (0, 0)
+            cut = chunks(last - first, size)
+            parts = tuple(slice(first + one.start, first + one.stop) for one in cut)
+            yield OptimizerStep(len(of_step), parts)
+        return
+    parts = tuple(chunks(len(trajectory.final_latent), size))
+    levels, count = settings.noise_levels, settings.noise_levels * settings.inner_steps
+    before: list[Tensor] = []
+    if algorithm(settings.name).old_policy == "anchors" and count > levels:
+        # Later optimiser steps compare with the policy before the first, so it is asked now.
+        state = source.get_state()
+        draws = [noise_videos(generator, trajectory, source) for _ in range(count)]
+        source.set_state(state)
+        with torch.no_grad():
+            before = [
+                predict_in_chunks(
+                    *(generator, *draw, trajectory.embeddings),
+                    *(rollout.learning_guidance, parts),
+                )
+                for draw in draws[levels:]
+            ]
+    for first in range(0, count, levels):
+        noised = tuple(noise_videos(generator, trajectory, source) for _ in range(levels))
+        asked = tuple(before[first - levels : first]) if first else ()
+        yield OptimizerStep(trajectory.total, parts, noised, asked)
+
+
+def step_losses(generator: AbstractVideoGenerator, inputs: StepInputs) -> Iterator[LossTerms]:
+    """The losses of an optimiser step, a micro batch at a time."""
+    own = (generator, inputs.trajectory, inputs.credit)
+    if not isinstance(inputs.settings, ForwardProcessSettings):
+        yield from _replayed_losses(*own, inputs.settings, inputs.rollout, inputs.step)
+        return
+    for level in range(len(inputs.step.noised)):
+        yield from _noised_losses(*own, inputs.settings, inputs.rollout, inputs.step, level)
+
+
+def _replayed_losses(
+    generator: AbstractVideoGenerator,
+    trajectory: Trajectory,
+    credit: Credit,
+    settings: AlgorithmSettings,
+    rollout: RolloutSettings,
+    own: OptimizerStep,
+) -> Iterator[LossTerms]:
+    for part in own.parts:
+        for index in range(len(trajectory.steps)):
+            reference = None
+            if settings.kl_weight:
+                with torch.no_grad(), reference_policy(generator.transformer):
+                    reference = replay(generator, trajectory, index, part, rollout)
+            step = replay(generator, trajectory, index, part, rollout)
+            value = surrogate_of(step, trajectory, index, part, credit, settings)
+            loss, kl = value.loss, torch.zeros(())
+            if reference is not None:
+                kl = gaussian_kl(step.mean, reference.mean, step.std)
+                loss = loss + settings.kl_weight * kl
+            yield LossTerms(
+                loss=loss,
+                share=(part.stop - part.start) / (own.videos * len(trajectory.steps)),
+                kl=kl.detach(),
+                log_ratio=value.log_ratios,
+                clip_fraction=value.outside.double().mean().item(),
+            )
+
+
+def replay(
+    generator: AbstractVideoGenerator,
+    trajectory: Trajectory,
+    index: int,
+    part: slice,
+    rollout: RolloutSettings,
+) -> Transition:
+    """Recorded step `index` of the videos `part`, evaluated with the active policy."""
+    place = trajectory.steps[index]
+    sigma, next_sigma = trajectory.sigmas[place], trajectory.sigmas[place + 1]
+    latent = trajectory.latents[index, part]
+    text = trajectory.embeddings[torch.arange(part.start, part.stop)]
+    return trajectory.transition(
+        latent,
+        generator.predict(latent, sigma, text, rollout.learning_guidance),
+        sigma,
+        next_sigma,
+        noise_level=rollout.noise_level,
+        sigma_max=trajectory.sigma_max,
+        next_latent=trajectory.next_latents[index, part],
+    )
+
+
+def surrogate_of(
+    step: Transition,
+    trajectory: Trajectory,
+    index: int,
+    part: slice,
+    credit: Credit,
+    settings: AlgorithmSettings,
+) -> Surrogate:
+    """The row's loss of one replayed step, without the KL term."""
+    place, own = trajectory.steps[index], credit[part].to(step.log_prob)
+    shift = (step.mean - trajectory.means[index, part]) ** 2
+    log_probs = own.columns(step.log_prob, step.log_prob_map)
+    duration = trajectory.sigmas[place] - trajectory.sigmas[place + 1]
+    positions = step.log_prob_map[0].numel()
+    steps = ReplayedSteps(
+        log_probs=log_probs,
+        old_log_probs=own.columns(
+            trajectory.log_probs[part, index], trajectory.log_prob_maps[part, index]
+        ),
+        mean_shifts=own.columns(shift.flatten(1).mean(dim=1), shift.mean(dim=1)),
+        stds=step.std.flatten()[:, None].expand_as(log_probs),
+        durations=duration.expand_as(log_probs),
+        widths=own.widths(positions),
+    )
+    advantages = own.column_advantages(positions)
+    loss = algorithm(settings.name).loss
+    return cast(Surrogate, loss(steps, advantages, **settings.loss_options))
+
+
+def _noised_losses(
+    generator: AbstractVideoGenerator,
+    trajectory: Trajectory,
+    credit: Credit,
+    settings: ForwardProcessSettings,
+    rollout: RolloutSettings,
+    step: OptimizerStep,
+    level: int,
+) -> Iterator[LossTerms]:
+    row, data = algorithm(settings.name), trajectory.final_latent
+    noised, before = step.noised[level], step.before[level] if step.before else None
+    for part in step.parts:
+        text = trajectory.embeddings[torch.arange(part.start, part.stop)]
+        latent, sigma = noised.latent[part], noised.sigma[part]
+        inputs = (latent, sigma, text, rollout.learning_guidance)
+        slow, reference = None, None
+        with torch.no_grad():
+            if row.old_policy == "draws" or settings.anchor_weight:
+                with old_policy(generator.transformer):
+                    slow = generator.predict(*inputs)
+            if settings.kl_weight:
+                with reference_policy(generator.transformer):
+                    reference = generator.predict(*inputs)
+        prediction = generator.predict(*inputs)
+        old = prediction.detach() if before is None else before[part]
+        own = credit[part].to(data)
+        value = row.loss(
+            prediction,
+            slow if row.old_policy == "draws" else old,
+            latent,
+            data[part],
+            sigma,
+            own.advantages,
+            weights=None if own.weights is None else own.weights[:, None],
+            **settings.loss_options,
+        )
+        loss, kl = value.loss if isinstance(value, Surrogate) else value, torch.zeros(())
+        if slow is not None and settings.anchor_weight:
+            loss = loss + settings.anchor_weight * velocity_kl(prediction, slow)
+        if reference is not None:
+            kl = velocity_kl(prediction, reference)
+            loss = loss + settings.kl_weight * kl
+        share = len(text) / step.videos / settings.noise_levels
+        if isinstance(value, Surrogate):
+            clipped = value.outside.double().mean().item()
+            yield LossTerms(loss, share, kl.detach(), value.log_ratios, clipped)
+        else:
+            yield LossTerms(loss, share, kl.detach(), None, math.nan)
+
+
+def noise_videos(
+    generator: AbstractVideoGenerator, trajectory: Trajectory, source: torch.Generator
+) -> NoisedVideos:
+    """Every video at a noise level of its own, where what learns takes part.
+
+    Both follow from the video's place among all of the update's, so that `source` moves on alike on
+    every process.
+    """
+    data = trajectory.final_latent
+    noise = torch.zeros(data.shape)
+    places = {row: place for place, row in enumerate(trajectory.rows.tolist())}
+    for row in range(trajectory.total):
+        drawn = torch.randn(data.shape[1:], generator=source)
+        if row in places:
+            noise[places[row]] = drawn
+    noise = noise.to(data)
+    schedule = generator.learning_schedule(trajectory.sigmas)
+    sigma = draw_sigmas(schedule, trajectory.total, source)
+    sigma = sigma[trajectory.rows.to(sigma.device)]
+    level = sigma.view(-1, *[1] * (data.ndim - 1))
+    return NoisedVideos((1 - level) * data + level * noise, sigma)
+
+
+def draw_sigmas(schedule: Tensor, count: int, source: torch.Generator) -> Tensor:
+    """Noise levels [B] between those of the schedule [K+1], as dense as it is.
+
+    One falls in each B-th of the schedule, so that an update's loss depends less on luck than
+    with independent draws.
+    """
+    steps = len(schedule) - 1
+    place = (torch.rand(count, generator=source) + torch.randperm(count, generator=source)) / count
+    place = (place * steps).clamp(max=steps - 1e-3)
+    weight = (place - place.long()).to(schedule)
+    lower = place.long().to(schedule.device)
+    return (1 - weight) * schedule[lower] + weight * schedule[lower + 1]

@@ -18,10 +18,12 @@ from diffusion_rl.algorithms import ALGORITHMS, algorithm
 from diffusion_rl.credit import CreditSettings
 from diffusion_rl.finetune import FinetuneSettings
 from diffusion_rl.generators.families import FAMILIES, check_options
+from diffusion_rl.generators.settings import ExecutionSettings
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.lora import LoraSettings
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.policies import FullSettings
+from diffusion_rl.prompts import PROMPT_COLUMN
 from diffusion_rl.rewards import RewardSettings
 from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings
@@ -60,6 +62,10 @@ class GeneratorSettings:
     """A folder to load instead of asking the hub for `path`."""
     revision: str | None = None
     """Of the hub model."""
+    execution: ExecutionSettings = field(default_factory=ExecutionSettings)
+    """What saves memory and time; all off."""
+    prompt_cache: str | None = None
+    """A folder in which prompt embeddings are kept over runs; None computes them in each."""
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -68,6 +74,11 @@ class GeneratorSettings:
                 f"{_near(self.family, FAMILIES)}"
             )
         check_options(self.family, self.options)
+        if self.execution.offload is not None and self.device == "cpu":
+            raise ValueError(
+                "execution.offload must be left out with device=cpu, got parts "
+                f"{', '.join(self.execution.offload.parts)}; there is nowhere else to wait"
+            )
         if self.fps <= 0:
             raise ValueError(f"fps must be above 0, got {self.fps}")
         if self.max_sequence_length < 1:
@@ -101,7 +112,9 @@ class RunSettings:
     missing_limit: float = 0.5
     """Share of videos a reward may leave unjudged before the run stops, in [0, 1)."""
     prompts: str
-    """A UTF-8 text file, one prompt a line."""
+    """A text file with one prompt a line, .jsonl, .parquet or a folder of datasets."""
+    prompt_column: str = PROMPT_COLUMN
+    """Key or column of the prompts where the file has such."""
     updates: int = 60
     """Length of the run, at least 1."""
     seed: int = 0
@@ -130,6 +143,12 @@ class RunSettings:
             object.__setattr__(self, "lora", dataclasses.replace(lora, targets=targets))
         elif self.lora is not None:
             raise ValueError("full must be left out where lora is given, got both; one learns")
+        offload = self.generator.execution.offload
+        if self.full is not None and offload is not None and "transformer" in offload.parts:
+            raise ValueError(
+                "generator.execution.offload.parts must leave out the transformer where full is "
+                f"given, got {', '.join(offload.parts)}; weights that learn stay on the device"
+            )
         self.finetune_settings()
 
     @property
@@ -212,30 +231,6 @@ def save_config(settings: RunSettings, path: str | Path) -> None:
     """Write the resolved settings beside a run's results."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_tree(settings))), encoding="utf-8")
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a text file that are not blank.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not UTF-8, or no prompt in it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts must be an existing text file, got {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"prompts must be UTF-8, got {path} with byte 0x{error.object[error.start]:02x} in "
-            f"line {line}; save it as UTF-8"
-        ) from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompts must be at least one line of text, got an empty file {path}")
-    return prompts
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,6 @@ from diffusion_rl.configuration import (
     GeneratorSettings,
     RunSettings,
     build,
-    read_prompts,
     save_config,
     to_tree,
 )
@@ -37,6 +36,7 @@ from diffusion_rl.finetune import FinetuneState, StepReport, begin, finetune
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.generators.families import FAMILIES
 from diffusion_rl.policies import attach_policies
+from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import Reward, build_reward, load_callable
 from diffusion_rl.tracking import AccelerateTracker, MetricsFile
 from diffusion_rl.updates import NotFiniteError
@@ -55,6 +55,9 @@ MAY_CHANGE = (
     "missing_limit",
     "generator.device",
     "generator.local_path",
+    "generator.prompt_cache",
+    "generator.execution.gradient_checkpointing",
+    "generator.execution.offload",
     "rollout.micro_batch",
     "rollout.update_micro_batch",
 )
@@ -110,6 +113,8 @@ def build_generator(
         device=settings.device,
         local_path=settings.local_path,
         revision=settings.revision,
+        execution=settings.execution,
+        prompt_cache=settings.prompt_cache,
         **settings.options,
     )
     load_result(generator, lora=lora, transformer=transformer)
@@ -134,7 +139,7 @@ def prepare(
     if restart and output.exists():
         set_aside(output)
     check_same_run(settings)
-    prompts = read_prompts(settings.prompts)
+    prompts = read_prompts(settings.prompts, settings.prompt_column)
     rewards = [build_reward(reward) for reward in settings.rewards]
     generator = build_generator(settings.generator)
     attach_policies(

@@ -74,13 +74,20 @@ def attach_lora(
             config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=own)
             for name in (TRAINED, *copies):
                 inject_adapter_in_model(config, part, adapter_name=name)
-    for name, parameter in transformer.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(_device_of(part), torch.float32)
     for name in copies:
         follow_trained(transformer, name, decay=0.0)
     _activate(transformer, TRAINED)
     return trained_parameters(transformer)
+
+
+def _device_of(transformer: nn.Module) -> Any:
+    """Where a transformer computes; its own weights may wait elsewhere."""
+    own = getattr(transformer, "device", None)
+    return next(transformer.parameters()).device if own is None else own
 
 
 def _targets_of(transformer: nn.Module, settings: LoraSettings) -> list[str]:
@@ -163,12 +170,14 @@ def old_policy(transformer: nn.Module) -> Iterator[None]:
 
     In float32 its update is added to the layers' own weights for the time, which is a third faster
     than an adapter beside them; the weights themselves are put back, not computed back. Weights of
-    half precision would round the update away, so there the adapter runs.
+    half precision would round the update away, and weights that wait off the device are not there
+    to be added to, so then the adapter runs.
     """
     if not has_adapter(transformer, OLD):
         raise RuntimeError("transformer must have an old policy; attach_lora(..., old_policy=True)")
     layers: list[Any] = tuner_layers(transformer)
-    if any(layer.base_layer.weight.dtype != torch.float32 for layer in layers):
+    weights = [(layer.base_layer.weight, layer.lora_A[OLD].weight) for layer in layers]
+    if any(own.dtype != torch.float32 or own.device != lora.device for own, lora in weights):
         with adapter_policy(transformer, OLD):
             yield
         return

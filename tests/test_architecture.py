@@ -73,9 +73,11 @@ LAYERS = {
     "diffusion_rl": [
         *("shapes", "processes", "shares", "transitions"),
         *("advantages", "credit", "losses", "surrogates"),
-        *("algorithms", "row_settings", "guards"),
+        *("algorithms", "row_settings", "guards", "prompts"),
         *("loading", "reward_contract", "reward_worker", "remote_rewards"),
-        *("rewards", "generators/base", "generators/families", "generators/pipeline"),
+        *("rewards", "generators/base", "generators/families"),
+        *("generators/settings", "generators/execution", "generators/prompt_cache"),
+        "generators/pipeline",
         *("generators/wan", "generators/", "lora", "policies"),
         *("lora_files", "weight_files", "rollout"),
         *("optimizers", "step_losses", "updates"),
@@ -115,7 +117,11 @@ HEAVY_FILES = {
     "diffusion_rl/exports/merged.py",
     "diffusion_rl/exports/peft_layout.py",
 }
-ALWAYS_LIGHT = {"diffusion_rl/generators/base.py", "diffusion_rl/generators/families.py"}
+ALWAYS_LIGHT = {
+    "diffusion_rl/generators/base.py",
+    "diffusion_rl/generators/families.py",
+    "diffusion_rl/generators/settings.py",
+}
 LIGHT = "torch, einops, omegaconf"
 
 MAX_MODULE_LINES = 400

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_rl.configuration import load_config, read_prompts
+from diffusion_rl.configuration import load_config
+from diffusion_rl.prompts import read_prompts
 from examples.toy_world.demo import CONFIGS, UNGUARDED
 from examples.toy_world.make_stored_runs import STORED
 from examples.toy_world.world import split_of

@@ -27,11 +27,12 @@ from diffusion_rl.commands.base import (
     measures_named,
     with_local_path,
 )
-from diffusion_rl.configuration import RunSettings, load_config, read_prompts
+from diffusion_rl.configuration import RunSettings, load_config
 from diffusion_rl.evaluation import Measured, audit_judge, gather, statistic_measures
 from diffusion_rl.evaluation_parts import EvaluationParts, EvaluationTask, fingerprint
 from diffusion_rl.guards import STATISTICS
 from diffusion_rl.launch import CONFIG_FILE, build_generator
+from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import RewardSettings, build_reward
 from diffusion_rl.vbench import VBenchFolder
 from diffusion_rl.weight_files import COMPONENTS
@@ -52,7 +53,7 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
     tuned = evaluation.add_mutually_exclusive_group(required=True)
     tuned.add_argument("--lora", help="folder of the LoRA")
     tuned.add_argument("--transformer", help="folder of a full fine-tuning, a run's `tuned`")
-    evaluation.add_argument("--prompts", required=True, help="a text file of held-out prompts")
+    evaluation.add_argument("--prompts", required=True, help="file of held-out prompts")
     evaluation.add_argument("--videos-per-prompt", type=int, default=4, help="at least 1")
     evaluation.add_argument("--seed", type=int, default=0, help="of the first video")
     evaluation.add_argument(
@@ -139,7 +140,7 @@ def build_task(
 ) -> EvaluationTask:
     """What is drawn and measured, from the command line."""
     each = options.videos_per_prompt
-    prompts = [text for text in read_prompts(options.prompts) for _ in range(each)]
+    prompts = [text for text in read_prompts(options.prompts, settings.prompt_column) for _ in range(each)]
     judges = {reward.name: build_reward(reward).function for reward in rewards}
     return EvaluationTask(
         prompts=prompts,
@@ -232,7 +233,7 @@ def identity_of(
     return {
         "generator": {key: value for key, value in generator.items() if key != "device"},
         "rollout": dataclasses.asdict(settings.rollout),
-        "prompts": read_prompts(options.prompts),
+        "prompts": read_prompts(options.prompts, settings.prompt_column),
         "draws": [options.videos_per_prompt, options.seed, options.batch_size],
         "rewards": [dataclasses.asdict(reward) for reward in rewards],
         "folders": {name: fingerprint(folder) for name, folder in folders.items()},

@@ -8,8 +8,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from diffusion_rl.commands.base import Subparsers, with_local_path
-from diffusion_rl.configuration import load_config, read_prompts
+from diffusion_rl.configuration import load_config
 from diffusion_rl.launch import build_generator
+from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rollout import sample_videos
 from diffusion_rl.tracking import write_video
 
@@ -19,7 +20,9 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
     sampling = commands.add_parser("sample", parents=[shared], help="write videos of prompts")
     sampling.add_argument("config", help="a YAML like those in configs/rl, or a run's config.yaml")
     sampling.add_argument("overrides", nargs="*", metavar="key=value")
-    sampling.add_argument("--prompts", required=True, help="a text file, one prompt a line")
+    sampling.add_argument(
+        "--prompts", required=True, help="a text file with one prompt a line, .jsonl, .parquet"
+    )
     sampling.add_argument("--lora", help="folder of a LoRA; without it the base generator")
     sampling.add_argument("--transformer", help="folder of a full fine-tuning, instead of a LoRA")
     sampling.add_argument("--output", default="samples", help="folder of the videos")
@@ -32,7 +35,7 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
 def sample_command(options: argparse.Namespace) -> int:
     """`sample`: one video for each prompt, by the base generator or by what a run made of it."""
     settings = with_local_path(load_config(options.config, options.overrides), options.local_path)
-    prompts = read_prompts(options.prompts)
+    prompts = read_prompts(options.prompts, settings.prompt_column)
     generator = build_generator(
         settings.generator, lora=options.lora, transformer=options.transformer
     )

@@ -6,23 +6,32 @@ Axes as in `generators/base.py`. A family's file says the rest.
 from __future__ import annotations
 
 import copy
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import diffusers
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
+from diffusion_rl.generators.execution import place, place_text_encoders
 from diffusion_rl.generators.families import check_pipeline_class
+from diffusion_rl.generators.prompt_cache import Entry, PromptCache, fingerprint
+from diffusion_rl.generators.settings import ExecutionSettings
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a pipeline loads; a hub repository also holds pictures, and whole checkpoints at its root.
 HUB_FILES = ["*.json", "*/*.safetensors", "*.txt", "*.model", "*.jinja"]
+DEFAULT_EXECUTION = ExecutionSettings()
 
 
 class AbstractPipelineGenerator(AbstractVideoGenerator):
@@ -45,6 +54,14 @@ class AbstractPipelineGenerator(AbstractVideoGenerator):
     """Of diffusers."""
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Parts of the pipeline that only prompts need."""
+    source: tuple[str, str] | None = None
+    """Folder that the pipeline was loaded from, and the type; None for one that was built."""
+    execution: ExecutionSettings = DEFAULT_EXECUTION
+    """How it is run."""
+    prompt_cache: PromptCache | None = None
+    """Where embeddings are kept; with one, the text encoder is loaded when a prompt needs it."""
+    released: bool = False
+    """Whether the text encoder is gone for good."""
 
     def __init__(
         self,
@@ -85,6 +102,8 @@ class AbstractPipelineGenerator(AbstractVideoGenerator):
         device: str = "cpu",
         local_path: str | Path | None = None,
         revision: str | None = None,
+        execution: ExecutionSettings = DEFAULT_EXECUTION,
+        prompt_cache: str | Path | None = None,
         **size: Any,
     ) -> Self:
         """Load a pipeline's folder, or a hub model from the cache or the network.
@@ -96,16 +115,58 @@ class AbstractPipelineGenerator(AbstractVideoGenerator):
             device: `cpu`, `cuda`, `cuda:1`, ...
             local_path: a folder to read instead of the hub; the id stays as the name.
             revision: of the hub model.
+            execution: what saves memory and time.
+            prompt_cache: a folder to keep embeddings in; with it the text encoder is loaded only
+                when a prompt is not there.
             **size: height, width, num_frames, fps, max_sequence_length, and the family's options.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
         folder = find_folder(path_or_hub_id, local_path, revision)
         check_pipeline_class(folder, cls.pipeline_class.__name__)
-        dtypes = {"default": DTYPES[dtype], "vae": torch.float32}
-        pipeline = cls.pipeline_class.from_pretrained(folder, dtype=dtypes, local_files_only=True)
+        later = {} if prompt_cache is None else dict.fromkeys(cls.text_encoders)
+        pipeline = cls.pipeline_class.from_pretrained(folder, **_loading(dtype), **later)
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline.to(device), **size)
+        place(pipeline, execution, torch.device(device), cls.text_encoders)
+        generator = cls(pipeline, **size)
+        generator.source, generator.execution = (folder, dtype), execution
+        if prompt_cache is not None:
+            identity = cls.embedding_identity(folder, Path(prompt_cache), dtype, device)
+            identity["max_sequence_length"] = generator.max_sequence_length
+            generator.prompt_cache = PromptCache(prompt_cache, identity)
+        return generator
+
+    @classmethod
+    def embedding_identity(
+        cls, folder: str, cache: Path, dtype: str, device: str
+    ) -> dict[str, Any]:
+        """What embeddings follow from besides the prompt and its length."""
+        tokenizers = (name.replace("text_encoder", "tokenizer") for name in cls.text_encoders)
+        parts = (*cls.text_encoders, *tokenizers)
+        return {
+            "pipeline": cls.pipeline_class.__name__,
+            "files": fingerprint([Path(folder) / part for part in parts], cache),
+            "dtype": dtype,
+            "device": torch.device(device).type,
+            "versions": [diffusers.__version__, transformers.__version__, torch.__version__],
+        }
+
+    def load_text_encoders(self) -> None:
+        """Load what was left out because the cache might hold every prompt."""
+        assert self.source is not None
+        folder, dtype = self.source
+        parts = self.pipeline.components.items()
+        rest = {name: part for name, part in parts if name not in self.text_encoders}
+        loaded = self.pipeline_class.from_pretrained(folder, **_loading(dtype), **rest)
+        for name in self.text_encoders:
+            encoder = getattr(loaded, name)
+            setattr(self.pipeline, name, encoder.requires_grad_(False).eval())
+        place_text_encoders(self.pipeline, self.execution, self.device, self.text_encoders)
+
+    @property
+    def device(self) -> torch.device:
+        # Of weights that wait elsewhere diffusers knows where they are used.
+        return self.pipeline.transformer.device
 
     @abstractmethod
     def check_pipeline(self) -> None:
@@ -143,17 +204,33 @@ class AbstractPipelineGenerator(AbstractVideoGenerator):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
-        if getattr(self.pipeline, self.text_encoders[0]) is None:
+        if not prompts:
+            raise ValueError("prompts must be at least one text, got none")
+        rows = [self._known_or_encoded(prompt) for prompt in prompts]
+        empty, empty_extras = self._known_or_encoded("")
+        extras = {name: torch.cat([more[name] for _, more in rows]) for name in empty_extras}
+        return PromptEmbeddings(torch.cat([row for row, _ in rows]), empty, extras, empty_extras)
+
+    def _known_or_encoded(self, prompt: str) -> Entry:
+        """From the cache, or else from the text encoder and into the cache."""
+        entry = None if self.prompt_cache is None else self.prompt_cache.read(prompt)
+        if entry is not None:
+            embedding, extras = entry
+            return embedding.to(self.device), {
+                name: one.to(self.device) for name, one in extras.items()
+            }
+        if self.released:
             raise RuntimeError(
                 "encode_prompts must be called before release_text_encoder; "
                 "the text encoder is gone, load the generator again for other prompts"
             )
-        if not prompts:
-            raise ValueError("prompts must be at least one text, got none")
-        rows = [self.encode_one(prompt) for prompt in prompts]
-        empty, empty_extras = self.encode_one("")
-        extras = {name: torch.cat([more[name] for _, more in rows]) for name in empty_extras}
-        return PromptEmbeddings(torch.cat([row for row, _ in rows]), empty, extras, empty_extras)
+        if getattr(self.pipeline, self.text_encoders[0]) is None:
+            logger.info("loading the text encoder: not every prompt is in the cache")
+            self.load_text_encoders()
+        entry = self.encode_one(prompt)
+        if self.prompt_cache is not None:
+            self.prompt_cache.write(prompt, entry)
+        return entry
 
     def encode_one(self, prompt: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Embedding [1 L D] of a prompt, and what else the transformer reads of it."""
@@ -166,6 +243,7 @@ class AbstractPipelineGenerator(AbstractVideoGenerator):
         return embedding, {}
 
     def release_text_encoder(self) -> None:
+        self.released = True
         for name in self.text_encoders:
             setattr(self.pipeline, name, None)
         if self.device.type == "cuda":
@@ -231,6 +309,12 @@ class AbstractPipelineGenerator(AbstractVideoGenerator):
         Returns:
             Velocity [B C T H W] in float32.
         """
+
+
+def _loading(dtype: str) -> dict[str, Any]:
+    """How a pipeline's folder is read."""
+    dtypes = {"default": DTYPES[dtype], "vae": torch.float32}
+    return {"dtype": dtypes, "local_files_only": True}
 
 
 def check_flow_scheduler(scheduler: Any) -> None:

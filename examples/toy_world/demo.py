@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from diffusion_rl.checkpoint import latest_checkpoint
 from diffusion_rl.commands.base import INTERRUPTED, USER_ERRORS
 from diffusion_rl.commands.train import describe, train_with_bar
-from diffusion_rl.configuration import RunSettings, build, load_config, read_prompts, to_tree
+from diffusion_rl.configuration import RunSettings, build, load_config, to_tree
 from diffusion_rl.launch import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -33,6 +33,7 @@ from diffusion_rl.launch import (
     set_aside,
 )
 from diffusion_rl.lora_files import save_lora
+from diffusion_rl.prompts import read_prompts
 from examples.toy_world.demo_evaluation import (
     EvaluationSettings,
     build_judges,

@@ -24,7 +24,7 @@ from diffusion_rl.comparison import (
     mcnemar,
     relative_reduction,
 )
-from diffusion_rl.configuration import RunSettings, read_prompts
+from diffusion_rl.configuration import RunSettings
 from diffusion_rl.evaluation import (
     AuditRow,
     Measured,
@@ -38,6 +38,7 @@ from diffusion_rl.evaluation import (
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.launch import Run
 from diffusion_rl.policies import reference_policy, saved_policy
+from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import RewardFunction, build_reward
 from diffusion_rl.rollout import RolloutSettings, sample_videos
 from examples.toy_world import oracle

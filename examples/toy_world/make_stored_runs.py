@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from diffusion_rl.commands.train import train_with_bar
-from diffusion_rl.configuration import load_config, read_prompts
+from diffusion_rl.configuration import load_config
 from diffusion_rl.launch import Run, prepare
+from diffusion_rl.prompts import read_prompts
 from diffusion_rl.tracking import METRICS_FILE
 from examples.toy_world.demo_evaluation import (
     ORACLE,

@@ -11,7 +11,6 @@ from diffusion_rl.configuration import (
     RunSettings,
     build,
     load_config,
-    read_prompts,
     save_config,
     to_tree,
 )
@@ -224,17 +223,3 @@ def test_every_setting_says_what_it_is() -> None:
                 after = body[place + 1]
                 assert isinstance(after, ast.Expr), f"{kind.__name__}.{node.target.id}"
                 assert isinstance(after.value.value, str)
-
-
-def test_prompts_are_the_lines_that_are_not_blank(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\ufeffa red circle\n\n  caf\u00e9 \r\n", encoding="utf-8")
-    assert read_prompts(path) == ["a red circle", "caf\u00e9"]
-    path.write_text(" \n\n")
-    with pytest.raises(ValueError, match="prompts must be at least one line of text, got an empty"):
-        read_prompts(path)
-    path.write_bytes(b"a\nb\ncaf\xe9\n")
-    with pytest.raises(ValueError, match="must be UTF-8, got .* byte 0xe9 in line 3; save it as"):
-        read_prompts(path)
-    with pytest.raises(FileNotFoundError, match="prompts must be an existing text file, got"):
-        read_prompts(tmp_path / "nothing.txt")

@@ -5,7 +5,7 @@ It comes before a LoRA is attached: what waits off the device are the base weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ def offload(part: nn.Module, device: torch.device, level: str, blocks_per_group:
             group.offload_()
 
 
-def recompute_whole(module: Callable[..., Any], *inputs: Any) -> Any:
+def recompute_whole(module: nn.Module, *inputs: Any) -> Any:
     """Gradient checkpointing that reaches the end of a block also when computing it again.
 
     It would stop early, before the hook that sends the block's weights away.

@@ -1,4 +1,4 @@
-"""The command line: python -m diffusion_rl train | sample | evaluate | export."""
+"""The command line: python -m diffusion_rl train | sample | best-of-n | evaluate | export."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from diffusion_rl.commands import evaluate, export, sample, train
+from diffusion_rl.commands import best_of_n, evaluate, export, sample, train
 from diffusion_rl.commands.base import INTERRUPTED, USER_ERRORS, shared_options
 
-COMMANDS = (train, sample, evaluate, export)
+COMMANDS = (train, sample, best_of_n, evaluate, export)
 """A command is a file of `commands/` with an `add_parser`."""
 
 

@@ -188,6 +188,51 @@ def separate_advantages(
     return (summed / spread).clamp(-clip, clip).float()
 
 
+def best_advantages(scores: Tensor, group: Tensor, *, keep: int = 1) -> Tensor:
+    """Keep the best videos of every prompt, and none of the others.
+
+    advantage = judged videos of the group / kept videos of the group  for those kept, 0 for others
+
+    so that the mean of advantages * loss over judged videos is the mean over groups, each weighed
+    by its judged videos, of the mean loss of what it keeps.
+
+    Args:
+        scores: [B] higher is better; NaN is never kept.
+        group: [B] integer, equal for the videos of one prompt.
+        keep: Best videos of a group that are kept, at least 1; more where some tie for the last
+            place. The worst of a group never is.
+
+    Returns:
+        [B] float32, at least 0, no gradient. Exactly 0 for unjudged videos, for ties (all judged
+        scores of the group equal) and for a video that is alone in its group.
+
+    Raises:
+        ValueError: A shape is wrong, a score is infinite or keep is below 1.
+
+    Source:
+        RAFT, arXiv:2304.06767, algorithm 1, for the choice; the weights keep groups alike where
+        videos could not be judged.
+
+    Example:
+        >>> best_advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), torch.tensor([0, 0, 1, 1]))
+        tensor([0., 2., 0., 0.])
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    scores, group = _check(scores, group)
+    advantages = torch.zeros_like(scores)
+    judged = ~scores.isnan()
+    for index in group.unique():
+        members = judged & (group == index)
+        if not bool(members.any()):
+            continue
+        values = scores[members]
+        last = values.topk(min(keep, len(values))).values[-1]
+        kept = (values >= last) & (values > values.min())
+        advantages[members] = kept.double() * len(values) / kept.sum().clamp_min(1)
+    return advantages.float()
+
+
 def tied_share(scores: Tensor, group: Tensor) -> float:
     """Say what share of the groups teaches nothing because no two judged scores differ.
 

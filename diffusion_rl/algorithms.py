@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from diffusion_rl.advantages import group_advantages, history_advantages
-from diffusion_rl.losses import awm_surrogate, nft_loss
+from diffusion_rl.advantages import best_advantages, group_advantages, history_advantages
+from diffusion_rl.losses import awm_surrogate, matching_loss, nft_loss
 from diffusion_rl.surrogates import (
     clipped_surrogate,
     divergence_masked_surrogate,
@@ -30,7 +30,7 @@ class Algorithm:
     transition: TransitionFunction
     """The step taken where the rollout explores."""
     advantages: Callable[..., Any]
-    """`group_advantages` or `history_advantages`: scores [B] to advantages [B]."""
+    """Scores [B] to advantages [B]: a function of `advantages`."""
     loss: Callable[..., Any]
     """What is minimised: of replayed steps (`surrogates`), or of noised videos (a scalar, or a
     Surrogate where there are ratios)."""
@@ -66,6 +66,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "nft": Algorithm(ode, group_advantages, nft_loss, "forward_process", "draws"),
     "awm": Algorithm(ode, group_advantages, awm_surrogate, "forward_process", "anchors"),
+    "raft": Algorithm(ode, best_advantages, matching_loss, "forward_process"),
 }
 """By name. A new algorithm is at most one pure function, one row here and one class in
 `row_settings`; docs/algorithms.md describes each.
@@ -74,7 +75,7 @@ Source:
     ddpo: DDPO, arXiv:2305.13301. grpo: Flow-GRPO, arXiv:2505.05470. dance_grpo: DanceGRPO,
     arXiv:2505.07818. mix_grpo: MixGRPO, arXiv:2507.21802. grpo_guard: GRPO-Guard,
     arXiv:2510.22319. dppo: Flow-DPPO, arXiv:2606.11025. nft: DiffusionNFT, arXiv:2509.16117.
-    awm: Advantage weighted matching, arXiv:2509.25050.
+    awm: Advantage weighted matching, arXiv:2509.25050. raft: RAFT, arXiv:2304.06767.
 """
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbedding
 from diffusion_rl.policies import old_policy
 from diffusion_rl.processes import gather_rows
 from diffusion_rl.progress import FinetuneSettings
+from diffusion_rl.prompt_sampling import choose_prompts, update_source
 from diffusion_rl.rollout import Trajectory, eligible_steps, rollout
 from diffusion_rl.row_settings import MixGrpoSettings, RecordedSettings
 from diffusion_rl.shares import own_share
@@ -108,20 +108,3 @@ def choose_steps(
         starts = [*range(0, last, own.window_stride), last]
         first = starts[turn % len(starts)]
     return list(eligible[first : first + count])
-
-
-def update_source(seed: int, step: int, purpose: int = 0) -> torch.Generator:
-    """Random numbers of one update, the same whether or not the run was interrupted before."""
-    words = np.random.SeedSequence((seed, step, purpose)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
-
-
-def choose_prompts(count: int, wanted: int, seed: int, step: int) -> Tensor:
-    """Which of `count` prompts update `step` uses: shuffled passes over all of them."""
-    first = max(step - 1, 0) * wanted
-    places = range(first, first + wanted)
-    orders = {
-        turn: torch.randperm(count, generator=update_source(seed, turn, purpose=2))
-        for turn in {place // count for place in places}
-    }
-    return torch.stack([orders[place // count][place % count] for place in places])

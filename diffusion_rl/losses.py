@@ -219,6 +219,49 @@ def nft_loss(
     return advantage_limit * per_video.mean()
 
 
+def matching_loss(
+    prediction: Tensor,
+    old_prediction: Tensor,
+    latent: Tensor,
+    data: Tensor,
+    sigma: Tensor,
+    advantages: Tensor,
+    *,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Learn videos as a data set is learnt, each as often as its advantage says.
+
+    loss = mean over B of  advantages * mean over elements of weights * (prediction - velocity)^2,
+           velocity = (latent - data) / sigma = noise - data
+
+    Args:
+        prediction: [B ...] velocity of the policy being trained; carries the gradient.
+        old_prediction: [B ...] of the policy before the update; takes no part.
+        latent: [B ...] the video's latent with noise: (1 - sigma) * data + sigma * noise.
+        data: [B ...] the video's final latent.
+        sigma: [] or [B] in (0, 1].
+        advantages: [B] one per video, at least 0.
+        weights: Broadcastable to [B ...], of mean 1 in each video. None is 1.
+
+    Returns:
+        Scalar loss to minimise.
+
+    Raises:
+        ValueError: A shape is wrong or an advantage is negative.
+
+    Source:
+        Flow matching, arXiv:2210.02747, eq. 23, of the videos that RAFT (arXiv:2304.06767) keeps.
+    """
+    level = _check_noised(prediction, old_prediction, latent, data, sigma, advantages)
+    if bool((advantages < 0).any()):
+        raise ValueError(
+            f"advantages must be at least 0, got {advantages.min().item()}; this loss has no lower "
+            "bound for videos to be avoided"
+        )
+    errors = _mean_square(prediction - (latent - data) / level, weights)
+    return (advantages.detach() * errors).mean()
+
+
 def awm_surrogate(
     prediction: Tensor,
     old_prediction: Tensor,

@@ -11,7 +11,12 @@ from diffusion_rl.credit import CreditSettings
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.row_settings import AlgorithmSettings, GrpoSettings, RecordedSettings
+from diffusion_rl.row_settings import (
+    AlgorithmSettings,
+    GrpoSettings,
+    RaftSettings,
+    RecordedSettings,
+)
 from diffusion_rl.transitions import DETERMINISTIC_AT_THE_END, TRANSITIONS
 
 
@@ -48,6 +53,11 @@ class FinetuneSettings:
             )
         if not 0 <= self.missing_limit < 1:
             raise ValueError(f"missing_limit must be in [0, 1), got {self.missing_limit}")
+        if isinstance(self.algorithm, RaftSettings) and self.credit.name != "uniform":
+            raise ValueError(
+                f"credit.name must be uniform with algorithm 'raft', got {self.credit.name}; no "
+                "video is pushed away there, so that no fault has a place"
+            )
         if isinstance(self.algorithm, RecordedSettings):
             self._check_recorded_steps(self.algorithm)
         elif self.credit.clip != "video":

@@ -175,16 +175,17 @@ def gather_judgement(own: Judgement, videos: Tensor, rows: Tensor, total: int) -
         rows: [B] long, their places among all.
         total: N, of all.
     """
-    said = gather_objects((rows.tolist(), own.reports, own.blame is not None))
+    said = gather_objects((rows.tolist(), own.reports, own.blame is not None, own.unanswered))
     reports, blame = None, own.blame
-    if any(part is not None for _, part, _ in said):
+    if any(part is not None for _, part, _, _ in said):
         found: dict[int, Any] = {}
-        for places, part, _ in said:
+        for places, part, _, _ in said:
             found |= dict(zip(places, part or [None] * len(places), strict=True))
         reports = [found[place] for place in range(total)]
-    if blame is None and any(blamed for _, _, blamed in said):
+    if blame is None and any(blamed for _, _, blamed, _ in said):
         blame = torch.zeros(*videos.shape[:2], 1, 1)  # It found fault with others only.
-    return Judgement(gather_rows(own.score, rows, total), blame, reports)
+    unanswered = sum(lost for _, _, _, lost in said)
+    return Judgement(gather_rows(own.score, rows, total), blame, reports, unanswered)
 
 
 def add_up_rewards(

@@ -27,8 +27,6 @@ class AlgorithmSettings(ABC):
     inner_steps: int = 1
     """Optimiser steps of an update, at least 1; rows that replay split their videos over them,
     the others see all videos in each, at fresh noise levels."""
-    advantage_clip: float = 5.0
-    """Largest size of an advantage, above 0."""
 
     def __post_init__(self) -> None:
         if SETTINGS.get(self.name) is not type(self):
@@ -36,9 +34,7 @@ class AlgorithmSettings(ABC):
                 f"name must be the row that {type(self).__name__} belongs to, got {self.name}"
             )
         _at_least("kl_weight", self.kl_weight, 0)
-        if self.inner_steps < 1:
-            raise ValueError(f"inner_steps must be at least 1, got {self.inner_steps}")
-        _above("advantage_clip", self.advantage_clip, 0)
+        _at_least("inner_steps", self.inner_steps, 1)
 
     @property
     @abstractmethod
@@ -52,7 +48,19 @@ class AlgorithmSettings(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupSettings(AlgorithmSettings):
+class GradedSettings(AlgorithmSettings):
+    """Rows whose advantages say of every video how good it is."""
+
+    advantage_clip: float = 5.0
+    """Largest size of an advantage, above 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _above("advantage_clip", self.advantage_clip, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSettings(GradedSettings):
     """Rows that compare a video with its group."""
 
     advantage_std: str = "group"
@@ -79,7 +87,7 @@ class GroupSettings(AlgorithmSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordedSettings(AlgorithmSettings):
+class RecordedSettings(GradedSettings):
     """Rows that replay the steps that the rollout recorded."""
 
     transition: str | None = None
@@ -125,23 +133,31 @@ class ClippedSettings(RecordedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardProcessSettings(GroupSettings):
-    """Rows that learn from noised videos, beside a copy of the policy that follows it slowly."""
+class NoisedSettings(AlgorithmSettings):
+    """Rows that learn from noised videos."""
+
+    noise_levels: int = 1
+    """Noise levels at which an optimiser step sees each video, at least 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("noise_levels", self.noise_levels, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardProcessSettings(GroupSettings, NoisedSettings):
+    """Those of them that keep a copy of the policy beside it, which follows it slowly."""
 
     old_decay_rate: float = 1e-3
     """After update n the old policy keeps min(old_decay_rate * n, old_decay_limit) of itself;
     at least 0."""
     old_decay_limit: float = 0.5
     """In [0, 1)."""
-    noise_levels: int = 1
-    """Noise levels at which an optimiser step sees each video, at least 1."""
     anchor_weight: float = 0.0
     """Weight of the squared velocity distance from the old policy, at least 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.noise_levels < 1:
-            raise ValueError(f"noise_levels must be at least 1, got {self.noise_levels}")
         _at_least("anchor_weight", self.anchor_weight, 0)
         _at_least("old_decay_rate", self.old_decay_rate, 0)
         if not 0 <= self.old_decay_limit < 1:
@@ -332,6 +348,28 @@ class AwmSettings(ForwardProcessSettings):
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class RaftSettings(NoisedSettings):
+    """Options of the row `raft`."""
+
+    name: str = "raft"
+    """The row."""
+    keep: int = 1
+    """Best videos of a group that are learnt, at least 1; the worst of a group never is."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("keep", self.keep, 1)
+
+    @property
+    def advantage_options(self) -> Mapping[str, Any]:
+        return {"keep": self.keep}
+
+    @property
+    def loss_options(self) -> Mapping[str, Any]:
+        return {}
+
+
 SETTINGS: dict[str, type[AlgorithmSettings]] = {
     "ddpo": DdpoSettings,
     "grpo": GrpoSettings,
@@ -341,6 +379,7 @@ SETTINGS: dict[str, type[AlgorithmSettings]] = {
     "dppo": DppoSettings,
     "nft": NftSettings,
     "awm": AwmSettings,
+    "raft": RaftSettings,
 }
 """The options that each row of ALGORITHMS takes."""
 

@@ -20,7 +20,7 @@ from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.losses import Surrogate, gaussian_kl, velocity_kl
 from diffusion_rl.policies import old_policy, reference_policy
 from diffusion_rl.rollout import RolloutSettings, Trajectory, predict_in_chunks
-from diffusion_rl.row_settings import AlgorithmSettings, ForwardProcessSettings
+from diffusion_rl.row_settings import AlgorithmSettings, ForwardProcessSettings, NoisedSettings
 from diffusion_rl.shares import chunks, chunks_of_steps, step_ranges
 from diffusion_rl.surrogates import ReplayedSteps
 from diffusion_rl.transitions import Transition
@@ -90,7 +90,7 @@ def optimizer_steps(
 ) -> Iterator[OptimizerStep]:
     """The parts of an update, each drawn when its turn comes."""
     size = rollout.learning_micro_batch
-    if not isinstance(settings, ForwardProcessSettings):
+    if not isinstance(settings, NoisedSettings):
         # Which videos a step learns from goes by the rollout's passes, on which shares depend.
         places = (trajectory.total, rollout.micro_batch, settings.inner_steps)
         own = chunks_of_steps(trajectory.rows, *places)
@@ -125,7 +125,7 @@ def optimizer_steps(
 def step_losses(generator: AbstractVideoGenerator, inputs: StepInputs) -> Iterator[LossTerms]:
     """The losses of an optimiser step, a micro batch at a time."""
     own = (generator, inputs.trajectory, inputs.credit)
-    if not isinstance(inputs.settings, ForwardProcessSettings):
+    if not isinstance(inputs.settings, NoisedSettings):
         yield from _replayed_losses(*own, inputs.settings, inputs.rollout, inputs.step)
         return
     for level in range(len(inputs.step.noised)):
@@ -217,12 +217,13 @@ def _noised_losses(
     generator: AbstractVideoGenerator,
     trajectory: Trajectory,
     credit: Credit,
-    settings: ForwardProcessSettings,
+    settings: NoisedSettings,
     rollout: RolloutSettings,
     step: OptimizerStep,
     level: int,
 ) -> Iterator[LossTerms]:
     row, data = algorithm(settings.name), trajectory.final_latent
+    anchor = settings.anchor_weight if isinstance(settings, ForwardProcessSettings) else 0.0
     noised, before = step.noised[level], step.before[level] if step.before else None
     for part in step.parts:
         text = trajectory.embeddings[torch.arange(part.start, part.stop)]
@@ -230,7 +231,7 @@ def _noised_losses(
         inputs = (latent, sigma, text, rollout.learning_guidance)
         slow, reference = None, None
         with torch.no_grad():
-            if row.old_policy == "draws" or settings.anchor_weight:
+            if row.old_policy == "draws" or anchor:
                 with old_policy(generator.transformer):
                     slow = generator.predict(*inputs)
             if settings.kl_weight:
@@ -250,8 +251,8 @@ def _noised_losses(
             **settings.loss_options,
         )
         loss, kl = value.loss if isinstance(value, Surrogate) else value, torch.zeros(())
-        if slow is not None and settings.anchor_weight:
-            loss = loss + settings.anchor_weight * velocity_kl(prediction, slow)
+        if slow is not None and anchor:
+            loss = loss + anchor * velocity_kl(prediction, slow)
         if reference is not None:
             kl = velocity_kl(prediction, reference)
             loss = loss + settings.kl_weight * kl

@@ -26,6 +26,7 @@ from diffusion_rl.row_settings import (
     GrpoSettings,
     MixGrpoSettings,
     NftSettings,
+    RaftSettings,
 )
 from tests.toy_gaussian import LORA, ToyGenerator
 
@@ -43,6 +44,7 @@ ALGORITHMS: dict[str, tuple[AlgorithmSettings, float, dict[str, Any]]] = {
     "dppo": (DppoSettings(divergence_limit=2e-4, inner_steps=2), 2e-2, {}),
     "nft": (NftSettings(kl_weight=0.0), 5e-3, {}),
     "awm": (AwmSettings(inner_steps=4, noise_levels=2, anchor_weight=0.1), 5e-3, {}),
+    "raft": (RaftSettings(keep=2, inner_steps=4, noise_levels=2), 5e-3, {}),
 }
 
 

@@ -140,7 +140,9 @@ def build_task(
 ) -> EvaluationTask:
     """What is drawn and measured, from the command line."""
     each = options.videos_per_prompt
-    prompts = [text for text in read_prompts(options.prompts, settings.prompt_column) for _ in range(each)]
+    prompts = [
+        text for text in read_prompts(options.prompts, settings.prompt_column) for _ in range(each)
+    ]
     judges = {reward.name: build_reward(reward).function for reward in rewards}
     return EvaluationTask(
         prompts=prompts,

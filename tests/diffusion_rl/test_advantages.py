@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffusion_rl.advantages import (
+    best_advantages,
     group_advantages,
     history_advantages,
     missing_share,
@@ -284,3 +285,34 @@ def test_separate_rewards_tie_to_exactly_zero_and_skip_what_one_could_not_judge(
 def test_bad_input_of_the_other_comparisons_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.tensor([1.0, 2.0]), torch.tensor([0, 0]))
+
+
+def brute_best(scores, group, keep):
+    """Kept videos by sorting places: better than the worst, fewer than `keep` strictly better."""
+    found = []
+    for own, index in zip(scores, group, strict=True):
+        rivals = [s for s, i in zip(scores, group, strict=True) if i == index and s == s]
+        kept = [s for s in rivals if sum(other > s for other in rivals) < keep and s > min(rivals)]
+        found.append(len(rivals) / len(kept) if own in kept else 0.0)
+    return found
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 9])
+def test_the_best_of_each_group_are_kept_and_weigh_alike(keep):
+    source = torch.Generator().manual_seed(keep)
+    for _ in range(20):
+        scores = torch.randint(0, 5, (18,), generator=source).float()
+        scores[torch.rand(18, generator=source) < 0.2] = NAN
+        group = torch.randint(0, 4, (18,), generator=source)
+        found = best_advantages(scores, group, keep=keep)
+        expected = brute_best(scores.tolist(), group.tolist(), keep)
+        torch.testing.assert_close(found, torch.tensor(expected))
+        for index in group.unique():
+            members = (group == index) & ~scores.isnan()
+            if found[members].any():
+                torch.testing.assert_close(found[members].mean(), torch.tensor(1.0))
+
+
+def test_keeping_the_best_needs_at_least_one():
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        best_advantages(torch.zeros(2), torch.zeros(2).long(), keep=0)

@@ -13,6 +13,7 @@ from diffusion_rl.losses import (
     awm_surrogate,
     clipped_surrogate_loss,
     gaussian_kl,
+    matching_loss,
     nft_loss,
     velocity_kl,
 )
@@ -325,3 +326,39 @@ def test_two_bounds_clip_each_side_by_its_own():
             log_probs, torch.zeros(1, 4), torch.tensor([advantage]), 0.1, 0.3
         )
         torch.testing.assert_close(loss, -advantage * torch.tensor(expected).mean())
+
+
+def test_matching_is_least_squares_weighted_by_advantage():
+    prediction, old, latent, data, sigma, _ = matching_inputs()
+    advantages = torch.tensor([0.0, 3.0, 1.5])
+    noise = (latent - (1 - sigma.view(-1, 1, 1, 1, 1)) * data) / sigma.view(-1, 1, 1, 1, 1)
+    expected = sum(
+        a * torch.nn.functional.mse_loss(p, n - d)
+        for a, p, n, d in zip(advantages, prediction, noise, data, strict=True)
+    )
+    prediction.requires_grad_(True)
+    loss = matching_loss(prediction, old, latent, data, sigma, advantages)
+    torch.testing.assert_close(loss, expected / 3, rtol=1e-4, atol=1e-6)
+    loss.backward()
+    assert not prediction.grad[0].any()
+    assert prediction.grad[1].any()
+
+
+def test_matching_weighs_places_and_refuses_to_push_away():
+    prediction, old, latent, data, sigma, _ = matching_inputs()
+    weights = torch.zeros(3, 1, *latent.shape[2:])
+    weights[..., :2] = 2.0
+    weighed = matching_loss(prediction, old, latent, data, sigma, torch.ones(3), weights=weights)
+    half = [one[..., :2] for one in (prediction, old, latent, data)]
+    torch.testing.assert_close(weighed, matching_loss(*half, sigma, torch.ones(3)))
+    assert weighed != matching_loss(prediction, old, latent, data, sigma, torch.ones(3))
+    with pytest.raises(ValueError, match="advantages must be at least 0, got -1.0; this loss"):
+        matching_loss(prediction, old, latent, data, sigma, -torch.ones(3))
+
+
+def matching_inputs():
+    source = torch.Generator().manual_seed(0)
+    data, noise, prediction, old = torch.randn(4, 3, 2, 3, 4, 4, generator=source)
+    sigma = torch.tensor([0.3, 0.6, 0.9])
+    level = sigma.view(-1, 1, 1, 1, 1)
+    return prediction, old, (1 - level) * data + level * noise, data, sigma, noise

@@ -17,6 +17,7 @@ from diffusion_rl.row_settings import (
     GrpoSettings,
     MixGrpoSettings,
     NftSettings,
+    RaftSettings,
     RecordedSettings,
 )
 from diffusion_rl.transitions import cps, ddim, flow_sde
@@ -72,6 +73,8 @@ def test_a_transition_may_be_chosen_where_the_loss_allows_it() -> None:
         (DppoSettings, {"divergence_limit": 0.0}, "divergence_limit must be above 0, got 0.0"),
         (AwmSettings, {"weighting": "ELBO"}, "weighting must be one of uniform, .*, got ELBO"),
         (AwmSettings, {"clip_range": 1.5}, r"clip_range must be in \(0, 1\], got 1.5"),
+        (RaftSettings, {"keep": 0}, "keep must be at least 1, got 0"),
+        (RaftSettings, {"noise_levels": 0}, "noise_levels must be at least 1, got 0"),
         (AwmSettings, {"noise_levels": 0}, "noise_levels must be at least 1, got 0"),
         (NftSettings, {"anchor_weight": -1.0}, "anchor_weight must be at least 0, got -1.0"),
         (AwmSettings, {"name": "nft"}, "name must be the row that AwmSettings belongs to, got nft"),

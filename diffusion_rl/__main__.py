@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -25,11 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.overrides = [*options.overrides, *rest]
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Of several processes the first speaks; what only another one knows is a warning.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     # Loading one file in a cache makes as much noise as an update; warnings stay.
     for name in ("httpx", "httpcore", "huggingface_hub", "diffusers", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # As in a script's background.
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         return options.command(options)
     except KeyboardInterrupt:
@@ -56,7 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End a terminated run as Ctrl-C would: saved."""
+    """End a terminated run as Ctrl-C does: saved."""
+    # A launcher that is interrupted terminates its processes too, which are saving by then.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

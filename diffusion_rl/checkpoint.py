@@ -5,34 +5,41 @@ A checkpoint is a folder that appears under its name only when it is complete:
     step-000010/lora/pytorch_lora_weights.safetensors  loads in diffusers on its own (and a second
                                                        file where two transformers learn); or
     step-000010/weights.safetensors                    float32, where the weights themselves learn
-    step-000010/training_state.pt                      optimiser, slow copies, random state, counts
-    step-000010/checkpoint.json                        version, step, digests of the others
+    step-000010/training_state.safetensors             optimiser, slow copies, random state
+    step-000010/training_state.json                    counts, levels, and where those tensors go
+    step-000010/checkpoint.json                        version, step, metrics, digests of the others
+
+None of them can hold code. It does not matter how many processes wrote it or go on from it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import math
 import os
 import random
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from diffusion_rl import processes
 from diffusion_rl.finetune import FinetuneState
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.lora import AVERAGE, OLD
 from diffusion_rl.optimizers import SKIPPED
+from diffusion_rl.packing import pack, unpack
 from diffusion_rl.policies import policies_of
 from diffusion_rl.weight_files import set_trained_contents, trained_contents
 
-VERSION = 2
-MANIFEST, STATE_FILE = "checkpoint.json", "training_state.pt"
+VERSION = 3
+MANIFEST = "checkpoint.json"
+STATE_TENSORS, STATE_FILE = "training_state.safetensors", "training_state.json"
 PARTIAL = ".partial"
 COPIES = {OLD: "old_policy", AVERAGE: "average"}
 """Policies that follow the trained one, to their entry in the state file."""
@@ -48,10 +55,24 @@ class Snapshot:
     """Updates done."""
     files: Mapping[str, bytes]
     """What a checkpoint holds, by place in its folder."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of the last update, by name; for choosing the best."""
 
 
-def take_snapshot(generator: AbstractVideoGenerator, state: FinetuneState) -> Snapshot:
-    """Copy what the next update would change: what learns, its optimiser, the counts."""
+def take_snapshot(
+    generator: AbstractVideoGenerator,
+    state: FinetuneState,
+    metrics: Mapping[str, float] | None = None,
+    dice: Sequence[Any] = (),
+) -> Snapshot:
+    """Copy what the next update would change: what learns, its optimiser, the counts.
+
+    Args:
+        generator: carries what learns.
+        state: of the run.
+        metrics: of the last update; those that are not finite are left out.
+        dice: `random_state` of every process, by rank; none is this one's alone.
+    """
     policies = policies_of(generator.transformer)
     record = {name: getattr(state, name) for name in COUNTS}
     for name in LEVELS:
@@ -60,10 +81,11 @@ def take_snapshot(generator: AbstractVideoGenerator, state: FinetuneState) -> Sn
     record["optimizer"] = state.optimizer.state_dict()
     for policy, name in COPIES.items():
         record[name] = policies.state(policy) if policies.has(policy) else None
-    record["random"] = _random_state()
-    buffer = io.BytesIO()
-    torch.save(record, buffer)
-    return Snapshot(state.step, {**trained_contents(generator), STATE_FILE: buffer.getvalue()})
+    record["random"] = list(dice) or [random_state()]
+    tensors, text = pack(record)
+    finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
+    files = {**trained_contents(generator), STATE_TENSORS: tensors, STATE_FILE: text}
+    return Snapshot(state.step, files, finite)
 
 
 def restore(generator: AbstractVideoGenerator, state: FinetuneState, snapshot: Snapshot) -> None:
@@ -76,7 +98,7 @@ def restore(generator: AbstractVideoGenerator, state: FinetuneState, snapshot: S
         ValueError: the snapshot is of another model, other lora settings or another algorithm.
     """
     policies = policies_of(generator.transformer)
-    record = torch.load(io.BytesIO(snapshot.files[STATE_FILE]), weights_only=True)
+    record = unpack(snapshot.files[STATE_TENSORS], snapshot.files[STATE_FILE])
     causes = ("the same algorithm", "the same use of optimizer.average_decay")
     for (policy, name), cause in zip(COPIES.items(), causes, strict=True):
         if policies.has(policy) != (record[name] is not None):
@@ -96,14 +118,18 @@ def restore(generator: AbstractVideoGenerator, state: FinetuneState, snapshot: S
     state.optimizer.load_state_dict(record["optimizer"])
     for group, own in zip(state.optimizer.param_groups, options, strict=True):
         group.update(own)
-    for name in (*COUNTS, *LEVELS):
+    for name in (*COUNTS, *LEVELS, "history"):
         setattr(state, name, record[name])
-    # Checkpoints of this version were written before there was a row with a history.
-    state.history = record.get("history", {})
-    _set_random_state(record["random"])
+    dice = record["random"]
+    if processes.rank() < len(dice):
+        _set_random_state(dice[processes.rank()])
+    else:  # There were fewer processes.
+        processes.part_ways(state.step)
 
 
-def save_checkpoint(folder: str | Path, snapshot: Snapshot, *, keep: int = 2) -> Path:
+def save_checkpoint(
+    folder: str | Path, snapshot: Snapshot, *, keep: int = 2, best_by: str | None = None
+) -> Path:
     """Write a snapshot as `folder/step-NNNNNN`, whole or not at all, and drop the oldest.
 
     Everything goes to a temporary folder, is flushed to the disk and then renamed.
@@ -112,6 +138,7 @@ def save_checkpoint(folder: str | Path, snapshot: Snapshot, *, keep: int = 2) ->
         folder: made if missing.
         snapshot: what to save; a step saved before is left as it is.
         keep: newest checkpoints that stay, at least 1.
+        best_by: a metric; the checkpoint where it is highest stays besides them.
 
     Raises:
         OSError: the disk is full or not writable; the earlier checkpoints are as they were.
@@ -126,6 +153,7 @@ def save_checkpoint(folder: str | Path, snapshot: Snapshot, *, keep: int = 2) ->
     manifest = {
         "version": VERSION,
         "step": snapshot.step,
+        "metrics": dict(snapshot.metrics),
         "sha256": {place: _digest(content) for place, content in snapshot.files.items()},
     }
     content = {**snapshot.files, MANIFEST: json.dumps(manifest, indent=1).encode()}
@@ -146,9 +174,26 @@ def save_checkpoint(folder: str | Path, snapshot: Snapshot, *, keep: int = 2) ->
             f"{error.strerror}; the last complete one is {earlier}; make room and run the same "
             "command again to go on from it",
         ) from error
+    best = best_checkpoint(folder, best_by) if best_by else None
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old != best:
+            # Renamed first: a checkpoint is never to be seen with a part of it gone.
+            os.replace(old, old.with_suffix(PARTIAL))
+            shutil.rmtree(old.with_suffix(PARTIAL))
     return path
+
+
+def best_checkpoint(folder: str | Path, metric: str) -> Path | None:
+    """The checkpoint where a metric is highest, the newest of several; None where none has it."""
+    best, highest = None, -math.inf
+    for path in checkpoints(folder):
+        try:
+            value = read_manifest(path).get("metrics", {}).get(metric, -math.inf)
+        except ValueError:  # Damaged: nothing to go on from, however good it was.
+            continue
+        if value > -math.inf and value >= highest:
+            best, highest = path, value
+    return best
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -169,20 +214,12 @@ def read_checkpoint(path: str | Path) -> Snapshot:
         ValueError: it is half-written, damaged, or of another version.
     """
     path = Path(path)
-    earlier = [str(other) for other in checkpoints(path.parent) if other != path]
-    way_out = f"delete {path} to go on from " + (earlier[-1] if earlier else "the start")
-    if not (path / MANIFEST).is_file():
-        raise ValueError(f"checkpoint must be complete, got no {MANIFEST} in {path}; {way_out}")
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-    except ValueError as error:
-        raise ValueError(
-            f"checkpoint must be complete, got a damaged {path / MANIFEST}; {way_out}"
-        ) from error
+    way_out, manifest = _way_out(path), read_manifest(path)
     if manifest.get("version") != VERSION:
         raise ValueError(
             f"checkpoint must be of version {VERSION}, got {manifest.get('version')} in {path}; "
-            f"{way_out}"
+            "end that run with the release of diffusion_rl that began it, or --restart to set it "
+            "aside"
         )
     files = {}
     for place, digest in manifest["sha256"].items():
@@ -193,7 +230,31 @@ def read_checkpoint(path: str | Path) -> Snapshot:
                 f"({len(data)} bytes); {way_out}"
             )
         files[place] = data
-    return Snapshot(manifest["step"], files)
+    return Snapshot(manifest["step"], files, manifest["metrics"])
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        ValueError: it is half-written or damaged.
+    """
+    if not (path / MANIFEST).is_file():
+        raise ValueError(
+            f"checkpoint must be complete, got no {MANIFEST} in {path}; {_way_out(path)}"
+        )
+    try:
+        return dict(json.loads((path / MANIFEST).read_bytes()))
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint must be complete, got a damaged {path / MANIFEST}; {_way_out(path)}"
+        ) from error
+
+
+def _way_out(path: Path) -> str:
+    """The end of an error: what to go on from."""
+    earlier = [str(other) for other in checkpoints(path.parent) if other != path]
+    return f"delete {path} to go on from " + (earlier[-1] if earlier else "the start")
 
 
 def _digest(content: bytes) -> str:
@@ -218,10 +279,16 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _random_state() -> dict[str, Any]:
-    """For rewards that draw numbers; the loop's own follow from seed and step."""
+def random_state() -> dict[str, Any]:
+    """This process's global dice, for rewards that draw; what the loop draws needs none."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+    name, keys, *more = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *more],
+    }
 
 
 def _set_random_state(saved: Mapping[str, Any]) -> None:
@@ -230,3 +297,5 @@ def _set_random_state(saved: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(saved["cuda"])
     version, internal, gauss = saved["python"]
     random.setstate((version, tuple(internal), gauss))
+    name, keys, *more = saved["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *more))

@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from diffusion_rl.algorithms import ALGORITHMS, algorithm
 from diffusion_rl.credit import CreditSettings
-from diffusion_rl.finetune import FinetuneSettings
+from diffusion_rl.finetune import FinetuneSettings, StepReport
 from diffusion_rl.generators.families import FAMILIES, check_options
 from diffusion_rl.generators.settings import ExecutionSettings
 from diffusion_rl.guards import GuardSettings
@@ -123,6 +123,11 @@ class RunSettings:
     """Folder of the results."""
     save_every: int = 10
     """Updates between checkpoints, at least 1."""
+    keep: int = 2
+    """Newest checkpoints that stay, at least 1."""
+    best_by: str | None = None
+    """A metric of the run (reward, rewards/NAME, ...); the checkpoint saved after the update where
+    it was highest stays besides the newest."""
     trackers: tuple[str, ...] = ()
     """Also log to these trackers of accelerate: tensorboard, wandb, ..."""
 
@@ -137,6 +142,10 @@ class RunSettings:
             raise ValueError(f"guards must watch different statistics, got {watched}")
         if self.save_every < 1:
             raise ValueError(f"save_every must be at least 1, got {self.save_every}")
+        if self.keep < 1:
+            raise ValueError(f"keep must be at least 1, got {self.keep}")
+        if self.best_by is not None:
+            self._check_metric(self.best_by)
         if self.full is None:
             lora = self.lora or LoraSettings()
             targets = lora.targets or FAMILIES[self.generator.family].lora_targets
@@ -157,6 +166,19 @@ class RunSettings:
         learner = self.full or self.lora
         assert learner is not None
         return learner
+
+    def _check_metric(self, name: str) -> None:
+        """Refuse a name that no report of this run has."""
+        keys = {
+            "rewards": [reward.name for reward in self.rewards],
+            "guards": [guard.statistic for guard in self.guards],
+        }
+        known = []
+        for entry in dataclasses.fields(StepReport):
+            known += [entry.name] if entry.type in ("int", "float") else []
+            known += [f"{entry.name}/{key}" for key in keys.get(entry.name, ())]
+        if name not in known:
+            raise ValueError(f"best_by must be a metric of the run, got {name}{_near(name, known)}")
 
     def finetune_settings(self) -> FinetuneSettings:
         """The part that the loop reads."""

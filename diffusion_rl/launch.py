@@ -17,7 +17,9 @@ from omegaconf import OmegaConf
 from diffusion_rl import processes
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.checkpoint import (
+    Snapshot,
     latest_checkpoint,
+    random_state,
     read_checkpoint,
     restore,
     save_checkpoint,
@@ -38,7 +40,8 @@ from diffusion_rl.generators.families import FAMILIES
 from diffusion_rl.policies import attach_policies
 from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import Reward, build_reward, load_callable
-from diffusion_rl.tracking import AccelerateTracker, MetricsFile
+from diffusion_rl.run_lock import release_lock, take_lock
+from diffusion_rl.tracking import AccelerateTracker, MetricsFile, flatten
 from diffusion_rl.updates import NotFiniteError
 from diffusion_rl.weight_files import LORA as LORA  # For callers who look for the result.
 from diffusion_rl.weight_files import TUNED, load_result, save_result
@@ -50,6 +53,8 @@ CHECKPOINTS, FAULTS = "checkpoints", "faults"
 MAY_CHANGE = (
     "updates",
     "save_every",
+    "keep",
+    "best_by",
     "trackers",
     "optimizer",
     "missing_limit",
@@ -126,19 +131,47 @@ def prepare(
 ) -> Run:
     """Load everything a run needs, and the newest checkpoint of its output folder if there is one.
 
+    The processes of a launcher all call this; the first of them alone writes. The output folder is
+    this run's from here to the end of `train`, or of the process.
+
     Args:
         settings: of the run.
         restart: set an earlier run in the output folder aside (it is renamed, never deleted).
         keep_text_encoder: leave it loaded after the prompts are encoded, to encode others.
 
     Raises:
-        ValueError: the output folder belongs to a run of other settings, or its newest checkpoint
-            is damaged.
+        ValueError: the output folder belongs to a run of other settings, another process trains in
+            it, or its newest checkpoint is damaged.
     """
+    processes.start(settings.generator.device)
+    try:
+        with processes.together("taking the output folder"):
+            if processes.is_main():
+                claim(settings, restart=restart)
+        with processes.together("loading"):
+            run = load_run(settings, keep_text_encoder)
+        with processes.together("going on"):
+            go_on(run)
+            if processes.is_main():
+                save_config(settings, run.output / CONFIG_FILE)
+    except BaseException:
+        release_lock(settings.output)
+        raise
+    return run
+
+
+def claim(settings: RunSettings, *, restart: bool) -> None:
+    """Make the output folder this run's alone, an earlier run's set aside if asked."""
     output = Path(settings.output)
     if restart and output.exists():
-        set_aside(output)
+        take_lock(output)  # Not while it is being written to.
+        release_lock(set_aside(output))
+    take_lock(output)
     check_same_run(settings)
+
+
+def load_run(settings: RunSettings, keep_text_encoder: bool) -> Run:
+    """A new run's parts."""
     prompts = read_prompts(settings.prompts, settings.prompt_column)
     rewards = [build_reward(reward) for reward in settings.rewards]
     generator = build_generator(settings.generator)
@@ -153,61 +186,120 @@ def prepare(
     if not keep_text_encoder:
         generator.release_text_encoder()
     state = begin(generator, settings.finetune_settings())
-    newest = latest_checkpoint(output / CHECKPOINTS)
-    if newest is not None:
-        restore(generator, state, read_checkpoint(newest))
-        logger.info("going on from %s", newest)
-    save_config(settings, output / CONFIG_FILE)
     return Run(settings, generator, rewards, prompts, embeddings, state)
+
+
+def go_on(run: Run) -> None:
+    """Put the newest checkpoint back, on every process the same."""
+    newest = latest_checkpoint(run.output / CHECKPOINTS)
+    if newest is None:
+        processes.part_ways(run.settings.seed)
+    else:
+        restore(run.generator, run.state, read_checkpoint(newest))
+        logger.info("going on from %s", newest)
+    steps = processes.gather_objects(run.state.step)
+    if len(set(steps)) > 1:
+        raise RuntimeError(
+            f"output must be on a disk that all processes see, got {run.output}, where they found "
+            f"checkpoints of updates {steps}"
+        )
 
 
 def train(run: Run) -> Generator[StepReport]:
     """Run the loop and yield its reports, writing metrics and checkpoints on the way.
 
     However it ends (done, Ctrl-C, an error in a reward, the caller closing the iterator), the last
-    complete update is saved; `prepare` with the same settings goes on from there.
+    complete update is saved; `prepare` with the same settings goes on from there. Where the
+    transformer's own weights learn, that holds between two updates; an error within one goes back
+    to the last checkpoint, since so much is not copied after every update.
 
     Raises:
         NotFiniteError: too many losses or gradients in a row were not finite; the inputs of the
             last are in `faults`, for `replay_fault`.
     """
-    settings, output = run.settings, run.output
-    metrics = MetricsFile(output, step=run.state.step)
-    trackers = []
-    if settings.trackers:
-        flat = {key: str(value) for key, value in to_tree(settings).items()}
-        trackers.append(AccelerateTracker(settings.trackers, output, output.name, flat))
-    snapshot = take_snapshot(run.generator, run.state)
-    reports = finetune(
-        run.generator,
-        run.rewards,
-        run.prompts,
-        settings.finetune_settings(),
-        run.state,
-        run.embeddings,
-    )
+    settings, main = run.settings, processes.is_main()
+    trackers = build_trackers(settings) if main else []
+    sinks = [MetricsFile(run.output, step=run.state.step), *trackers] if main else []
+    saver = Saver(run)
+    loop = (run.generator, run.rewards, run.prompts, settings.finetune_settings())
+    reports = finetune(*loop, run.state, run.embeddings)
     try:
         for report in reports:
-            # Metrics first: of an update without a checkpoint the line is dropped on resuming.
-            metrics.write(report)
-            for tracker in trackers:
-                tracker.write(report)
-            snapshot = take_snapshot(run.generator, run.state)
-            if report.step % settings.save_every == 0:
-                save_checkpoint(output / CHECKPOINTS, snapshot)
+            dice = processes.gather_objects(random_state())
+            with processes.together("writing"):
+                # Metrics first: of an update without a checkpoint the line is dropped on resuming.
+                for sink in sinks:
+                    sink.write(report)
+                saver.note(report, dice)
             yield report
-        save_result(run.generator, output)
+            saver.begin_update()
+        if main:
+            save_result(run.generator, run.output)
     except NotFiniteError as error:
-        folder = output / FAULTS / f"update-{run.state.step + 1:06d}-process-{processes.rank()}"
+        folder = run.output / FAULTS / f"update-{run.state.step + 1:06d}-process-{processes.rank()}"
         save_fault(folder, run.generator, error.inputs, str(error))
         raise NotFiniteError(f"{error}; its inputs are in {folder}", error.inputs) from error
     finally:
-        if snapshot.step:
-            save_checkpoint(output / CHECKPOINTS, snapshot)
-        for reward in run.rewards:
-            reward.close()
-        for tracker in trackers:
-            tracker.close()
+        try:
+            saver.save()
+        finally:
+            for reward in run.rewards:
+                reward.close()
+            for tracker in trackers:
+                tracker.close()
+            release_lock(run.output)
+
+
+def build_trackers(settings: RunSettings) -> list[AccelerateTracker]:
+    """What the settings name."""
+    if not settings.trackers:
+        return []
+    flat = {key: str(value) for key, value in to_tree(settings).items()}
+    output = Path(settings.output)
+    return [AccelerateTracker(settings.trackers, output, output.name, flat)]
+
+
+class Saver:
+    """What the first process writes of a run to go on from."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.snapshot: Snapshot | None = None
+        self.last: tuple[dict[str, float], list[Any]] | None = None
+
+    def note(self, report: StepReport, dice: list[Any]) -> None:
+        """Take in an update that is complete, and save it if it is its turn."""
+        if not processes.is_main():
+            return
+        numbers = {
+            name: float(value)
+            for name, value in flatten(report).items()
+            if isinstance(value, int | float)
+        }
+        self.last = (numbers, dice)
+        due = report.step % self.run.settings.save_every == 0
+        if due or self.run.settings.full is None:
+            self.snapshot = take_snapshot(self.run.generator, self.run.state, *self.last)
+        if due:
+            self.save()
+
+    def begin_update(self) -> None:
+        """From here to the next `note` what learns is not whole."""
+        self.last = None
+
+    def save(self) -> None:
+        """Write the last complete update that is at hand."""
+        stale = self.snapshot is None or self.snapshot.step < self.run.state.step
+        if self.last is not None and stale:
+            self.snapshot = take_snapshot(self.run.generator, self.run.state, *self.last)
+        if self.snapshot is not None:
+            settings = self.run.settings
+            save_checkpoint(
+                self.run.output / CHECKPOINTS,
+                self.snapshot,
+                keep=settings.keep,
+                best_by=settings.best_by,
+            )
 
 
 def set_aside(output: Path) -> Path:
@@ -224,7 +316,7 @@ def check_same_run(settings: RunSettings) -> None:
     """Refuse to go on from checkpoints that other settings made.
 
     Raises:
-        ValueError: names the first difference and the ways out.
+        ValueError: names every difference and the ways out.
     """
     output = Path(settings.output)
     if latest_checkpoint(output / CHECKPOINTS) is None:
@@ -235,14 +327,18 @@ def check_same_run(settings: RunSettings) -> None:
             "it back, or --restart to set the earlier run aside"
         )
     earlier = to_tree(build(OmegaConf.to_container(OmegaConf.load(output / CONFIG_FILE))))
-    for path, before, now in differences(earlier, to_tree(settings)):
-        free = any(path == one or path.startswith(f"{one}.") for one in MAY_CHANGE)
-        if not free or path in MUST_STAY:
-            raise ValueError(
-                f"output must be a new folder or hold a run of the same settings, got {output} "
-                f"made with {path}={before}, now {now}; choose another output, or --restart to "
-                "set the earlier run aside"
-            )
+    found = [
+        f"{path}={before}, now {now}"
+        for path, before, now in differences(earlier, to_tree(settings))
+        if path in MUST_STAY
+        or not any(path == free or path.startswith(f"{free}.") for free in MAY_CHANGE)
+    ]
+    if found:
+        raise ValueError(
+            f"output must be a new folder or hold a run of the same settings, got {output} made "
+            f"with {'; '.join(found)}; choose another output, or --restart to set the earlier run "
+            "aside"
+        )
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

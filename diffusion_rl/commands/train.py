@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffusion_rl.checkpoint import latest_checkpoint, read_checkpoint
+from diffusion_rl import processes
+from diffusion_rl.checkpoint import best_checkpoint, latest_checkpoint, read_checkpoint
 from diffusion_rl.commands.base import INTERRUPTED, Subparsers, with_local_path
 from diffusion_rl.configuration import load_config
 from diffusion_rl.finetune import StepReport
@@ -42,11 +43,18 @@ def train_command(options: argparse.Namespace) -> int:
         describe(run)
         train_with_bar(run)
     except KeyboardInterrupt:
+        if not processes.is_main():
+            return INTERRUPTED
         newest = latest_checkpoint(Path(settings.output) / CHECKPOINTS)
         done = read_checkpoint(newest).step if newest else 0
         print(f"\nstopped after update {done} of {settings.updates}; go on with: {again}")
         return INTERRUPTED
-    print(f"{run.result.name}: {run.result}   metrics: {run.output / METRICS_FILE}")
+    if processes.is_main():
+        print(f"{run.result.name}: {run.result}   metrics: {run.output / METRICS_FILE}")
+    best_by = settings.best_by
+    best = best_checkpoint(run.output / CHECKPOINTS, best_by) if best_by else None
+    if best is not None and processes.is_main():
+        print(f"best checkpoint by {best_by}: {best}")
     return 0
 
 
@@ -55,7 +63,12 @@ def train_with_bar(run: Run, *, description: str = "train") -> list[StepReport]:
     done = []
     with (
         closing(train(run)) as reports,
-        tqdm(total=run.settings.updates, initial=run.state.step, desc=description) as bar,
+        tqdm(
+            total=run.settings.updates,
+            initial=run.state.step,
+            desc=description,
+            disable=not processes.is_main(),
+        ) as bar,
     ):
         for report in reports:
             done.append(report)
@@ -87,11 +100,13 @@ def describe(run: Run) -> None:
         for parameter in group["params"]
     )
     start = f"going on after update {run.state.step}" if run.resumed else "a new run"
+    count = processes.count()
     logger.info(
-        "%s: %s, %d videos and %d optimiser steps per update, %d trainable parameters, "
+        "%s: %s%s, %d videos and %d optimiser steps per update, %d trainable parameters, "
         "%d prompts, output %s",
         run.settings.algorithm.name,
         start,
+        f" on {count} processes" if count > 1 else "",
         videos,
         run.settings.algorithm.inner_steps,
         learning,

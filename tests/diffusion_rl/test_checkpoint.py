@@ -1,13 +1,16 @@
 """Stop anywhere, go on bit for bit; and what happens when the disk does not play along."""
 
 import errno
-import io
 import json
+import math
 import os
 import random
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +19,8 @@ from diffusion_rl.algorithms import algorithm
 from diffusion_rl.checkpoint import (
     MANIFEST,
     STATE_FILE,
-    Snapshot,
+    STATE_TENSORS,
+    best_checkpoint,
     checkpoints,
     latest_checkpoint,
     read_checkpoint,
@@ -32,12 +36,13 @@ from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings, NftSettings
+from tests.several import run_on
 from tests.toy_gaussian import LORA, ToyGenerator
 
 
 def jittery(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
-    """A reward that draws from both global random sources."""
-    noise = torch.rand(len(videos)) + random.random()
+    """A reward that draws from every global random source."""
+    noise = torch.rand(len(videos)) + random.random() + np.random.rand()
     return videos[:, :, 0].mean((1, 2, 3)) + 0.1 * noise
 
 
@@ -84,46 +89,62 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def roll(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
 @pytest.mark.parametrize(
     ("name", "average_decay"), [*((name, 0.9) for name in SETTINGS), ("grpo", 0.0), ("nft", 0.0)]
 )
-def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(
+def test_a_killed_run_goes_on_to_the_last_bit(
     name: str, average_decay: float, tmp_path: Path
 ) -> None:
+    """Killed with -9 within its fourth update; what the third left is all that the rest has."""
     options = OPTIONS.get(name, {})
     if "clip_range" in vars(SETTINGS[name]()):
         options = {**options, "clip_range": 0.02}
     row = SETTINGS[name](kl_weight=0.1, **options)
     whole = settings_for(row, updates=5, average_decay=average_decay)
+    prompts, asked = ["plain", "bright", "plain and small"], list[list[str]]()
+
+    def noted(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
+        asked.append(prompts)
+        return jittery(videos, prompts, fps=fps)
+
     generator, state = start(whole)
-    torch.manual_seed(7)
-    random.seed(7)
-    expected = list(finetune(generator, [REWARD], ["plain", "bright"], whole, state))
+    roll(7)
+    expected = list(finetune(generator, [Reward("jittery", noted)], prompts, whole, state))
+    assert len(set(map(str, asked))) > 1
+    order = asked[3:]
+    asked.clear()
 
-    first, first_state = start(whole)
-    torch.manual_seed(7)
-    random.seed(7)
-    loop = finetune(first, [REWARD], ["plain", "bright"], whole, first_state)
-    rewards = [next(loop).reward for _ in range(3)]
-    save_checkpoint(tmp_path, take_snapshot(first, first_state))
-    loop.close()
+    def first() -> None:
+        generator, state = start(whole)
+        roll(7)
+        killed = Reward("jittery", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        rewards = [Reward("jittery", noted)]
+        for report in finetune(generator, rewards, prompts, whole, state):
+            save_checkpoint(tmp_path, take_snapshot(generator, state))
+            if report.step == 3:
+                rewards[0] = killed
 
-    torch.manual_seed(99)
-    random.seed(99)
+    assert run_on(1, first) == [-signal.SIGKILL]
+    roll(99)
     second, second_state = start(whole, seed=5)
-    restore(second, second_state, read_checkpoint(tmp_path / "step-000003"))
+    restore(second, second_state, read_checkpoint(latest_checkpoint(tmp_path)))
     assert second_state.step == 3
-    assert second_state.videos_generated == first_state.videos_generated
-    assert second_state.reference_levels == first_state.reference_levels
-    assert second_state.running_levels == first_state.running_levels != {}
-    assert second_state.history == first_state.history
+    assert second_state.videos_generated == expected[2].videos_generated
+    assert second_state.reference_levels == state.reference_levels
+    assert second_state.running_levels != {}
     assert bool(second_state.history) == (name == "ddpo")
-    rewards += [
-        report.reward
-        for report in finetune(second, [REWARD], ["plain", "bright"], whole, second_state)
-    ]
-    assert rewards == [report.reward for report in expected]
+    reports = finetune(second, [Reward("jittery", noted)], prompts, whole, second_state)
+    rewards = [report.reward for report in reports]
+    assert rewards == [report.reward for report in expected[3:]]
+    assert asked == order
     assert second_state.history == state.history
+    assert second_state.running_levels == state.running_levels
     after, before = weights(second, whole), weights(generator, whole)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -242,8 +263,8 @@ def test_a_save_cut_off_is_invisible_and_cleared_away(trained: tuple) -> None:
     [
         (MANIFEST, None, "must be complete, got no checkpoint.json"),
         (MANIFEST, b"{", "must be complete, got a damaged .*checkpoint.json"),
-        (STATE_FILE, None, r"got a damaged .*training_state.pt \(0 bytes\)"),
-        (STATE_FILE, b"half", r"got a damaged .*training_state.pt \(4 bytes\)"),
+        (STATE_FILE, None, r"got a damaged .*training_state.json \(0 bytes\)"),
+        (STATE_TENSORS, b"half", r"got a damaged .*training_state.safetensors \(4 bytes\)"),
     ],
 )
 def test_a_half_written_checkpoint_is_refused_with_the_way_out(
@@ -261,25 +282,63 @@ def test_a_half_written_checkpoint_is_refused_with_the_way_out(
     assert read_checkpoint(folder / "step-000001").step == 1
 
 
-def test_a_checkpoint_without_a_history_has_an_empty_one(trained: tuple) -> None:
-    generator, state, folder = trained
-    snapshot = read_checkpoint(folder / "step-000002")
-    record = torch.load(io.BytesIO(snapshot.files[STATE_FILE]), weights_only=True)
-    del record["history"]
-    buffer = io.BytesIO()
-    torch.save(record, buffer)
-    state.history = {0: [1.0]}
-    restore(generator, state, Snapshot(2, {**snapshot.files, STATE_FILE: buffer.getvalue()}))
-    assert state.history == {}
-
-
 def test_a_checkpoint_of_another_version_is_refused(trained: tuple) -> None:
     _, _, folder = trained
     path = folder / "step-000001" / MANIFEST
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"version": 99}))
-    with pytest.raises(ValueError, match="must be of version 2, got 99"):
+    with pytest.raises(ValueError, match="must be of version 3, got 99 .* or --restart to set"):
         read_checkpoint(path.parent)
+
+
+def test_a_checkpoint_holds_no_pickle(trained: tuple) -> None:
+    _, _, folder = trained
+    files = [path for path in (folder / "step-000002").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    for path in files:
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        else:
+            length = int.from_bytes(path.read_bytes()[:8], "little")
+            json.loads(path.read_bytes()[8 : 8 + length])
+
+
+def test_the_best_checkpoint_stays_besides_the_newest(trained: tuple, tmp_path: Path) -> None:
+    generator, state, _ = trained
+    folder = tmp_path / "kept"
+    found = []
+    for step, reward in enumerate([0.1, 0.9, 0.9, math.nan, 0.2, 0.3, 1.5], start=1):
+        state.step = step
+        snapshot = take_snapshot(generator, state, {"reward": reward, "kl": -reward})
+        save_checkpoint(folder, snapshot, keep=2, best_by="reward")
+        found.append([int(path.name[5:]) for path in checkpoints(folder)])
+    assert found == [[1], [1, 2], [2, 3], [3, 4], [3, 4, 5], [3, 5, 6], [6, 7]]
+    assert best_checkpoint(folder, "reward") == folder / "step-000007"
+    assert best_checkpoint(folder, "kl") == folder / "step-000006"
+    assert best_checkpoint(folder, "tied_share") is None
+    assert read_checkpoint(folder / "step-000006").metrics == {"reward": 0.3, "kl": -0.3}
+    (folder / "step-000007" / MANIFEST).write_text("{")
+    assert best_checkpoint(folder, "reward") == folder / "step-000006"
+
+
+def test_a_checkpoint_on_its_way_out_is_never_seen_in_part(
+    trained: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, state, folder = trained
+    state.step = 3
+
+    def crash(path: Path, **more: Any) -> None:
+        (Path(path) / MANIFEST).unlink()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(shutil, "rmtree", crash)
+    with pytest.raises(OSError, match="Input/output error"):
+        save_checkpoint(folder, take_snapshot(generator, state))
+    assert [path.name for path in checkpoints(folder)] == ["step-000002", "step-000003"]
+    monkeypatch.undo()
+    state.step = 4
+    save_checkpoint(folder, take_snapshot(generator, state))
+    assert [path.name for path in folder.iterdir() if "partial" in path.name] == []
 
 
 def test_a_checkpoint_of_another_run_is_refused(trained: tuple) -> None:

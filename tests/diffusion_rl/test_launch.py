@@ -3,14 +3,17 @@
 import dataclasses
 import errno
 import os
+import signal
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from diffusion_rl.checkpoint import checkpoints, latest_checkpoint
+from diffusion_rl import processes
+from diffusion_rl.checkpoint import best_checkpoint, checkpoints, latest_checkpoint
 from diffusion_rl.configuration import RunSettings, build, load_config
 from diffusion_rl.finetune import StepReport
 from diffusion_rl.launch import (
@@ -24,8 +27,10 @@ from diffusion_rl.launch import (
     set_aside,
     train,
 )
-from diffusion_rl.lora import lora_state
+from diffusion_rl.lora import AVERAGE, TRAINED, lora_state
+from diffusion_rl.run_lock import LOCK_FILE
 from diffusion_rl.tracking import read_metrics
+from tests.several import run_on
 from tests.tiny_wan import save_tiny_wan
 
 CALLS = {"count": 0, "fail_at": 0}
@@ -171,6 +176,9 @@ def test_other_settings_do_not_go_on_with_this_run(settings: RunSettings) -> Non
     message = "same settings, got .* made with seed=0, now 1; choose another output, or --restart"
     with pytest.raises(ValueError, match=message):
         prepare(other)
+    worse = dataclasses.replace(other, lora=dataclasses.replace(settings.lora, rank=3))
+    with pytest.raises(ValueError, match="made with lora.rank=2, now 3; seed=0, now 1; choose"):
+        prepare(worse)
     config = Path(settings.output) / CONFIG_FILE
     config.rename(config.with_suffix(".away"))
     with pytest.raises(
@@ -179,7 +187,146 @@ def test_other_settings_do_not_go_on_with_this_run(settings: RunSettings) -> Non
         prepare(settings)
     config.with_suffix(".away").rename(config)
     gentler = dataclasses.replace(settings.optimizer, learning_rate=1e-4)
-    check_same_run(dataclasses.replace(settings, optimizer=gentler, updates=9, save_every=1))
+    check_same_run(
+        dataclasses.replace(
+            settings, optimizer=gentler, updates=9, save_every=1, keep=5, best_by="reward"
+        )
+    )
+
+
+def test_the_newest_and_the_best_checkpoints_stay(settings: RunSettings) -> None:
+    kept = dataclasses.replace(settings, save_every=1, keep=1, best_by="rewards/red", updates=6)
+    _, reports = finish(kept)
+    rewards = [report.rewards["red"] for report in reports]
+    best = max(range(6), key=rewards.__getitem__) + 1
+    folder = Path(settings.output) / CHECKPOINTS
+    assert {path.name for path in checkpoints(folder)} == {f"step-{best:06d}", "step-000006"}
+    assert best_checkpoint(folder, "rewards/red") == folder / f"step-{best:06d}"
+
+
+def test_a_second_writer_is_refused_until_the_first_has_ended(settings: RunSettings) -> None:
+    reports = train(prepare(settings))
+    next(reports)
+
+    def second() -> None:
+        for restart in (False, True):
+            with pytest.raises(ValueError, match=rf"process {os.getppid()} on .* is training"):
+                prepare(settings, restart=restart)
+
+    assert run_on(1, second) == [None]
+    reports.close()
+    assert run_on(1, lambda: prepare(settings).state.step) == [1]
+
+
+def test_a_run_that_could_not_be_prepared_gives_its_folder_free(settings: RunSettings) -> None:
+    missing = dataclasses.replace(settings, prompts=settings.prompts + ".gone")
+    with pytest.raises(FileNotFoundError):
+        prepare(missing)
+    assert run_on(1, lambda: prepare(settings).state.step) == [0]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(settings: RunSettings, tmp_path: Path) -> None:
+    """Killed with -9 in the middle of an update, its folder still marked as its own."""
+    own = dataclasses.replace(
+        settings,
+        optimizer=dataclasses.replace(settings.optimizer, average_decay=0.9),
+        updates=5,
+    )
+    run = prepare(dataclasses.replace(own, output=str(tmp_path / "whole")))
+    list(train(run))
+    expected = run.generator.transformer
+
+    def killed() -> None:
+        run = prepare(own)
+        run.rewards[0] = dataclasses.replace(
+            run.rewards[0], function=lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        )
+        for _ in train(run):
+            raise AssertionError("it was not killed")
+
+    def begun() -> None:
+        for report in train(prepare(own)):
+            if report.step == 3:
+                return
+
+    assert run_on(1, begun) == [None]
+    assert run_on(1, killed) == [-signal.SIGKILL]
+    assert (Path(own.output) / LOCK_FILE).is_file()
+    resumed = prepare(own)
+    assert [report.step for report in train(resumed)] == [4, 5]
+    assert steps(own) == [1, 2, 3, 4, 5]
+    for adapter in (TRAINED, AVERAGE):
+        before, after = (
+            lora_state(one, adapter) for one in (expected, resumed.generator.transformer)
+        )
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not (Path(own.output) / LOCK_FILE).exists()
+
+
+def test_several_processes_go_on_with_a_run_of_another_number(
+    settings: RunSettings, tmp_path: Path
+) -> None:
+    """On 2 processes, 4, and 1: as if one process had done it all."""
+    # One video in a pass: a pass of more differs in its last bits, and Adam makes much of that
+    # where a tiny model has next to no gradient.
+    longer = dataclasses.replace(
+        settings,
+        updates=6,
+        save_every=1,
+        rollout=dataclasses.replace(settings.rollout, micro_batch=1),
+        optimizer=dataclasses.replace(settings.optimizer, learning_rate=3e-4),
+    )
+    expected, reports = finish(dataclasses.replace(longer, output=str(tmp_path / "whole")))
+
+    def go_on(until: int) -> tuple[dict[str, Tensor], list[int]]:
+        run = prepare(dataclasses.replace(longer, updates=until))
+        done = [report.step for report in train(run)]
+        return lora_state(run.generator.transformer), done
+
+    for count, until in ((2, 2), (4, 4), (1, 5), (2, 6)):
+        group = run_on(count, partial(go_on, until))
+        for one in group:
+            assert isinstance(one, tuple), one
+            assert one[1] == list(range(until - len(one[1]) + 1, until + 1)) != []
+            assert all(torch.equal(one[0][name], group[0][0][name]) for name in expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(group[0][0][name], value, rtol=0, atol=1e-6)
+    assert steps(longer) == [1, 2, 3, 4, 5, 6]
+    lines = read_metrics(Path(longer.output) / "metrics.jsonl")
+    for line, report in zip(lines, reports, strict=True):
+        assert line["reward"] == pytest.approx(report.reward, abs=1e-6)
+        assert line["videos_generated"] == report.videos_generated
+    output = Path(longer.output)
+    assert sorted(path.name for path in output.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "lora",
+        "metrics.jsonl",
+    ]
+
+
+def test_a_reward_that_breaks_on_one_process_keeps_the_last_checkpoint(
+    settings: RunSettings,
+) -> None:
+    def broken() -> None:
+        run = prepare(settings)
+        for report in train(run):
+            if processes.rank() == 1 and report.step == 3:
+                CALLS["fail_at"] = CALLS["count"] + 1
+
+    first, second = run_on(2, broken)
+    assert "process 1 of 2 failed while judging videos" in str(first)
+    assert "reward 'red' raised OSError: the judge is gone" in str(second)
+    assert latest_checkpoint(Path(settings.output) / CHECKPOINTS).name == "step-000003"
+    assert [report.step for report in finish(settings)[1]] == [4]
+
+
+def test_a_folder_that_only_one_process_can_claim_stops_all(settings: RunSettings) -> None:
+    finish(settings)
+    other = dataclasses.replace(settings, seed=1)
+    first, second = run_on(2, lambda: prepare(other))
+    assert "made with seed=0, now 1" in str(first)
+    assert "process 0 of 2 failed while taking the output folder: ValueError" in str(second)
 
 
 def test_restarting_keeps_the_earlier_run(settings: RunSettings) -> None:

@@ -219,7 +219,9 @@ def train(run: Run) -> Generator[StepReport]:
     """
     settings, main = run.settings, processes.is_main()
     trackers = build_trackers(settings) if main else []
-    sinks = [MetricsFile(run.output, step=run.state.step), *trackers] if main else []
+    sinks: list[MetricsFile | AccelerateTracker] = [*trackers]
+    if main:
+        sinks.insert(0, MetricsFile(run.output, step=run.state.step))
     saver = Saver(run)
     loop = (run.generator, run.rewards, run.prompts, settings.finetune_settings())
     reports = finetune(*loop, run.state, run.embeddings)

@@ -122,7 +122,7 @@ def restore(generator: AbstractVideoGenerator, state: FinetuneState, snapshot: S
         setattr(state, name, record[name])
     dice = record["random"]
     if processes.rank() < len(dice):
-        _set_random_state(dice[processes.rank()])
+        set_random_state(dice[processes.rank()])
     else:  # There were fewer processes.
         processes.part_ways(state.step)
 
@@ -291,7 +291,8 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(saved: Mapping[str, Any]) -> None:
+def set_random_state(saved: Mapping[str, Any]) -> None:
+    """Put the dice of `random_state` back."""
     torch.set_rng_state(saved["torch"])
     if saved["cuda"] and torch.cuda.device_count() == len(saved["cuda"]):
         torch.cuda.set_rng_state_all(saved["cuda"])

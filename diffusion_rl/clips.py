@@ -24,6 +24,8 @@ SMALLEST_SIDE = 192
 MAX_WEBP_PIXELS = 8_000_000
 """Pixels of all frames together up to which a clip is a lossless WebP; larger ones are MP4."""
 STRIP, STRIP_GAP = 12, 2
+TINT = 0.6
+"""Share of red where blame is 1."""
 RED, AMBER, GREY, WHITE = (
     (0.90, 0.16, 0.22),
     (0.98, 0.72, 0.20),
@@ -145,6 +147,22 @@ def draw_clip(clip: Clip) -> Tensor:
                 for box in mark.boxes_at(time):
                     _draw_box(canvas[index, :, :height, :width], box)
     return canvas
+
+
+def tint_blame(video: Tensor, blame: Tensor) -> Tensor:
+    """Tint a video where and when a judge blames it, the more the redder.
+
+    Args:
+        video: [F C H W] float in [0, 1].
+        blame: [F h w] in [0, 1], any h and w.
+
+    Returns:
+        [F C H W] float32 in [0, 1].
+    """
+    video, blame = video.detach().float().cpu(), blame.detach().float().cpu()
+    size = video.shape[-2:]
+    weight = TINT * torch.nn.functional.interpolate(blame[:, None], size=size, mode="nearest")
+    return (1 - weight) * video + weight * _colour(RED)
 
 
 def data_uri(video: Tensor, fps: float) -> str:

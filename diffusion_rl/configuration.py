@@ -27,6 +27,7 @@ from diffusion_rl.prompts import PROMPT_COLUMN
 from diffusion_rl.rewards import RewardSettings
 from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings
+from diffusion_rl.samples import SampleSettings
 
 CONFIG_FILE = "config.yaml"
 """The resolved settings in a run's folder."""
@@ -130,6 +131,8 @@ class RunSettings:
     it was highest stays besides the newest."""
     trackers: tuple[str, ...] = ()
     """Also log to these trackers of accelerate: tensorboard, wandb, ..."""
+    samples: SampleSettings | None = None
+    """Videos to look at while the run goes on; None draws none."""
 
     def __post_init__(self) -> None:
         if not self.rewards:

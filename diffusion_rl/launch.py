@@ -7,7 +7,7 @@ tuned, where the transformer's own weights learn); faults, where losses were not
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from diffusion_rl.checkpoint import (
     read_checkpoint,
     restore,
     save_checkpoint,
+    set_random_state,
     take_snapshot,
 )
 from diffusion_rl.configuration import (
@@ -41,6 +42,7 @@ from diffusion_rl.policies import attach_policies
 from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import Reward, build_reward, load_callable
 from diffusion_rl.run_lock import release_lock, take_lock
+from diffusion_rl.samples import step_folder, write_samples
 from diffusion_rl.tracking import AccelerateTracker, MetricsFile, flatten
 from diffusion_rl.updates import NotFiniteError
 from diffusion_rl.weight_files import LORA as LORA  # For callers who look for the result.
@@ -56,6 +58,7 @@ MAY_CHANGE = (
     "keep",
     "best_by",
     "trackers",
+    "samples",
     "optimizer",
     "missing_limit",
     "generator.device",
@@ -83,6 +86,8 @@ class Run:
     """Of the prompts."""
     state: FinetuneState
     """Where it stands; step 0 in a new run."""
+    sample_embeddings: PromptEmbeddings | None = None
+    """Of the prompts of the samples, where there are any."""
 
     @property
     def output(self) -> Path:
@@ -182,11 +187,13 @@ def load_run(settings: RunSettings, keep_text_encoder: bool) -> Run:
         average=settings.optimizer.average_decay > 0,
         seed=settings.seed,
     )
-    embeddings = generator.encode_prompts(prompts)
+    embeddings, shown = generator.encode_prompts(prompts), None
+    if settings.samples is not None:
+        shown = generator.encode_prompts(settings.samples.prompts)
     if not keep_text_encoder:
         generator.release_text_encoder()
     state = begin(generator, settings.finetune_settings())
-    return Run(settings, generator, rewards, prompts, embeddings, state)
+    return Run(settings, generator, rewards, prompts, embeddings, state, shown)
 
 
 def go_on(run: Run) -> None:
@@ -233,6 +240,7 @@ def train(run: Run) -> Generator[StepReport]:
                 for sink in sinks:
                     sink.write(report)
                 saver.note(report, dice)
+                show_samples(run, report.step, trackers)
             yield report
             saver.begin_update()
         if main:
@@ -302,6 +310,21 @@ class Saver:
                 keep=settings.keep,
                 best_by=settings.best_by,
             )
+
+
+def show_samples(run: Run, step: int, trackers: Sequence[AccelerateTracker]) -> None:
+    """Write the samples of an update whose turn it is, and give them to the trackers."""
+    settings, embeddings = run.settings.samples, run.sample_embeddings
+    if settings is None or embeddings is None or step % settings.every or not processes.is_main():
+        return
+    folder, options = step_folder(run.output, step), run.settings.rollout
+    dice = random_state()
+    samples = write_samples(run.generator, run.rewards, settings, embeddings, options, folder)
+    set_random_state(dice)  # A reward may have drawn.
+    for tracker in trackers:
+        tracker.write_videos(
+            step, {f"samples/{one.name}": (one.path, one.video) for one in samples}
+        )
 
 
 def set_aside(output: Path) -> Path:

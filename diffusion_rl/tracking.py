@@ -6,6 +6,7 @@ Axes: F frames, C, H, W.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -19,6 +20,10 @@ from torch import Tensor
 
 METRICS_FILE = "metrics.jsonl"
 VIDEO_SUFFIXES = (".mp4", ".webp")
+VIDEO_TRACKERS = ("wandb", "trackio")
+"""Trackers whose package has a `Video` to log; of WebP they take no video."""
+PICTURES = 8
+"""Frames of a video that a tracker of pictures gets."""
 
 
 def flatten(record: Any) -> dict[str, Any]:
@@ -117,9 +122,37 @@ class AccelerateTracker:
         numbers = {key: value for key, value in flat.items() if isinstance(value, int | float)}
         self._accelerator.log(numbers, step=record.step)
 
+    def write_videos(self, step: int, videos: Mapping[str, tuple[Path, Tensor]]) -> None:
+        """Log videos to the trackers that take them, and their frames to those that take pictures.
+
+        Args:
+            step: of the run.
+            videos: name to its file and to itself, [F 3 H W] in [0, 1].
+        """
+        for tracker in self._accelerator.trackers:
+            files = {name: str(path) for name, (path, _) in videos.items()}
+            is_mp4 = all(path.endswith(".mp4") for path in files.values())
+            if tracker.name in VIDEO_TRACKERS and is_mp4:
+                kind = importlib.import_module(tracker.name).Video
+                tracker.log(
+                    {name: kind(str(path)) for name, (path, _) in videos.items()}, step=step
+                )
+            elif hasattr(tracker, "log_images"):
+                frames = {name: _spread_frames(video) for name, (_, video) in videos.items()}
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images(frames, step=step, **layout)
+
     def close(self) -> None:
         """Flush what the trackers hold back."""
         self._accelerator.end_training()
+
+
+def _spread_frames(video: Tensor) -> Any:
+    """Up to PICTURES frames of a video [F 3 H W], first and last among them: [n H W 3] uint8."""
+    count = min(PICTURES, len(video))
+    places = torch.linspace(0, len(video) - 1, count).round().long()
+    pixels = (video[places].detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def write_video(path: str | Path, video: Tensor, fps: float, *, scale: int = 1) -> Path:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -67,38 +69,89 @@ def test_a_last_line_cut_off_is_dropped_and_an_inner_one_refused(tmp_path: Path)
     assert read_metrics(tmp_path / "nothing.jsonl") == []
 
 
+class Recorder(accelerate.tracking.GeneralTracker):
+    """A tracker that keeps what it is told."""
+
+    name = "recorder"
+    requires_logging_directory = False
+    main_process_only = True
+
+    def __init__(self, name: str = "recorder") -> None:
+        self.name = name
+        self.logged: list = []
+
+    @property
+    def tracker(self) -> object:
+        return self
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.logged.append(values)
+
+    def log(self, values: dict, step: int | None = None, **_: object) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.logged.append("finished")
+
+
+class Pictures(Recorder):
+    def log_images(self, values: dict, step: int | None = None, **options: object) -> None:
+        self.logged.append(("pictures", step, values, options))
+
+
 def test_accelerate_trackers_get_the_numbers(tmp_path: Path) -> None:
-    logged = []
-
-    class Recorder(accelerate.tracking.GeneralTracker):
-        name = "recorder"
-        requires_logging_directory = False
-        main_process_only = True
-
-        def __init__(self, run_name: str, **_: object) -> None:
-            self.run_name = run_name
-
-        @property
-        def tracker(self) -> object:
-            return self
-
-        def store_init_configuration(self, values: dict) -> None:
-            logged.append(values)
-
-        def log(self, values: dict, step: int | None = None, **_: object) -> None:
-            logged.append((step, values))
-
-        def finish(self) -> None:
-            logged.append("finished")
-
-    tracker = AccelerateTracker([Recorder("run")], tmp_path, "run", {"seed": 0})
+    recorder = Recorder()
+    tracker = AccelerateTracker([recorder], tmp_path, "run", {"seed": 0})
     tracker.write(Report(3))
     tracker.close()
-    assert logged == [
+    assert recorder.logged == [
         {"seed": 0},
         (3, {"step": 3, "loss": 0.5, "rewards/cac": 0.25}),
         "finished",
     ]
+
+
+def test_videos_go_to_those_who_take_them_and_frames_to_those_who_take_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package of a tracker is only asked for its `Video`, as wandb's and trackio's have it."""
+    package = types.ModuleType("wandb")
+    package.Video = lambda path: ("video", path)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    numbers, pictures, board, videos = (
+        Recorder(),
+        Pictures("pictures"),
+        Pictures("tensorboard"),
+        Pictures("wandb"),
+    )
+    tracker = AccelerateTracker([numbers, pictures, board, videos], tmp_path, "run", {})
+    video = gradient_video().repeat(4, 1, 1, 1)
+    tracker.write_videos(7, {"samples/a": (tmp_path / "a.mp4", video)})
+    assert numbers.logged == [{}]
+    _, step, values, options = pictures.logged[1]
+    assert (step, options) == (7, {})
+    assert values["samples/a"].shape == (8, 16, 24, 3)
+    assert values["samples/a"].dtype == np.uint8
+    expected = (video[[0, -1]] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(values["samples/a"][[0, -1]], expected)
+    assert board.logged[1][3] == {"dataformats": "NHWC"}
+    assert videos.logged[1:] == [(7, {"samples/a": ("video", str(tmp_path / "a.mp4"))})]
+    tracker.write_videos(8, {"samples/a": (tmp_path / "a.webp", video)})
+    assert videos.logged[2][:2] == ("pictures", 8)
+
+
+def test_tensorboard_holds_numbers_and_frames(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = AccelerateTracker(["tensorboard"], tmp_path, "run", {"seed": "0"})
+    tracker.write(Report(3))
+    tracker.write_videos(3, {"samples/a": (tmp_path / "a.mp4", gradient_video())})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "run"), {"images": 0, "scalars": 0}).Reload()
+    assert [(one.step, one.value) for one in events.Scalars("rewards/cac")] == [(3, 0.25)]
+    pictures = events.Images("samples/a")
+    assert [(one.step, one.width, one.height) for one in pictures][0][0] == 3
 
 
 def test_a_tracker_without_its_package_is_refused(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from diffusion_rl.credit import Credit, LatentGrid, ScorePart, assign_credit, fo
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.guards import GuardReport, apply_guards, measure_reference
 from diffusion_rl.optimizers import build_optimizer
+from diffusion_rl.out_of_memory import explain_out_of_memory
 from diffusion_rl.policies import (
     reference_policy,
     trained_parameters,
@@ -97,7 +98,10 @@ def finetune(
         measure_base(generator, embeddings, settings, state)
     while state.step < settings.updates:
         started = time.monotonic()
-        with together("drawing videos"):
+        with (
+            together("drawing videos"),
+            explain_out_of_memory(generator, settings, learning=False),
+        ):
             batch = collect(generator, embeddings, settings, step=state.step + 1)
         collected = time.monotonic()
         texts = [prompts[index] for index in batch.trajectory.prompt_index.tolist()]
@@ -106,7 +110,8 @@ def finetune(
         score = judged.score - guarded.penalty
         advantages = compare(score, rewards, judged, guarded, batch, settings, state)
         credit = place(advantages, generator, rewards, judged, guarded, batch, settings)
-        statistics = update(generator, batch.trajectory, score, credit, settings, state)
+        with explain_out_of_memory(generator, settings, learning=True):
+            statistics = update(generator, batch.trajectory, score, credit, settings, state)
         ended = time.monotonic()
         state.step += 1
         state.videos_generated += len(score)

@@ -8,6 +8,7 @@ adapter at all (the reference the KL term holds on to).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 TRAINED, OLD, AVERAGE = "default", "old", "average"
+INITS = {"kaiming": True, "gaussian": "gaussian"}
+"""PEFT's words for the first values of an adapter."""
+MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,14 @@ class LoraSettings:
     """Inner width of each update matrix, at least 1."""
     alpha: float = 16.0
     """The update is scaled by alpha / rank; above 0."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that high ranks do not learn less. Files
+    hold the alpha that gives this scale by the common rule, which every loader knows."""
+    dora: bool = False
+    """Learn a magnitude for each output of a layer beside the update of its direction (DoRA)."""
+    init: str = "kaiming"
+    """First values of the first matrices: kaiming (uniform) or gaussian (of spread 1 / rank). The
+    second are zero, so that a fresh adapter changes nothing."""
     targets: tuple[str, ...] | None = None
     """Ends of the names of the linear layers adapted; None is all attention and feed-forward
     layers under the family's names."""
@@ -42,8 +54,18 @@ class LoraSettings:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if self.alpha <= 0:
             raise ValueError(f"alpha must be above 0, got {self.alpha}")
+        if self.init not in INITS:
+            raise ValueError(
+                f"init must be one of {', '.join(INITS)}, got {self.init}; those that change the "
+                "layers' own weights would change the reference too"
+            )
         if self.targets is not None and not self.targets:
             raise ValueError("targets must name at least one layer, got none")
+
+    @property
+    def common_alpha(self) -> float:
+        """The alpha that scales as these settings do, by alpha / rank."""
+        return self.alpha * math.sqrt(self.rank) if self.rank_stabilized else self.alpha
 
 
 def attach_lora(
@@ -71,13 +93,25 @@ def attach_lora(
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         torch.manual_seed(seed)
         for part, own in zip(parts, targets, strict=True):
-            config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=own)
+            config = LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.common_alpha,  # type: ignore[arg-type]  # A float is right too.
+                target_modules=own,
+                use_dora=settings.dora,
+                init_lora_weights=INITS[settings.init],  # type: ignore[arg-type]
+            )
             for name in (TRAINED, *copies):
                 inject_adapter_in_model(config, part, adapter_name=name)
     for part in parts:
         for name, parameter in part.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(_device_of(part), torch.float32)
+            # Shapes alone, by which memory is estimated, have no magnitudes.
+            if MAGNITUDE in name and not parameter.is_meta and not bool(parameter.all()):
+                raise ValueError(
+                    "dora must adapt layers without an output that is always zero, got "
+                    f"{name}; leave it out of lora.targets"
+                )
     for name in copies:
         follow_trained(transformer, name, decay=0.0)
     _activate(transformer, TRAINED)
@@ -170,14 +204,15 @@ def old_policy(transformer: nn.Module) -> Iterator[None]:
 
     In float32 its update is added to the layers' own weights for the time, which is a third faster
     than an adapter beside them; the weights themselves are put back, not computed back. Weights of
-    half precision would round the update away, and weights that wait off the device are not there
-    to be added to, so then the adapter runs.
+    half precision would round the update away, weights that wait off the device are not there to
+    be added to, and DoRA does not only add; so then the adapter runs.
     """
     if not has_adapter(transformer, OLD):
         raise RuntimeError("transformer must have an old policy; attach_lora(..., old_policy=True)")
     layers: list[Any] = tuner_layers(transformer)
     weights = [(layer.base_layer.weight, layer.lora_A[OLD].weight) for layer in layers]
-    if any(own.dtype != torch.float32 or own.device != lora.device for own, lora in weights):
+    beside = any(own.dtype != torch.float32 or own.device != lora.device for own, lora in weights)
+    if beside or any(len(layer.lora_magnitude_vector) for layer in layers):
         with adapter_policy(transformer, OLD):
             yield
         return
@@ -264,6 +299,8 @@ def shapes_to_attach(transformer: nn.Module, settings: LoraSettings) -> dict[str
         if isinstance(part, nn.Linear) and any(_ends(name, end) for end in targets):
             shapes[f"{name}.lora_A.weight"] = torch.Size((settings.rank, part.in_features))
             shapes[f"{name}.lora_B.weight"] = torch.Size((part.out_features, settings.rank))
+            if settings.dora:
+                shapes[f"{name}.{MAGNITUDE}.weight"] = torch.Size((part.out_features,))
     return shapes
 
 

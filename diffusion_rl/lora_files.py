@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffusion_rl.generators.base import LORA_FILE, SECOND_LORA_FILE, AbstractVideoGenerator
 from diffusion_rl.lora import (
+    MAGNITUDE,
     TRAINED,
     LoraSettings,
     adapter_shapes,
@@ -42,7 +43,10 @@ def lora_bytes(transformer: nn.Module, adapter: str = TRAINED) -> bytes:
     configs: Any = transformer.peft_config
     config = configs[adapter]
     settings = LoraSettings(
-        rank=config.r, alpha=config.lora_alpha, targets=tuple(config.target_modules)
+        rank=config.r,
+        alpha=config.lora_alpha,
+        dora=config.use_dora,
+        targets=tuple(config.target_modules),
     )
     return pack_lora(lora_state(transformer, adapter), settings)
 
@@ -51,8 +55,9 @@ def pack_lora(state: Mapping[str, Tensor], settings: LoraSettings) -> bytes:
     """Weights by the names of `lora_state` as the file that `lora_bytes` describes."""
     metadata = {
         "r": settings.rank,
-        "lora_alpha": settings.alpha,
+        "lora_alpha": settings.common_alpha,
         "target_modules": sorted(settings.targets or ()),
+        "use_dora": settings.dora,
     }
     packed = json.dumps({PREFIX + key: value for key, value in metadata.items()}, sort_keys=True)
     named = {PREFIX + name: value for name, value in state.items()}
@@ -159,5 +164,7 @@ def _settings_of(state: dict[str, Tensor], metadata: dict, source: str) -> LoraS
     return LoraSettings(
         rank=rank,
         alpha=float(metadata.get(PREFIX + "lora_alpha", rank)),
+        rank_stabilized=bool(metadata.get(PREFIX + "use_rslora", False)),
+        dora=any(f".{MAGNITUDE}." in f"{name}." for name in state),
         targets=tuple(metadata.get(PREFIX + "target_modules", modules)),
     )

@@ -85,6 +85,7 @@ LAYERS = {
         *(
             "self_check",
             "progress",
+            "out_of_memory",
             "collect",
             "finetune",
             "checkpoint",

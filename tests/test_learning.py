@@ -12,8 +12,9 @@ from torch import Tensor
 
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.finetune import FinetuneSettings, StepReport, finetune
-from diffusion_rl.lora import attach_lora
+from diffusion_rl.lora import LoraSettings, attach_lora
 from diffusion_rl.optimizers import OptimizerSettings
+from diffusion_rl.policies import FullSettings, attach_policies, reference_policy
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, sample_videos
 from diffusion_rl.row_settings import (
@@ -58,9 +59,10 @@ def settings_for(name: str, updates: int, **options: Any) -> FinetuneSettings:
     )
 
 
-def prepare(name: str) -> ToyGenerator:
+def prepare(name: str, learner: LoraSettings | FullSettings = LORA) -> ToyGenerator:
     generator = ToyGenerator()
-    attach_lora(generator.transformer, LORA, old_policy=algorithm(name).uses_old_policy)
+    old = algorithm(name).uses_old_policy
+    attach_policies(generator.transformer, learner, old_policy=old)
     return generator
 
 
@@ -68,9 +70,11 @@ def redness(videos: Tensor) -> Tensor:
     return videos[:, :, 0].mean((1, 2, 3))
 
 
-def learn(name: str, sign: float, updates: int = 60) -> tuple[ToyGenerator, list[StepReport]]:
+def learn(
+    name: str, sign: float, updates: int = 60, learner: LoraSettings | FullSettings = LORA
+) -> tuple[ToyGenerator, list[StepReport]]:
     """Train on sign * -(redness - TARGET)^2."""
-    generator = prepare(name)
+    generator = prepare(name, learner)
 
     def reward(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
         return -sign * (redness(videos) - TARGET) ** 2
@@ -107,6 +111,16 @@ def test_the_loop_reaches_the_best_answer(name: str) -> None:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_with_the_sign_flipped_the_loop_runs_away(name: str) -> None:
     generator, _ = learn(name, sign=-1.0, updates=30)
+    assert abs(mean_redness(generator) - TARGET) > 0.13
+
+
+@pytest.mark.parametrize("name", ["grpo", "nft"])
+def test_the_weights_themselves_learn_in_both_directions(name: str) -> None:
+    generator, _ = learn(name, sign=1.0, learner=FullSettings())
+    assert abs(mean_redness(generator) - TARGET) < 0.02
+    with reference_policy(generator.transformer):
+        assert mean_redness(generator) == pytest.approx(0.5, abs=0.01)
+    generator, _ = learn(name, sign=-1.0, updates=30, learner=FullSettings())
     assert abs(mean_redness(generator) - TARGET) > 0.13
 
 

@@ -119,6 +119,10 @@ def comfyui_state(part: LoraPart, family: str) -> dict[str, Tensor]:
         raise ValueError(
             f"format comfyui must have a model to load it, got family {family}: {REFUSED[family]}"
         )
+    if part.settings.dora:
+        raise ValueError(
+            "format comfyui must be given a plain LoRA, got a DoRA; use --format merged"
+        )
     found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for module in dict.fromkeys(name.split(".lora_")[0] for name in part.state):
         place, _, piece = comfyui_name(module, family).partition("#")
@@ -130,7 +134,7 @@ def comfyui_state(part: LoraPart, family: str) -> dict[str, Tensor]:
         down, up = pieces[-1] if -1 in pieces else _fuse(pieces)
         state[f"{name}.lora_down.weight"] = down.contiguous()
         state[f"{name}.lora_up.weight"] = up.contiguous()
-        state[f"{name}.alpha"] = torch.tensor(part.settings.alpha * len(pieces))
+        state[f"{name}.alpha"] = torch.tensor(part.settings.common_alpha * len(pieces))
     return state
 
 

@@ -31,8 +31,9 @@ def write_peft(parts: Sequence[LoraPart], base_id: str | None, folder: Path) -> 
         place = folder / part.component if len(parts) > 1 else folder
         config = LoraConfig(
             r=part.settings.rank,
-            lora_alpha=part.settings.alpha,  # type: ignore[arg-type]  # A float is right too.
+            lora_alpha=part.settings.common_alpha,  # type: ignore[arg-type]  # A float is right too.
             target_modules=list(part.settings.targets or ()),
+            use_dora=part.settings.dora,
             base_model_name_or_path=base_id,
             inference_mode=True,
         )

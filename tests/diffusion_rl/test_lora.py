@@ -273,3 +273,98 @@ def test_a_target_that_does_not_exist_is_refused() -> None:
     settings = LoraSettings(targets=("shift", "to_q"))
     with pytest.raises(ValueError, match="targets must name linear layers .*'to_q'; it has shift"):
         attach_lora(ToyGenerator().transformer, settings)
+
+
+def test_rank_stabilized_scales_by_the_root_of_the_rank_in_every_loader(tmp_path: Path) -> None:
+    """rsLoRA (arXiv:2312.03732): alpha / sqrt(rank), which files say as a common alpha."""
+    folder = save_tiny_wan(tmp_path / "pipeline")
+    videos = []
+    for settings in (
+        LoraSettings(rank=4, alpha=2, rank_stabilized=True),
+        LoraSettings(rank=4, alpha=4),
+        LoraSettings(rank=4, alpha=2),
+    ):
+        generator = WanGenerator.from_pretrained(folder, **SIZE)
+        attach_lora(generator.transformer, settings)
+        torch.manual_seed(0)
+        shake(generator)
+        videos.append(sample_videos(generator, PROMPTS, [3, 4], num_inference_steps=2))
+        if settings.rank_stabilized:
+            save_lora(generator, tmp_path / "lora")
+    assert torch.equal(videos[0], videos[1])
+    assert not torch.allclose(videos[0], videos[2])
+    again = WanGenerator.from_pretrained(folder, **SIZE)
+    load_lora(again, tmp_path / "lora")
+    assert torch.equal(sample_videos(again, PROMPTS, [3, 4], num_inference_steps=2), videos[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_is_its_formula_and_starts_as_the_base(dtype: torch.dtype) -> None:
+    """W' = m * (W + s B A) / |W + s B A| row by row (arXiv:2402.09353), m = |W| at first."""
+    generator = WanGenerator(build_tiny_wan().to(dtype), **SIZE)
+    embeddings = generator.encode_prompts(PROMPTS)
+    inputs = (generator.initial_latents([0, 1]), torch.tensor(0.5), embeddings, 1.0)
+    before = generator.predict(*inputs)
+    settings = LoraSettings(rank=2, alpha=3, dora=True)
+    parameters = attach_lora(generator.transformer, settings, old_policy=True)
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    layers = tuner_layers(generator.transformer)
+    assert len(parameters) == 3 * len(layers)
+    close = {} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}  # bfloat16's 8 bits.
+    torch.testing.assert_close(generator.predict(*inputs), before, **close)
+    shake(generator)
+    tuned = generator.predict(*inputs)
+    assert not torch.allclose(tuned, before, atol=0.05)
+    with reference_policy(generator.transformer):
+        assert torch.equal(generator.predict(*inputs), before)
+    with old_policy(generator.transformer):
+        torch.testing.assert_close(generator.predict(*inputs), before, **close)
+    update_old_policy(generator.transformer, 0.0)
+    with old_policy(generator.transformer):
+        assert torch.equal(generator.predict(*inputs), tuned)
+    layer = layers[0]
+    base = layer.base_layer.weight.float()
+    direction = base + 1.5 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    whole = magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)
+    x = torch.randn(3, base.shape[1], dtype=dtype)
+    expected = x.float() @ whole.T + layer.base_layer.bias.float()
+    torch.testing.assert_close(layer(x).float(), expected, **close)
+
+
+def test_diffusers_loads_a_dora_and_makes_the_same_videos(tmp_path: Path) -> None:
+    folder = save_tiny_wan(tmp_path / "pipeline")
+    generator = WanGenerator.from_pretrained(folder, **SIZE)
+    attach_lora(generator.transformer, LoraSettings(rank=2, alpha=3, dora=True))
+    shake(generator)
+    videos = sample_videos(generator, PROMPTS, [3, 4], num_inference_steps=2)
+    save_lora(generator, tmp_path / "lora")
+    pipeline = WanPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    stock = WanGenerator(pipeline, **SIZE)
+    again = WanGenerator.from_pretrained(folder, **SIZE)
+    load_lora(again, tmp_path / "lora")
+    for other in (stock, again):
+        found = sample_videos(other, PROMPTS, [3, 4], num_inference_steps=2)
+        torch.testing.assert_close(found, videos)
+
+
+def test_first_values_are_as_asked_for() -> None:
+    spreads = {}
+    for init in ("kaiming", "gaussian"):
+        generator = WanGenerator(build_tiny_wan(), **SIZE)
+        attach_lora(generator.transformer, LoraSettings(rank=8, init=init))
+        state = lora_state(generator.transformer)
+        values = [value.flatten() for name, value in state.items() if "lora_A" in name]
+        spreads[init] = torch.cat(values).std().item()
+        assert torch.cat(values).abs().max() > 0
+        assert not any(bool(value.any()) for name, value in state.items() if "lora_B" in name)
+    assert spreads["gaussian"] == pytest.approx(1 / 8, rel=0.05)
+    assert spreads["kaiming"] != pytest.approx(1 / 8, rel=0.05)
+    with pytest.raises(ValueError, match="init must be one of kaiming, gaussian, got pissa; those"):
+        LoraSettings(init="pissa")
+
+
+def test_dora_has_no_magnitude_to_learn_where_weights_are_zero() -> None:
+    with pytest.raises(ValueError, match="dora must adapt layers without an output that is always"):
+        attach_lora(ToyGenerator().transformer, LoraSettings(targets=("shift",), dora=True))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffusion_rl.credit import Credit
 from diffusion_rl.generators.wan import WanGenerator
-from diffusion_rl.lora import AVERAGE, OLD, TRAINED, attach_lora
+from diffusion_rl.lora import AVERAGE, OLD, TRAINED, LoraSettings, attach_lora
 from diffusion_rl.optimizers import OptimizerSettings, build_optimizer
 from diffusion_rl.policies import (
     REFERENCE,
@@ -220,7 +220,7 @@ def test_one_update_of_a_half_precision_generator(
     """bfloat16 weights, a float32 learner: it moves, what does not learn stays to the bit."""
     generator = wan(torch.bfloat16)
     base = copy.deepcopy(generator.transformer.state_dict())
-    settings = ALL if learner == "full" else type(LORA)(rank=2)
+    settings = ALL if learner == "full" else LoraSettings(rank=2)
     parameters = attach_policies(generator.transformer, settings, old_policy=row.name == "nft")
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
     trajectory = drawn(generator, OPTIONS, (0, 1) if row.name == "grpo" else ())
@@ -308,3 +308,41 @@ def test_an_adapter_learns_through_the_same_interface() -> None:
 def test_settings_outside_their_range_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FullSettings(**options)
+
+
+def test_log_probabilities_of_a_half_precision_transformer_are_float32() -> None:
+    """Against flow_sde's closed form in float64, from the very bfloat16 outputs of each pass."""
+    generator = wan(torch.bfloat16)
+    attach_policies(generator.transformer, LoraSettings(rank=2))
+    velocities = []
+
+    def record(module: nn.Module, inputs: object, output: tuple) -> None:
+        assert output[0].dtype == torch.bfloat16
+        velocities.append(output[0].detach().double())
+
+    generator.transformer.register_forward_hook(record)
+    trajectory = drawn(generator, OPTIONS, (0, 1))
+    of_steps = [torch.cat(velocities[2 * k : 2 * k + 2]) for k in range(2)]  # Two micro batches.
+    for index, place in enumerate(trajectory.steps):
+        sigma, next_sigma = trajectory.sigmas[place : place + 2].double()
+        cut = sigma if place else trajectory.sigmas[1].double()
+        diffusion = OPTIONS.noise_level * (sigma / (1 - cut)).sqrt()
+        dt, drift = next_sigma - sigma, diffusion**2 / (2 * sigma)
+        latent = trajectory.latents[index].double()
+        mean = latent * (1 + drift * dt) + of_steps[index] * (1 + drift * (1 - sigma)) * dt
+        std = diffusion * (-dt).sqrt()
+        after = trajectory.next_latents[index].double()
+        expected = torch.distributions.Normal(mean, std).log_prob(after).flatten(1).mean(1)
+        found = trajectory.log_probs[:, index]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        coarse = torch.distributions.Normal(mean.bfloat16(), std.bfloat16())
+        rounded = coarse.log_prob(after.bfloat16()).flatten(1).mean(1)
+        assert (rounded.double() - expected).abs().max() > 1e-3  # What half precision would give.
+        again = torch.cat(
+            [
+                replay(generator, trajectory, index, slice(s, s + 2), OPTIONS).log_prob
+                for s in (0, 2)
+            ]
+        )
+        assert torch.equal(again.detach(), found)

@@ -1,0 +1,173 @@
+"""What the message says when memory runs out, and whether its estimates are near."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from diffusion_rl.finetune import FinetuneSettings, finetune
+from diffusion_rl.generators.wan import WanGenerator
+from diffusion_rl.lora import LoraSettings, tuner_layers
+from diffusion_rl.optimizers import OptimizerSettings
+from diffusion_rl.out_of_memory import (
+    OutOfMemoryError,
+    drawing_bytes,
+    explain_out_of_memory,
+    kept_for_backward,
+    savings,
+)
+from diffusion_rl.policies import FullSettings, attach_policies, trained_parameters
+from diffusion_rl.rewards import Reward
+from diffusion_rl.rollout import RolloutSettings
+from tests.tiny_wan import SIZE, build_tiny_wan
+
+LARGER = {**SIZE, "height": 64, "width": 64, "num_frames": 9}
+SETTINGS = FinetuneSettings(
+    rollout=RolloutSettings(num_inference_steps=4, micro_batch=8, update_micro_batch=4)
+)
+
+
+def build(
+    learner: LoraSettings | FullSettings, dtype: torch.dtype = torch.float32, layers: int = 4
+) -> WanGenerator:
+    generator = WanGenerator(build_tiny_wan(layers=layers, heads=4).to(dtype), **LARGER)
+    attach_policies(generator.transformer, learner, average=True)
+    return generator
+
+
+@pytest.mark.parametrize("learner", [LoraSettings(rank=2), FullSettings()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_pass_keeps_is_estimated_within_a_factor_of_two(
+    learner: LoraSettings | FullSettings, dtype: torch.dtype
+) -> None:
+    generator = build(learner, dtype)
+    weights = {p.untyped_storage().data_ptr() for p in generator.transformer.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    embeddings = generator.encode_prompts(["a red circle", "the blue square"])
+    latent = generator.initial_latents([0, 1])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        prediction = generator.predict(latent, torch.tensor(0.5), embeddings, 1.0)
+    assert prediction.requires_grad
+    counted = sum(storage.nbytes() for storage in kept.values())
+    assert 0.5 < kept_for_backward(generator, 2) / counted < 2
+
+
+def test_savings_follow_from_the_shapes() -> None:
+    generator = build(LoraSettings(rank=2))
+    found = dict(savings(generator, SETTINGS, learning=True))
+    kept = kept_for_backward(generator, 4)
+    assert found["rollout.update_micro_batch=2"] == pytest.approx(kept / 2)
+    assert found["generator.height and width near 48 and 48"] == pytest.approx(kept * 7 / 16)
+    assert found["generator.num_frames=5"] == pytest.approx(kept / 3)  # Two latent frames of three.
+    checkpointing = found["generator.execution.gradient_checkpointing=true"]
+    assert 0.5 * kept < checkpointing < 0.75 * kept  # One of four blocks is whole.
+    count = sum(parameter.numel() for parameter in trained_parameters(generator.transformer))
+    assert found["optimizer.name=adamw_8bit"] == 6 * count
+    guided = dataclasses.replace(SETTINGS.rollout, guidance_scale=4.0)
+    twice = dict(savings(generator, FinetuneSettings(rollout=guided), learning=True))
+    assert twice["rollout.update_micro_batch=2"] == pytest.approx(kept)
+    generator.transformer.enable_gradient_checkpointing()
+    assert not any(
+        "checkpointing" in one.setting for one in savings(generator, SETTINGS, learning=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_fine_tuning_may_be_left_for_a_lora(dtype: torch.dtype) -> None:
+    generator = build(FullSettings(), dtype)
+    count = sum(parameter.numel() for parameter in trained_parameters(generator.transformer))
+    found = dict(savings(generator, SETTINGS, learning=True))
+    own = dtype.itemsize
+    # Gradient and two moments, float32 masters where the weights are not, reference.
+    assert found["lora instead of full"] == count * (4 + 8 + (4 if own == 2 else 0) + own)
+    assert found["full.copies=cpu"] == count * (own + 4)  # The average is float32.
+    other = build(FullSettings(copies="cpu"), dtype)
+    found = dict(savings(other, SETTINGS, learning=True))
+    assert "full.copies=cpu" not in found
+    assert found["lora instead of full"] == count * (4 + 8 + (4 if own == 2 else 0))
+
+
+def test_drawing_has_advice_of_its_own() -> None:
+    generator = build(LoraSettings(rank=2))
+    found = dict(savings(generator, SETTINGS, learning=False))
+    needed = drawing_bytes(generator, 8)
+    pixels = 4 * 8 * 9 * 64 * 64
+    assert needed >= pixels * 3
+    assert found["rollout.micro_batch=4"] == pytest.approx(needed / 2)
+    assert not any("optimizer" in name for name in found)
+
+
+@pytest.mark.parametrize(
+    ("error", "phase"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "update"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+            "drawing videos",
+        ),
+        (MemoryError(), "update"),
+    ],
+)
+def test_the_message_names_the_three_settings_that_help_most(error: Exception, phase: str) -> None:
+    generator = build(LoraSettings(rank=2))
+    learning = phase == "update"
+    with (
+        pytest.raises(OutOfMemoryError, match=f"memory ran out in .*{phase}") as raised,
+        explain_out_of_memory(generator, SETTINGS, learning=learning),
+    ):
+        raise error
+    assert raised.value.__cause__ is error
+    named = re.findall(r"(?:; )(\S.*?) saves about ([\d.e+-]+) GB", str(raised.value))
+    expected = sorted(savings(generator, SETTINGS, learning=learning), key=lambda one: -one.bytes)
+    assert [name for name, _ in named] == [one.setting for one in expected[:3]]
+    for (_, gigabytes), one in zip(named, expected, strict=False):
+        assert float(gigabytes) == pytest.approx(one.bytes / 1e9, rel=0.05)
+
+
+def test_other_errors_pass_as_they_are() -> None:
+    generator = build(LoraSettings(rank=2))
+    with (
+        pytest.raises(RuntimeError, match=r"^shapes do not fit$"),
+        explain_out_of_memory(generator, SETTINGS, learning=True),
+    ):
+        raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.parametrize("learning", [True, False])
+def test_the_loop_explains_it(learning: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = build(LoraSettings(rank=2), layers=1)
+    assert tuner_layers(generator.transformer)
+    predict = generator.predict
+
+    def exhausted(*inputs: object) -> torch.Tensor:
+        if torch.is_grad_enabled() == learning:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(*inputs)
+
+    monkeypatch.setattr("diffusion_rl.finetune.self_check", lambda *_: NoCheck())
+    monkeypatch.setattr(generator, "predict", exhausted)
+    settings = FinetuneSettings(
+        rollout=RolloutSettings(
+            num_inference_steps=2, stochastic_steps=1, prompts_per_update=1, videos_per_prompt=2
+        ),
+        optimizer=OptimizerSettings(),
+        updates=1,
+    )
+    red = Reward("red", lambda videos, prompts, *, fps: videos[:, :, 0].mean((1, 2, 3)))
+    where = "in the update" if learning else "in drawing videos"
+    with pytest.raises(OutOfMemoryError, match=where):
+        next(finetune(generator, [red], ["a red circle"], settings))
+
+
+class NoCheck:
+    """As of a row that records no steps."""
+
+    videos = 0

@@ -98,11 +98,7 @@ def finetune(
         measure_base(generator, embeddings, settings, state)
     while state.step < settings.updates:
         started = time.monotonic()
-        with (
-            together("drawing videos"),
-            explain_out_of_memory(generator, settings, learning=False),
-        ):
-            batch = collect(generator, embeddings, settings, step=state.step + 1)
+        batch = draw(generator, embeddings, settings, state)
         collected = time.monotonic()
         texts = [prompts[index] for index in batch.trajectory.prompt_index.tolist()]
         judged, guarded = judge(generator, rewards, batch, texts, settings, state)
@@ -110,8 +106,7 @@ def finetune(
         score = judged.score - guarded.penalty
         advantages = compare(score, rewards, judged, guarded, batch, settings, state)
         credit = place(advantages, generator, rewards, judged, guarded, batch, settings)
-        with explain_out_of_memory(generator, settings, learning=True):
-            statistics = update(generator, batch.trajectory, score, credit, settings, state)
+        statistics = update(generator, batch.trajectory, score, credit, settings, state)
         ended = time.monotonic()
         state.step += 1
         state.videos_generated += len(score)
@@ -140,6 +135,17 @@ def finetune(
             reward_calls=state.reward_calls,
             seconds=state.seconds,
         )
+
+
+def draw(
+    generator: AbstractVideoGenerator,
+    embeddings: PromptEmbeddings,
+    settings: FinetuneSettings,
+    state: FinetuneState,
+) -> Batch:
+    """Draw this process's share of the next update's videos."""
+    with together("drawing videos"), explain_out_of_memory(generator, settings, learning=False):
+        return collect(generator, embeddings, settings, step=state.step + 1)
 
 
 def measure_base(
@@ -265,15 +271,16 @@ def update(
     rate = settings.optimizer.learning_rate_at(state.step + 1, settings.updates)
     for options in state.optimizer.param_groups:
         options["lr"] = rate
-    statistics = update_policy(
-        generator,
-        trajectory,
-        credit,
-        settings.algorithm,
-        settings.rollout,
-        state.optimizer,
-        update_source(settings.seed, state.step + 1, purpose=1),
-    )
+    with explain_out_of_memory(generator, settings, learning=True):
+        statistics = update_policy(
+            generator,
+            trajectory,
+            credit,
+            settings.algorithm,
+            settings.rollout,
+            state.optimizer,
+            update_source(settings.seed, state.step + 1, purpose=1),
+        )
     if isinstance(settings.algorithm, ForwardProcessSettings):
         decay = settings.algorithm.old_decay(state.step + 1)
         update_old_policy(generator.transformer, decay)

@@ -111,6 +111,7 @@ def test_a_run_stops_past_the_limit_with_its_inputs_and_its_last_good_checkpoint
         algorithm={"name": "grpo"},
         optimizer={"skip_limit": 1},
         updates=9,
+        save_every=1,
         **learner,
     )
     run = prepare(settings)

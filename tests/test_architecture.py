@@ -80,7 +80,7 @@ LAYERS = {
         *("generators/settings", "generators/execution", "generators/prompt_cache"),
         "generators/pipeline",
         *("generators/wan", "generators/", "lora", "policies"),
-        *("lora_files", "weight_files", "rollout"),
+        *("lora_files", "weight_files", "rollout", "memory"),
         *("optimizers", "step_losses", "updates"),
         *(
             "self_check",

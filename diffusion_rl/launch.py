@@ -167,6 +167,12 @@ def prepare(
 
 def claim(settings: RunSettings, *, restart: bool) -> None:
     """Make the output folder this run's alone, an earlier run's set aside if asked."""
+    if settings.generator.execution.context_parallel is not None:
+        raise ValueError(
+            "generator.execution.context_parallel must be left out of a training run, whose "
+            "processes share out the videos and not the tokens of one, got "
+            f"{settings.generator.execution.context_parallel}"
+        )
     output = Path(settings.output)
     if restart and output.exists():
         take_lock(output)  # Not while it is being written to.

@@ -25,7 +25,7 @@ from diffusion_rl.generators.settings import (
     OffloadSettings,
 )
 from diffusion_rl.generators.wan import WanGenerator
-from diffusion_rl.launch import build_generator
+from diffusion_rl.launch import build_generator, prepare
 from diffusion_rl.lora import (
     LoraSettings,
     attach_lora,
@@ -331,6 +331,13 @@ def test_a_run_takes_its_settings_from_the_yaml(tmp_path: Path) -> None:
     assert settings.generator.execution.offload == OffloadSettings()
     with pytest.raises(ValueError, match="must leave out the transformer where full is given, got"):
         dataclasses.replace(settings, lora=None, full=FullSettings())
+
+
+def test_a_training_run_shares_out_videos_not_tokens(tmp_path: Path) -> None:
+    tree = {**SIZE, "execution": {"context_parallel": {"ring": 2}}}
+    settings = run_settings("wan", tmp_path, tmp_path / "run", tree)
+    with pytest.raises(ValueError, match="context_parallel must be left out of a training run, wh"):
+        prepare(settings)
 
 
 def test_the_old_policy_runs_as_an_adapter_where_weights_wait() -> None:

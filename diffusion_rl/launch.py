@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from diffusion_rl import processes
 from diffusion_rl.algorithms import algorithm
+from diffusion_rl.card import write_card
 from diffusion_rl.checkpoint import (
     Snapshot,
     latest_checkpoint,
@@ -250,7 +251,8 @@ def train(run: Run) -> Generator[StepReport]:
             yield report
             saver.begin_update()
         if main:
-            save_result(run.generator, run.output)
+            folder = save_result(run.generator, run.output)
+            write_card(folder, settings, run.state, len(run.prompts))
     except NotFiniteError as error:
         folder = run.output / FAULTS / f"update-{run.state.step + 1:06d}-process-{processes.rank()}"
         save_fault(folder, run.generator, error.inputs, str(error))

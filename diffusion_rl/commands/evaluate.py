@@ -21,6 +21,7 @@ from diffusion_rl.before_after import (
     with_anomaly_rates,
     write_results,
 )
+from diffusion_rl.card import update_card
 from diffusion_rl.commands.base import (
     INTERRUPTED,
     Subparsers,
@@ -127,12 +128,22 @@ def evaluate_command(options: argparse.Namespace) -> int:
     summary |= {"videos_generated": made, "seconds": seconds, "reward_calls": made * len(rewards)}
     tables = result_tables(comparisons, summary, audits)
     page = write_results(options.output, sides, summary, tables, fps=task.fps)
+    update_card(Path(options.lora or options.transformer), tables, summary_note(task))
     parts.close()
     for name, found in comparisons[SIDES].items():
         low, high = found.difference.low, found.difference.high
         print(f"{name:28} {found.base:8.4f} -> {found.tuned:8.4f}   ({low:+.4f} to {high:+.4f})")
     print(*notes, f"report: {page}", sep="\n")
     return 0
+
+
+def summary_note(task: EvaluationTask) -> str:
+    """How the tables of the card were measured."""
+    count = len(set(task.prompts))
+    return (
+        f"{len(task.prompts)} videos a side of {count} prompts, from the same noise; intervals are "
+        "95% paired bootstrap intervals over prompts."
+    )
 
 
 def build_task(

@@ -174,16 +174,15 @@ def result_tables(
     """
     tables = []
     for (pair, found), entry in zip(comparisons.items(), summary["comparisons"], strict=True):
-        tests = [
-            f"{name.removeprefix('mcnemar_p_')}: {value:.2g}"
-            for name, value in entry.items()
-            if name.startswith("mcnemar_p_")
-        ]
+        tested = [name for name in entry if name.startswith("mcnemar_p_")]
+        clean = [name.removeprefix("mcnemar_p_") for name in tested]
+        tests = [f"{one}: {entry[name]:.2g}" for one, name in zip(clean, tested, strict=True)]
         tables.append(
             comparison_table(
                 found,
                 title="Before and after" if pair == SIDES else f"{pair[0]} and {pair[1]}",
                 caption=f"McNemar's p-value by judge: {', '.join(tests)}." if tests else "",
+                percent=clean,  # A ratio of probabilities near 0 would say nothing.
                 sides=pair,
             )
         )

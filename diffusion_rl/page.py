@@ -19,6 +19,8 @@ from diffusion_rl.style import STYLE
 PERCENT_WORDS = ("rate", "match", "share", "reduction")
 """A measure with one of these words in its name is a share of 1, and is written in percent."""
 CI_SUFFIX = "_ci95"
+MOST_KEPT = 10
+"""Times its level before up to which a measure's level after is given as a share of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +237,7 @@ def _cards(summary: Mapping[str, Any]) -> str:
             share = _is_share(name)
             numbers = [format_number(float(value), percent=share) for value in (before, after)]
             detail = f"before {numbers[0]}"
-            if before > 0 and not share:
+            if 0 < before and after <= MOST_KEPT * before and not share:
                 detail += f", {100 * after / before:.0f}% of it kept"
             cards.append(_card(_words(name), numbers[1], detail, "card"))
     return f'<section class="cards">{"".join(cards)}</section>' if cards else ""

@@ -148,6 +148,7 @@ def test_results_are_written_for_machines_and_for_people(tmp_path: Path) -> None
     assert page.read_text().count("<b>my-other</b>") == 6
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| judge anomaly rate | 66.7% | 16.7% | -50.0 points |" in text
+    assert "| judge | 45.0% | 68.3% | +23.3 points |" in text
     assert "McNemar's p-value by judge: judge: 0.25." in text
     assert "## base and my-other" in text
     assert "| frozen | 0.500 | 100.0% | 25.0% |" in text

@@ -123,7 +123,7 @@ generator:
   {path: wan, height: 16, width: 16, num_frames: 5, fps: 8, max_sequence_length: 12}
 LEARNS
 rollout: {num_inference_steps: 3, stochastic_steps: 1, prompts_per_update: 1, videos_per_prompt: 2}
-rewards: [{name: red, target: "tiny_rewards:red"}]
+rewards: [{name: red, target: "card_rewards:red"}]
 prompts: prompts.txt
 updates: 1
 output: run
@@ -137,7 +137,7 @@ def test_a_run_ends_with_a_card_whose_lines_load_it_and_evaluate_fills_it(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     save_tiny_wan(tmp_path / "wan")
-    (tmp_path / "tiny_rewards.py").write_text(
+    (tmp_path / "card_rewards.py").write_text(
         "def red(videos, prompts, *, fps):\n    return videos[:, :, 0].mean((1, 2, 3))\n"
     )
     (tmp_path / "prompts.txt").write_text("a red circle\n")

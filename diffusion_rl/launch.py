@@ -39,11 +39,12 @@ from diffusion_rl.faults import save_fault
 from diffusion_rl.finetune import FinetuneState, StepReport, begin, finetune
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.generators.families import FAMILIES
-from diffusion_rl.policies import attach_policies
+from diffusion_rl.policies import attach_policies, trained_parameters
 from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import Reward, build_reward, load_callable
 from diffusion_rl.run_lock import release_lock, take_lock
 from diffusion_rl.samples import step_folder, write_samples
+from diffusion_rl.sharding import check_precision, shard, wants_shards
 from diffusion_rl.tracking import AccelerateTracker, MetricsFile, flatten
 from diffusion_rl.updates import NotFiniteError
 from diffusion_rl.weight_files import LORA as LORA  # For callers who look for the result.
@@ -150,6 +151,7 @@ def prepare(
             it, or its newest checkpoint is damaged.
     """
     processes.start(settings.generator.device)
+    check_processes(settings)
     try:
         with processes.together("taking the output folder"):
             if processes.is_main():
@@ -164,6 +166,35 @@ def prepare(
         release_lock(settings.output)
         raise
     return run
+
+
+def check_processes(settings: RunSettings) -> None:
+    """Refuse settings that would not do among several processes what they say.
+
+    Raises:
+        ValueError: names the setting and the way out.
+    """
+    check_precision(settings.generator.dtype)
+    if processes.count() == 1:
+        return
+    execution = settings.generator.execution
+    if execution.context_parallel is not None:
+        raise ValueError(
+            "execution.context_parallel must be left out where processes train, got "
+            f"{execution.context_parallel}; they share out the videos, not the tokens of one"
+        )
+    if not wants_shards():
+        return
+    if settings.full is not None:
+        raise ValueError(
+            "full must be left out where the launcher shards weights (FSDP), got it; only what "
+            "does not learn is sharded: launch with configs/accelerate/ddp_8gpu.yaml"
+        )
+    if execution.offload is not None and "transformer" in execution.offload.parts:
+        raise ValueError(
+            "execution.offload.parts must be without the transformer where the launcher shards it "
+            "(FSDP), got both; fsdp_offload_params of the launcher's config does that"
+        )
 
 
 def claim(settings: RunSettings, *, restart: bool) -> None:
@@ -200,6 +231,8 @@ def load_run(settings: RunSettings, keep_text_encoder: bool) -> Run:
     if not keep_text_encoder:
         generator.release_text_encoder()
     state = begin(generator, settings.finetune_settings())
+    if processes.count() > 1 and wants_shards():
+        shard(generator.transformer, trained_parameters(generator.transformer))
     return Run(settings, generator, rewards, prompts, embeddings, state, shown)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_rl.generators.families import default_targets
+from diffusion_rl.sharding import is_sharded
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -204,14 +205,16 @@ def old_policy(transformer: nn.Module) -> Iterator[None]:
 
     In float32 its update is added to the layers' own weights for the time, which is a third faster
     than an adapter beside them; the weights themselves are put back, not computed back. Weights of
-    half precision would round the update away, weights that wait off the device are not there to
-    be added to, and DoRA does not only add; so then the adapter runs.
+    half precision would round the update away, weights that wait off the device or on other
+    processes are not there to be added to, and DoRA does not only add; so then the adapter runs.
     """
     if not has_adapter(transformer, OLD):
         raise RuntimeError("transformer must have an old policy; attach_lora(..., old_policy=True)")
     layers: list[Any] = tuner_layers(transformer)
     weights = [(layer.base_layer.weight, layer.lora_A[OLD].weight) for layer in layers]
-    beside = any(own.dtype != torch.float32 or own.device != lora.device for own, lora in weights)
+    beside = is_sharded(transformer) or any(
+        own.dtype != torch.float32 or own.device != lora.device for own, lora in weights
+    )
     if beside or any(len(layer.lora_magnitude_vector) for layer in layers):
         with adapter_policy(transformer, OLD):
             yield

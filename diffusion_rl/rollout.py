@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
+from diffusion_rl.sharding import in_step
 from diffusion_rl.shares import Share, chunks, whole
 from diffusion_rl.transitions import Transition, TransitionFunction, flow_sde, ode
 
@@ -191,11 +192,11 @@ def predict_in_chunks(
 ) -> Tensor:
     """Velocity [B C T H W] of the whole batch, the videos of one part at a time."""
     found = []
-    for part in parts:
+    for part in in_step(generator.transformer, parts):
         rows = torch.arange(part.start, part.stop)
         of_part = sigma[part] if sigma.ndim else sigma
         found.append(generator.predict(latent[part], of_part, embeddings[rows], guidance_scale))
-    return torch.cat(found) if found else torch.zeros_like(latent)
+    return torch.cat(found[: len(parts)]) if found else torch.zeros_like(latent)
 
 
 @torch.no_grad()

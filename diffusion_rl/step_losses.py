@@ -21,6 +21,7 @@ from diffusion_rl.losses import Surrogate, gaussian_kl, velocity_kl
 from diffusion_rl.policies import old_policy, reference_policy
 from diffusion_rl.rollout import RolloutSettings, Trajectory, predict_in_chunks
 from diffusion_rl.row_settings import AlgorithmSettings, ForwardProcessSettings, NoisedSettings
+from diffusion_rl.sharding import in_step
 from diffusion_rl.shares import chunks, chunks_of_steps, step_ranges
 from diffusion_rl.surrogates import ReplayedSteps
 from diffusion_rl.transitions import Transition
@@ -140,7 +141,8 @@ def _replayed_losses(
     rollout: RolloutSettings,
     own: OptimizerStep,
 ) -> Iterator[LossTerms]:
-    for part in own.parts:
+    for place, part in enumerate(in_step(generator.transformer, own.parts)):
+        new = float(place < len(own.parts))  # Else only for the others' sake.
         for index in range(len(trajectory.steps)):
             reference = None
             if settings.kl_weight:
@@ -154,7 +156,7 @@ def _replayed_losses(
                 loss = loss + settings.kl_weight * kl
             yield LossTerms(
                 loss=loss,
-                share=(part.stop - part.start) / (own.videos * len(trajectory.steps)),
+                share=new * (part.stop - part.start) / (own.videos * len(trajectory.steps)),
                 kl=kl.detach(),
                 log_ratio=value.log_ratios,
                 clip_fraction=value.outside.double().mean().item(),
@@ -225,7 +227,7 @@ def _noised_losses(
     row, data = algorithm(settings.name), trajectory.final_latent
     anchor = settings.anchor_weight if isinstance(settings, ForwardProcessSettings) else 0.0
     noised, before = step.noised[level], step.before[level] if step.before else None
-    for part in step.parts:
+    for place, part in enumerate(in_step(generator.transformer, step.parts)):
         text = trajectory.embeddings[torch.arange(part.start, part.stop)]
         latent, sigma = noised.latent[part], noised.sigma[part]
         inputs = (latent, sigma, text, rollout.learning_guidance)
@@ -256,7 +258,8 @@ def _noised_losses(
         if reference is not None:
             kl = velocity_kl(prediction, reference)
             loss = loss + settings.kl_weight * kl
-        share = len(text) / step.videos / settings.noise_levels
+        new = float(place < len(step.parts))  # Else only for the others' sake.
+        share = new * len(text) / step.videos / settings.noise_levels
         if isinstance(value, Surrogate):
             clipped = value.outside.double().mean().item()
             yield LossTerms(loss, share, kl.detach(), value.log_ratios, clipped)

@@ -71,7 +71,7 @@ LAYERS = {
         "__main__",
     ],
     "diffusion_rl": [
-        *("shapes", "processes", "shares", "packing", "run_lock", "transitions"),
+        *("shapes", "processes", "sharding", "shares", "packing", "run_lock", "transitions"),
         *("advantages", "credit", "losses", "surrogates"),
         *("algorithms", "row_settings", "guards", "trends", "prompts"),
         *("loading", "prompt_sampling"),

@@ -242,7 +242,7 @@ def test_groups_of_answers_are_whole_on_1_8_and_64_gpus(name: str) -> None:
 def test_accelerate_takes_its_configurations(path: Path) -> None:
     """It refuses keys that it does not know."""
     loaded = load_config_from_file(str(path))
-    known = {"NO", "FSDP", "DEEPSPEED"}
+    known = {"NO", "MULTI_GPU", "FSDP", "DEEPSPEED"}
     assert str(getattr(loaded.distributed_type, "value", loaded.distributed_type)) in known
     assert loaded.mixed_precision == "bf16"
     digits = "".join(one for one in path.stem.partition("_")[2] if one.isdigit())

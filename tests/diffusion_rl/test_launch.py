@@ -7,20 +7,28 @@ import signal
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from diffusion_rl import processes
 from diffusion_rl.checkpoint import best_checkpoint, checkpoints, latest_checkpoint
 from diffusion_rl.configuration import RunSettings, build, load_config
 from diffusion_rl.finetune import StepReport
+from diffusion_rl.generators.settings import (
+    ContextParallelSettings,
+    ExecutionSettings,
+    OffloadSettings,
+)
 from diffusion_rl.launch import (
     CHECKPOINTS,
     CONFIG_FILE,
     LORA,
     build_generator,
+    check_processes,
     check_same_run,
     differences,
     prepare,
@@ -28,6 +36,9 @@ from diffusion_rl.launch import (
     train,
 )
 from diffusion_rl.lora import AVERAGE, TRAINED, lora_state
+from diffusion_rl.policies import FullSettings
+from diffusion_rl.rollout import RolloutSettings
+from diffusion_rl.row_settings import SETTINGS
 from diffusion_rl.run_lock import LOCK_FILE
 from diffusion_rl.tracking import read_metrics
 from tests.several import run_on
@@ -359,3 +370,83 @@ def test_differences_name_their_place() -> None:
         ("g", None, 0),
     ]
     assert list(differences(before, before)) == []
+
+
+@pytest.mark.parametrize("row", ["grpo", "nft"])
+def test_sharded_weights_learn_what_whole_ones_learn(
+    settings: RunSettings, row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 over gloo, as the launcher's variables ask for it; 5 videos, 3 for one process."""
+    own = dataclasses.replace(
+        settings,
+        algorithm=SETTINGS[row](kl_weight=0.1),
+        rollout=RolloutSettings(
+            num_inference_steps=3,
+            stochastic_steps=1,
+            prompts_per_update=1,
+            videos_per_prompt=5,
+            micro_batch=1,
+        ),
+        optimizer=dataclasses.replace(settings.optimizer, learning_rate=3e-4),
+        updates=2,
+    )
+    expected, reports = finish(dataclasses.replace(own, output=str(tmp_path / "whole")))
+
+    def sharded() -> tuple[dict[str, Tensor], float, float]:
+        run = prepare(own)
+        weights = list(run.generator.transformer.parameters())
+        here = sum(
+            one.to_local().numel() if isinstance(one, DTensor) else one.numel() for one in weights
+        )
+        rewards = [report.reward for report in train(run)]
+        share = here / sum(one.numel() for one in weights)
+        return lora_state(run.generator.transformer), rewards[-1], share
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    first, second = run_on(2, sharded)
+    for one in (first, second):
+        assert isinstance(one, tuple), one
+        for name, value in expected.items():
+            # The old policy of whole float32 weights is merged into them, which rounds otherwise.
+            torch.testing.assert_close(one[0][name], value, rtol=0, atol=1e-5)
+        assert one[1] == pytest.approx(reports[-1].reward, abs=1e-6)
+        assert one[2] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"full": FullSettings(), "lora": None}, "full must be left out where the launcher shards"),
+        (
+            {"execution": ExecutionSettings(context_parallel=ContextParallelSettings(ring=2))},
+            "execution.context_parallel must be left out where processes train",
+        ),
+        (
+            {
+                "execution": ExecutionSettings(
+                    offload=OffloadSettings(), gradient_checkpointing=True
+                ),
+                "device": "cuda",
+            },
+            "execution.offload.parts must be without the transformer where the launcher shards",
+        ),
+    ],
+)
+def test_what_sharded_weights_cannot_do_is_refused(
+    settings: RunSettings,
+    changes: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    of_run = {key: value for key, value in changes.items() if key in ("full", "lora")}
+    of_generator = {key: value for key, value in changes.items() if key not in of_run}
+    generator = dataclasses.replace(settings.generator, **of_generator)
+    own = dataclasses.replace(settings, generator=generator, **of_run)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(ValueError, match=message):
+        check_processes(own)
+    monkeypatch.setattr(processes, "count", lambda: 1)
+    check_processes(own)

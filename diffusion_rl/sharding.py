@@ -1,0 +1,138 @@
+"""Weights that do not learn, shared out over the processes: FSDP2 as the launcher asks for it.
+
+The transformer's frozen weights lie in parts on the processes and come together a block at a time;
+the LoRA is small and whole everywhere, so that its gradients are added up, and it is averaged and
+saved, as where nothing is shared out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+
+from diffusion_rl import processes
+
+logger = logging.getLogger(__name__)
+
+
+def wants_shards(launcher: Mapping[str, str] = os.environ) -> bool:
+    """Whether `accelerate launch` was told to shard, by its variables.
+
+    Raises:
+        ValueError: it was told to do so in a way that does not exist here.
+    """
+    if launcher.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ValueError(
+            "distributed_type must be MULTI_GPU or FSDP, got DEEPSPEED, which would have to own "
+            "optimiser and backward pass; configs/accelerate/fsdp2_8gpu.yaml shards weights too"
+        )
+    if launcher.get("ACCELERATE_USE_FSDP") != "true":
+        return False
+    if launcher.get("FSDP_VERSION") != "2":
+        raise ValueError(
+            f"fsdp_version must be 2, got {launcher.get('FSDP_VERSION')}; "
+            "configs/accelerate/fsdp2_8gpu.yaml has it"
+        )
+    return True
+
+
+def check_precision(dtype: str, launcher: Mapping[str, str] = os.environ) -> None:
+    """Refuse a launcher's mixed_precision that is not the generator's type: nothing heeds it.
+
+    Args:
+        dtype: of the generator.
+        launcher: its variables.
+    """
+    asked = launcher.get("ACCELERATE_MIXED_PRECISION", "no")
+    name = {"bf16": "bfloat16", "fp16": "float16"}.get(asked, asked)
+    if name not in ("no", dtype):
+        raise ValueError(
+            f"mixed_precision must be 'no' or that of generator.dtype, got {asked} and {dtype}; "
+            f"launch with --mixed_precision no, or set generator.dtype={name}"
+        )
+
+
+def shard(
+    transformer: nn.Module,
+    learning: Sequence[nn.Parameter],
+    launcher: Mapping[str, str] = os.environ,
+) -> None:
+    """Share out all weights of a transformer but those that learn, block by block, in place.
+
+    Weights of another type than most (norms and tables that a half-precision model keeps in
+    float32) are small and stay whole.
+
+    Args:
+        transformer: with its LoRA attached; a ModuleDict where two learn.
+        learning: stay whole on every process.
+        launcher: its variables: FSDP_RESHARD_AFTER_FORWARD, FSDP_OFFLOAD_PARAMS and
+            FSDP_TRANSFORMER_CLS_TO_WRAP, names of the blocks; else the model's own are taken.
+
+    Raises:
+        ValueError: there are no blocks of these names.
+    """
+    parts = list(transformer.values()) if isinstance(transformer, nn.ModuleDict) else [transformer]
+    wanted = launcher.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    device = next(transformer.parameters()).device.type
+    mesh = init_device_mesh(device, (processes.count(),))
+    reshard = launcher.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true"
+    offloads = launcher.get("FSDP_OFFLOAD_PARAMS") == "true"
+    kept = set(learning)
+    for part in parts:
+        names = wanted.split(",") if wanted else list(getattr(part, "_repeated_blocks", None) or [])
+        blocks = [one for one in part.modules() if type(one).__name__ in names]
+        if not blocks:
+            raise ValueError(
+                "fsdp_transformer_layer_cls_to_wrap must name blocks of the transformer, got "
+                f"{names or 'none'}, and {type(part).__name__} has none of them"
+            )
+        sizes = Counter[torch.dtype]()
+        for parameter in part.parameters():
+            sizes[parameter.dtype] += 0 if parameter in kept else parameter.numel()
+        usual = sizes.most_common(1)[0][0]
+        whole = {
+            parameter
+            for name, parameter in part.named_parameters()
+            if parameter in kept or "lora_" in name or parameter.dtype != usual
+        }
+        for module in (*blocks, part):
+            fully_shard(
+                module,
+                mesh=mesh,
+                reshard_after_forward=reshard,
+                offload_policy=CPUOffloadPolicy() if offloads else OffloadPolicy(),
+                ignored_params=whole,
+            )
+    logger.info("%d processes hold a part of the frozen weights each", processes.count())
+
+
+def is_sharded(transformer: nn.Module) -> bool:
+    """Whether processes must pass through it together."""
+    return any(isinstance(one, FSDPModule) for one in transformer.modules())
+
+
+def in_step(transformer: nn.Module, parts: Sequence[slice]) -> list[slice]:
+    """Parts of a batch, the first repeated until every process makes as many passes.
+
+    Only where the weights are sharded, and come together when all processes pass.
+
+    Raises:
+        RuntimeError: this or another process has nothing to pass; all of them say so.
+    """
+    if not is_sharded(transformer):
+        return list(parts)
+    counts = processes.gather_objects(len(parts))
+    if min(counts) == 0 < max(counts):
+        raise RuntimeError(
+            "reward must judge at least one video of each process where weights are sharded, got "
+            f"passes {counts} of the processes; raise rollout.videos_per_prompt, or launch "
+            "without FSDP"
+        )
+    return [*parts, *[parts[0]] * (max(counts) - len(parts))] if parts else []

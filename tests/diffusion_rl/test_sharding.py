@@ -1,0 +1,76 @@
+"""What of a launcher's wishes is done, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion_rl.lora import LoraSettings, attach_lora, trained_parameters
+from diffusion_rl.sharding import check_precision, in_step, is_sharded, shard, wants_shards
+from tests.several import run_on
+from tests.tiny_wan import build_tiny_wan
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def test_only_what_the_launcher_asks_for_and_can_be_done_is_done() -> None:
+    assert not wants_shards({})
+    assert wants_shards(FSDP)
+    with pytest.raises(ValueError, match="fsdp_version must be 2, got 1"):
+        wants_shards({**FSDP, "FSDP_VERSION": "1"})
+    with pytest.raises(ValueError, match="must be MULTI_GPU or FSDP, got DEEPSPEED"):
+        wants_shards({"ACCELERATE_USE_DEEPSPEED": "true"})
+
+
+def test_a_precision_that_nothing_heeds_is_refused() -> None:
+    for asked in ("no", "bf16"):
+        check_precision("bfloat16", {"ACCELERATE_MIXED_PRECISION": asked})
+    check_precision("float32", {})
+    with pytest.raises(ValueError, match="must be 'no' or that of generator.dtype, got bf16 and"):
+        check_precision("float32", {"ACCELERATE_MIXED_PRECISION": "bf16"})
+
+
+def sharded(**launcher: str) -> tuple[nn.Module, int]:
+    """A tiny Wan in half precision, whose norms stay in float32, and its weights before."""
+    transformer = build_tiny_wan().transformer.requires_grad_(False).bfloat16()
+    transformer.condition_embedder.float()
+    attach_lora(transformer, LoraSettings(rank=2))
+    before = sum(one.numel() for one in transformer.parameters())
+    shard(transformer, trained_parameters(transformer), FSDP | launcher)
+    return transformer, before
+
+
+def test_weights_of_a_rarer_type_and_what_learns_stay_whole() -> None:
+    def names() -> dict[str, bool]:
+        transformer, _ = sharded()
+        assert is_sharded(transformer)
+        return {name: hasattr(one, "to_local") for name, one in transformer.named_parameters()}
+
+    for found in run_on(2, names):
+        assert isinstance(found, dict), found
+        assert {name for name, split in found.items() if not split} == {
+            name for name in found if "lora_" in name or "condition_embedder" in name
+        }
+        assert len(set(found.values())) == 2
+
+
+def test_blocks_that_are_not_there_are_refused() -> None:
+    (said,) = run_on(1, lambda: sharded(FSDP_TRANSFORMER_CLS_TO_WRAP="LlamaBlock"))
+    assert "must name blocks of the transformer, got ['LlamaBlock'], and Wan" in str(said)
+
+
+def test_processes_pass_through_sharded_weights_equally_often() -> None:
+    whole = nn.Linear(1, 1)
+    assert in_step(whole, [slice(0, 2), slice(2, 3)]) == [slice(0, 2), slice(2, 3)]
+
+    def passes(counts: tuple[int, int]) -> list[slice]:
+        transformer, _ = sharded()
+        number = counts[torch.distributed.get_rank()]
+        return in_step(transformer, [slice(place, place + 1) for place in range(number)])
+
+    first, second = run_on(2, lambda: passes((3, 1)))
+    assert first == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert second == [slice(0, 1)] * 3
+    assert run_on(2, lambda: passes((0, 0))) == [[], []]
+    for said in run_on(2, lambda: passes((0, 2))):
+        assert "reward must judge at least one video of each process" in str(said)
+        assert "got passes [0, 2]" in str(said)

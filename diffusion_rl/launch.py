@@ -7,12 +7,10 @@ tuned, where the transformer's own weights learn); faults, where losses were not
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from diffusion_rl import processes
 from diffusion_rl.algorithms import algorithm
@@ -31,7 +29,6 @@ from diffusion_rl.configuration import (
     CONFIG_FILE,
     GeneratorSettings,
     RunSettings,
-    build,
     save_config,
     to_tree,
 )
@@ -42,7 +39,9 @@ from diffusion_rl.generators.families import FAMILIES
 from diffusion_rl.policies import attach_policies, trained_parameters
 from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import Reward, build_reward, load_callable
-from diffusion_rl.run_lock import release_lock, take_lock
+from diffusion_rl.run_folder import CHECKPOINTS as CHECKPOINTS  # For callers who look for them.
+from diffusion_rl.run_folder import claim
+from diffusion_rl.run_lock import release_lock
 from diffusion_rl.samples import step_folder, write_samples
 from diffusion_rl.sharding import check_precision, shard, wants_shards
 from diffusion_rl.tracking import AccelerateTracker, MetricsFile, flatten
@@ -52,27 +51,7 @@ from diffusion_rl.weight_files import TUNED, load_result, save_result
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS, FAULTS = "checkpoints", "faults"
-# What may differ when a run goes on; the rest would make it another run.
-MAY_CHANGE = (
-    "updates",
-    "save_every",
-    "keep",
-    "best_by",
-    "trackers",
-    "samples",
-    "optimizer",
-    "missing_limit",
-    "generator.device",
-    "generator.local_path",
-    "generator.prompt_cache",
-    "generator.execution.gradient_checkpointing",
-    "generator.execution.offload",
-    "rollout.micro_batch",
-    "rollout.update_micro_batch",
-)
-MUST_STAY = ("optimizer.name",)
-"""Of those the exceptions: the state of one optimiser is none of another's."""
+FAULTS = "faults"
 
 
 @dataclass
@@ -169,22 +148,28 @@ def prepare(
 
 
 def check_processes(settings: RunSettings) -> None:
-    """Refuse settings that would not do among several processes what they say.
+    """Refuse settings that would not do in the processes of this run what they say.
 
     Raises:
         ValueError: names the setting and the way out.
     """
     check_precision(settings.generator.dtype)
-    if processes.count() == 1:
-        return
     execution = settings.generator.execution
     if execution.context_parallel is not None:
         raise ValueError(
-            "execution.context_parallel must be left out where processes train, got "
-            f"{execution.context_parallel}; they share out the videos, not the tokens of one"
+            "generator.execution.context_parallel must be left out of a training run, whose "
+            "processes share out the videos and not the tokens of one, got "
+            f"{execution.context_parallel}"
         )
+    if processes.count() == 1:
+        return
     if not wants_shards():
         return
+    if settings.samples is not None:
+        raise ValueError(
+            "samples must be left out where the launcher shards weights (FSDP), got it; one "
+            "process alone cannot draw: sample from the LoRA of a checkpoint instead"
+        )
     if settings.full is not None:
         raise ValueError(
             "full must be left out where the launcher shards weights (FSDP), got it; only what "
@@ -195,22 +180,6 @@ def check_processes(settings: RunSettings) -> None:
             "execution.offload.parts must be without the transformer where the launcher shards it "
             "(FSDP), got both; fsdp_offload_params of the launcher's config does that"
         )
-
-
-def claim(settings: RunSettings, *, restart: bool) -> None:
-    """Make the output folder this run's alone, an earlier run's set aside if asked."""
-    if settings.generator.execution.context_parallel is not None:
-        raise ValueError(
-            "generator.execution.context_parallel must be left out of a training run, whose "
-            "processes share out the videos and not the tokens of one, got "
-            f"{settings.generator.execution.context_parallel}"
-        )
-    output = Path(settings.output)
-    if restart and output.exists():
-        take_lock(output)  # Not while it is being written to.
-        release_lock(set_aside(output))
-    take_lock(output)
-    check_same_run(settings)
 
 
 def load_run(settings: RunSettings, keep_text_encoder: bool) -> Run:
@@ -366,55 +335,3 @@ def show_samples(run: Run, step: int, trackers: Sequence[AccelerateTracker]) -> 
         tracker.write_videos(
             step, {f"samples/{one.name}": (one.path, one.video) for one in samples}
         )
-
-
-def set_aside(output: Path) -> Path:
-    """Rename an output folder to the first free `<name>.previous-N`."""
-    number = 1
-    while (target := output.with_name(f"{output.name}.previous-{number}")).exists():
-        number += 1
-    output.rename(target)
-    logger.info("the earlier run is kept in %s", target)
-    return target
-
-
-def check_same_run(settings: RunSettings) -> None:
-    """Refuse to go on from checkpoints that other settings made.
-
-    Raises:
-        ValueError: names every difference and the ways out.
-    """
-    output = Path(settings.output)
-    if latest_checkpoint(output / CHECKPOINTS) is None:
-        return
-    if not (output / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"output must hold a {CONFIG_FILE} beside its checkpoints, got none in {output}; put "
-            "it back, or --restart to set the earlier run aside"
-        )
-    earlier = to_tree(build(OmegaConf.to_container(OmegaConf.load(output / CONFIG_FILE))))
-    found = [
-        f"{path}={before}, now {now}"
-        for path, before, now in differences(earlier, to_tree(settings))
-        if path in MUST_STAY
-        or not any(path == free or path.startswith(f"{free}.") for free in MAY_CHANGE)
-    ]
-    if found:
-        raise ValueError(
-            f"output must be a new folder or hold a run of the same settings, got {output} made "
-            f"with {'; '.join(found)}; choose another output, or --restart to set the earlier run "
-            "aside"
-        )
-
-
-def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every place where two trees differ: its path and both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in {**before, **now}:
-            place = f"{path}.{key}" if path else key
-            yield from differences(before.get(key), now.get(key), place)
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        for index, (one, other) in enumerate(zip(before, now, strict=True)):
-            yield from differences(one, other, f"{path}[{index}]")
-    elif before != now:
-        yield path, before, now

@@ -27,6 +27,26 @@ BUCKET = 1 << 26
 """Gradients are added up over the processes in pieces of about so many numbers."""
 
 
+_LAUNCHERS = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_")
+_PLACES = {
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+}
+"""What torchrun and accelerate tell their processes in environment variables."""
+
+
+def environment_alone() -> dict[str, str]:
+    """This process's environment without what a launcher put there.
+
+    For a child that is none of the run's processes: it would look for the others.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _PLACES and not name.startswith(_LAUNCHERS)
+    }
+
+
 def start(device: str) -> None:
     """Join the processes that a launcher started, if it started several.
 

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from diffusion_rl.processes import environment_alone
 from diffusion_rl.reward_contract import (
     TIMEOUT_SECONDS,
     RewardFailed,
@@ -96,7 +97,10 @@ class ProcessReward:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+            env={
+                **environment_alone(),
+                "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+            },
             start_new_session=True,  # Ctrl-C is for the run, which ends this process itself.
         )
         self._last: deque[str] = deque(maxlen=LAST_LINES)

@@ -96,7 +96,7 @@ LAYERS = {
             "style",
         ),
         *("clips", "samples", "page", "evaluation", "vbench", "evaluation_parts"),
-        *("before_after", "best_of_n", "configuration", "card", "launch"),
+        *("before_after", "best_of_n", "configuration", "run_folder", "card", "launch"),
         *("exports/parts", "exports/comfyui", "exports/peft_layout", "exports/merged"),
         *("exports/formats", "exports/"),
         *("commands/base", "commands/", "__main__"),

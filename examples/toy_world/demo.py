@@ -27,13 +27,11 @@ from diffusion_rl.launch import (
     CHECKPOINTS,
     CONFIG_FILE,
     LORA,
-    MAY_CHANGE,
-    differences,
     prepare,
-    set_aside,
 )
 from diffusion_rl.lora_files import save_lora
 from diffusion_rl.prompts import read_prompts
+from diffusion_rl.run_folder import MAY_CHANGE, differences, set_aside
 from examples.toy_world.demo_evaluation import (
     EvaluationSettings,
     build_judges,

@@ -19,7 +19,6 @@ from diffusion_rl.checkpoint import best_checkpoint, checkpoints, latest_checkpo
 from diffusion_rl.configuration import RunSettings, build, load_config
 from diffusion_rl.finetune import StepReport
 from diffusion_rl.generators.settings import (
-    ContextParallelSettings,
     ExecutionSettings,
     OffloadSettings,
 )
@@ -29,17 +28,16 @@ from diffusion_rl.launch import (
     LORA,
     build_generator,
     check_processes,
-    check_same_run,
-    differences,
     prepare,
-    set_aside,
     train,
 )
 from diffusion_rl.lora import AVERAGE, TRAINED, lora_state
 from diffusion_rl.policies import FullSettings
 from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import SETTINGS
+from diffusion_rl.run_folder import check_same_run, differences, set_aside
 from diffusion_rl.run_lock import LOCK_FILE
+from diffusion_rl.samples import SampleSettings
 from diffusion_rl.tracking import read_metrics
 from tests.several import run_on
 from tests.tiny_wan import save_tiny_wan
@@ -417,11 +415,11 @@ def test_sharded_weights_learn_what_whole_ones_learn(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"full": FullSettings(), "lora": None}, "full must be left out where the launcher shards"),
         (
-            {"execution": ExecutionSettings(context_parallel=ContextParallelSettings(ring=2))},
-            "execution.context_parallel must be left out where processes train",
+            {"samples": SampleSettings(every=1, prompts=("a cup",))},
+            "samples must be left out where",
         ),
+        ({"full": FullSettings(), "lora": None}, "full must be left out where the launcher shards"),
         (
             {
                 "execution": ExecutionSettings(
@@ -441,7 +439,7 @@ def test_what_sharded_weights_cannot_do_is_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    of_run = {key: value for key, value in changes.items() if key in ("full", "lora")}
+    of_run = {key: value for key, value in changes.items() if key in ("full", "lora", "samples")}
     of_generator = {key: value for key, value in changes.items() if key not in of_run}
     generator = dataclasses.replace(settings.generator, **of_generator)
     own = dataclasses.replace(settings, generator=generator, **of_run)

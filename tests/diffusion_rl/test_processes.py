@@ -249,3 +249,20 @@ def test_a_process_that_is_killed_ends_the_others() -> None:
     first, second = run_on(2, killed)
     assert second == -signal.SIGKILL
     assert "RuntimeError" in str(first)
+
+
+def test_a_child_does_not_look_for_the_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("OWN", "kept")
+    (found,) = run_on(1, processes.environment_alone)
+    assert found["OWN"] == "kept"
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & found.keys()
+    assert "FSDP_VERSION" not in found
+
+
+def test_a_gpu_of_its_own_number_is_refused_where_each_process_has_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="must be 'cuda' where several processes run, got cuda:1"):
+        processes.start("cuda:1")

@@ -1,0 +1,100 @@
+"""A run's folder: whether it may be used for a run, and by whom."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from diffusion_rl.checkpoint import latest_checkpoint
+from diffusion_rl.configuration import CONFIG_FILE, RunSettings, build, to_tree
+from diffusion_rl.run_lock import release_lock, take_lock
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+# What may differ when a run goes on; the rest would make it another run.
+MAY_CHANGE = (
+    "updates",
+    "save_every",
+    "keep",
+    "best_by",
+    "trackers",
+    "samples",
+    "optimizer",
+    "missing_limit",
+    "generator.device",
+    "generator.local_path",
+    "generator.prompt_cache",
+    "generator.execution.gradient_checkpointing",
+    "generator.execution.offload",
+    "rollout.micro_batch",
+    "rollout.update_micro_batch",
+)
+MUST_STAY = ("optimizer.name",)
+"""Of those the exceptions: the state of one optimiser is none of another's."""
+
+
+def claim(settings: RunSettings, *, restart: bool) -> None:
+    """Make the output folder this run's alone, an earlier run's set aside if asked."""
+    output = Path(settings.output)
+    if restart and output.exists():
+        take_lock(output)  # Not while it is being written to.
+        release_lock(set_aside(output))
+    take_lock(output)
+    check_same_run(settings)
+
+
+def set_aside(output: Path) -> Path:
+    """Rename an output folder to the first free `<name>.previous-N`."""
+    number = 1
+    while (target := output.with_name(f"{output.name}.previous-{number}")).exists():
+        number += 1
+    output.rename(target)
+    logger.info("the earlier run is kept in %s", target)
+    return target
+
+
+def check_same_run(settings: RunSettings) -> None:
+    """Refuse to go on from checkpoints that other settings made.
+
+    Raises:
+        ValueError: names every difference and the ways out.
+    """
+    output = Path(settings.output)
+    if latest_checkpoint(output / CHECKPOINTS) is None:
+        return
+    if not (output / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"output must hold a {CONFIG_FILE} beside its checkpoints, got none in {output}; put "
+            "it back, or --restart to set the earlier run aside"
+        )
+    earlier = to_tree(build(OmegaConf.to_container(OmegaConf.load(output / CONFIG_FILE))))
+    found = [
+        f"{path}={before}, now {now}"
+        for path, before, now in differences(earlier, to_tree(settings))
+        if path in MUST_STAY
+        or not any(path == free or path.startswith(f"{free}.") for free in MAY_CHANGE)
+    ]
+    if found:
+        raise ValueError(
+            f"output must be a new folder or hold a run of the same settings, got {output} made "
+            f"with {'; '.join(found)}; choose another output, or --restart to set the earlier run "
+            "aside"
+        )
+
+
+def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every place where two trees differ: its path and both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            place = f"{path}.{key}" if path else key
+            yield from differences(before.get(key), now.get(key), place)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from differences(one, other, f"{path}[{index}]")
+    elif before != now:
+        yield path, before, now

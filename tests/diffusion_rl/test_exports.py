@@ -26,9 +26,10 @@ from diffusion_rl.exports.formats import FORMATS, export_lora, find_base
 from diffusion_rl.exports.parts import LoraPart, read_lora
 from diffusion_rl.generators.base import LORA_FILE, SECOND_LORA_FILE
 from diffusion_rl.generators.families import FAMILIES
+from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.loading import load_callable
 from diffusion_rl.lora import LoraSettings, attach_lora, lora_state, trained_parameters
-from diffusion_rl.lora_files import pack_lora
+from diffusion_rl.lora_files import pack_lora, save_lora
 from diffusion_rl.weight_files import COMPONENTS
 from tests import tiny_cogvideox, tiny_hunyuan15, tiny_ltx, tiny_wan
 from tests.tiny_cogvideox import build_tiny_cogvideox
@@ -378,3 +379,30 @@ def test_a_layer_that_comfyui_has_not_is_named() -> None:
     part = LoraPart("transformer", state, LoraSettings(rank=2))
     with pytest.raises(ValueError, match=r"ComfyUI's model has, got 'norm_out.linear' of family"):
         comfyui_state(part, "hunyuan1.5")
+
+
+def test_a_dora_is_exported_where_it_can_be_held(tmp_path: Path) -> None:
+    """PEFT's folder and a merged pipeline give the adapter's own outputs; ComfyUI's file cannot."""
+    base, folder = tmp_path / "base", tmp_path / "run" / "lora"
+    pipeline = build_tiny_wan()
+    pipeline.save_pretrained(base)
+    folder.mkdir(parents=True)
+    generator = WanGenerator(pipeline, **tiny_wan.SIZE)
+    attach_lora(generator.transformer, LoraSettings(rank=2, alpha=3, dora=True))
+    for parameter in trained_parameters(generator.transformer):
+        nn.init.normal_(parameter, std=0.3)
+    save_lora(generator, folder)
+    text = generator.encode_prompts(["a red circle"])
+    inputs = (generator.initial_latents([0]), torch.tensor(0.5), text, 1.0)
+    expected = generator.predict(*inputs).detach()
+
+    (place,) = export_lora(folder, tmp_path / "peft", "peft")
+    fresh = WanGenerator(build_tiny_wan(), **tiny_wan.SIZE)
+    assert not torch.allclose(fresh.predict(*inputs), expected)
+    PeftModel.from_pretrained(fresh.transformer, place)
+    torch.testing.assert_close(fresh.predict(*inputs), expected)
+    (place,) = export_lora(folder, tmp_path / "merged", "merged", base=base)
+    merged = WanGenerator.from_pretrained(place, **tiny_wan.SIZE)
+    torch.testing.assert_close(merged.predict(*inputs), expected, rtol=1e-4, atol=1e-4)  # Summed.
+    with pytest.raises(ValueError, match="comfyui must be given a plain LoRA, got a DoRA"):
+        export_lora(folder, tmp_path / "comfyui", "comfyui", base=base)

@@ -15,7 +15,13 @@ from diffusion_rl.credit import Credit
 from diffusion_rl.faults import DESCRIPTION, INPUTS, load_fault, replay_fault, save_fault
 from diffusion_rl.launch import CHECKPOINTS, FAULTS, build_generator, prepare, train
 from diffusion_rl.optimizers import OptimizerSettings, build_optimizer
-from diffusion_rl.policies import FullSettings, attach_policies, policies_of, trained_parameters
+from diffusion_rl.policies import (
+    FullSettings,
+    attach_policies,
+    policies_of,
+    trained_parameters,
+    update_old_policy,
+)
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
 from diffusion_rl.row_settings import AlgorithmSettings, AwmSettings, GrpoSettings, NftSettings
 from diffusion_rl.transitions import flow_sde, ode
@@ -59,6 +65,8 @@ def test_the_step_is_run_again_as_it_was(
     with torch.no_grad():
         for parameter in trained_parameters(generator.transformer):
             parameter.normal_(std=0.1)
+    if old:  # Otherwise it would be the old policy that a fresh generator has.
+        update_old_policy(generator.transformer, 0.5)
     trajectory = draw(generator, row)
     weights = torch.rand(4, *trajectory.final_latent.shape[2:]) + 0.5
     weights = weights / weights.flatten(1).mean(1).view(4, 1, 1, 1)

@@ -56,17 +56,19 @@ COMMON: dict[str, Any] = {
     "optimizer": {"name": "muon", "learning_rate": 1e-3, "warmup": 20},
     # Every judge that learns from written answers also hears what each frame shows.
     "loss": {"captions": 1.0},
-    "batch": 32,
+    "batch": 8,
+    "accumulation": 4,
 }
 GRPO: dict[str, Any] = {
     "trainer": "grpo",
     "loss": {"captions": 0.0},
     "model": {"attention": "sdpa"},
-    "data": {"workers": 0, "anomalous_share": 0.7},
+    "data": {"workers": 0, "anomalous_share": 0.5},
     "lessons": {"inspect": 1.0},
     "rollout": {"group": 8, "max_call_tokens": 48, "max_answer_tokens": 160},
-    "optimizer": {"name": "adamw", "learning_rate": 1e-4, "schedule": "constant", "warmup": 0},
-    "batch": 48,
+    "optimizer": {"name": "adamw", "learning_rate": 3e-5, "schedule": "constant", "warmup": 0},
+    "batch": 64,
+    "accumulation": 1,
     "bf16": False,
 }
 
@@ -83,7 +85,7 @@ class Variant:
     sets: tuple[str, ...] = SETS
 
 
-TWICE = {"scan": 0.5, "inspect": 0.5}
+TWICE = {"scan": 0.65, "inspect": 0.35}
 TWO_TURNS: dict[str, Any] = {"lessons": TWICE, "loss": {"frames": 1.0, "decision_words": 4.0}}
 VERDICT: dict[str, Any] = {"lessons": {"verdict": 1.0}, "loss": {"decision_words": 4.0}}
 WHOLE: dict[str, Any] = {
@@ -284,8 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--variants", nargs="+", metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--updates", type=int, default=600, help="of each SFT variant (600)")
-    parser.add_argument("--grpo", type=int, default=40, help="updates of GRPO (40)")
+    parser.add_argument("--updates", type=int, default=900, help="of each SFT variant (900)")
+    parser.add_argument("--grpo", type=int, default=60, help="updates of GRPO (60)")
     parser.add_argument("--clips", type=int, default=512, help="of each held-out set (512)")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)

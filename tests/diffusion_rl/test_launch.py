@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import diffusion_rl.launch
 from diffusion_rl import processes
 from diffusion_rl.checkpoint import best_checkpoint, checkpoints, latest_checkpoint
 from diffusion_rl.configuration import RunSettings, build, load_config
@@ -448,3 +449,29 @@ def test_what_sharded_weights_cannot_do_is_refused(
         check_processes(own)
     monkeypatch.setattr(processes, "count", lambda: 1)
     check_processes(own)
+
+
+def test_what_stays_of_the_checkpoints_is_checked(settings: RunSettings) -> None:
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        dataclasses.replace(settings, keep=0)
+    for name, near in (("rewards/rad", "rewards/red"), ("gard_norm", "grad_norm")):
+        message = f"best_by must be a metric of the run, got {name}; did you mean {near}"
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(settings, best_by=name)
+    for name in ("alarms", "guards", "rewards"):
+        with pytest.raises(ValueError, match=f"best_by must be a metric of the run, got {name}"):
+            dataclasses.replace(settings, best_by=name)
+    dataclasses.replace(settings, best_by="guards/contrast")
+
+
+def test_processes_that_see_other_disks_stop(settings: RunSettings) -> None:
+    finish(settings)
+
+    def elsewhere() -> None:
+        if processes.rank() == 1:
+            diffusion_rl.launch.latest_checkpoint = lambda folder: None
+        prepare(settings)
+
+    for said in run_on(2, elsewhere):
+        assert "output must be on a disk that all processes see" in str(said)
+        assert "updates [4, 0]" in str(said)

@@ -4,10 +4,12 @@ import dataclasses
 import math
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from torch import Tensor
 
 import diffusion_rl.finetune
@@ -28,6 +30,7 @@ from diffusion_rl.row_settings import (
     NftSettings,
 )
 from diffusion_rl.shares import chunks_of_steps, own_share
+from diffusion_rl.tracking import AccelerateTracker
 from diffusion_rl.updates import UpdateStatistics, update_policy
 from tests.several import run_on
 from tests.toy_gaussian import LORA, ToyGenerator
@@ -266,3 +269,42 @@ def test_a_gpu_of_its_own_number_is_refused_where_each_process_has_one(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="must be 'cuda' where several processes run, got cuda:1"):
         processes.start("cuda:1")
+
+
+class Listed(GeneralTracker):
+    """A tracker that remembers the steps it was told of."""
+
+    name = "listed"
+    requires_logging_directory = False
+    tracker = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.seen.append("settings")
+
+    def log(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
+        self.seen.append(step)
+
+
+def test_trackers_of_the_first_process_wait_for_no_other(tmp_path: Path) -> None:
+    def track() -> list[Any]:
+        listed = Listed()
+        if processes.is_main():
+            tracker = AccelerateTracker([listed], tmp_path, "run", {})
+            tracker.write(One(step=3))
+        processes.gather_objects(None)
+        if processes.is_main():
+            tracker.close()
+        return listed.seen
+
+    assert run_on(2, track) == [["settings", 3], []]
+
+
+@dataclasses.dataclass
+class One:
+    """A report of one number."""
+
+    step: int

@@ -13,7 +13,7 @@ import torch.distributed as distributed
 
 from diffusion_rl import processes
 
-PATIENCE = 60
+PATIENCE = 300
 
 
 def run_on(count: int, function: Callable[[], Any]) -> list[Any]:

@@ -44,6 +44,7 @@ PARTIAL = ".partial"
 COPIES = {OLD: "old_policy", AVERAGE: "average"}
 """Policies that follow the trained one, to their entry in the state file."""
 LEVELS = ("reference_levels", "running_levels")
+MEMORIES = ("prompts", "series", "warned", "ahead")
 COUNTS = ("step", "videos_generated", "reward_calls", "seconds")
 
 
@@ -78,6 +79,8 @@ def take_snapshot(
     for name in LEVELS:
         record[name] = dict(getattr(state, name))
     record["history"] = {prompt: list(past) for prompt, past in state.history.items()}
+    for name in MEMORIES:
+        record[name] = getattr(state, name)
     record["optimizer"] = state.optimizer.state_dict()
     for policy, name in COPIES.items():
         record[name] = policies.state(policy) if policies.has(policy) else None
@@ -120,6 +123,8 @@ def restore(generator: AbstractVideoGenerator, state: FinetuneState, snapshot: S
         group.update(own)
     for name in (*COUNTS, *LEVELS, "history"):
         setattr(state, name, record[name])
+    for name in MEMORIES:  # Checkpoints of this version were written before there were any.
+        setattr(state, name, record.get(name, {}))
     dice = record["random"]
     if processes.rank() < len(dice):
         set_random_state(dice[processes.rank()])

@@ -54,16 +54,26 @@ def collect(
     settings: FinetuneSettings,
     *,
     step: int,
+    prompts: Tensor | None = None,
 ) -> Batch:
     """Draw this process's share of the videos of update `step`.
 
     Prompts, seeds and stochastic steps of all of them follow from the settings' seed and `step`,
     whatever the number of processes.
+
+    Args:
+        generator: draws with its active policy, or its old one.
+        embeddings: of all prompts.
+        settings: of the run.
+        step: number of the update, from 1; 0 is drawn by the base.
+        prompts: [groups] long, the prompt of each group; None goes through them in passes.
     """
     source = update_source(settings.seed, step)
     options = settings.rollout
     groups, members = options.prompts_per_update, options.videos_per_prompt
-    chosen = choose_prompts(len(embeddings), groups, settings.seed, step)
+    chosen = prompts
+    if chosen is None:
+        chosen = choose_prompts(len(embeddings), groups, settings.seed, step)
     group = torch.arange(groups).repeat_interleave(members)
     seeds = torch.randint(1 << 31, (groups * members,), generator=source) + FIRST_TRAINING_SEED
     if options.shared_noise:

@@ -20,14 +20,17 @@ from diffusion_rl.finetune import FinetuneSettings, StepReport
 from diffusion_rl.generators.families import FAMILIES, check_options
 from diffusion_rl.generators.settings import ExecutionSettings
 from diffusion_rl.guards import GuardSettings
+from diffusion_rl.held_out import EvaluationSettings
 from diffusion_rl.lora import LoraSettings
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.policies import FullSettings
+from diffusion_rl.prompt_sampling import PromptSamplingSettings
 from diffusion_rl.prompts import PROMPT_COLUMN
 from diffusion_rl.rewards import RewardSettings
 from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings
 from diffusion_rl.samples import SampleSettings
+from diffusion_rl.trends import TrendSettings
 
 CONFIG_FILE = "config.yaml"
 """The resolved settings in a run's folder."""
@@ -112,10 +115,18 @@ class RunSettings:
     """What must not get lost."""
     missing_limit: float = 0.5
     """Share of videos a reward may leave unjudged before the run stops, in [0, 1)."""
+    staleness: int = 0
+    """1 draws the next update's videos while rewards elsewhere judge this one's."""
+    evaluation: EvaluationSettings | None = None
+    """Rewards that measure and never train."""
+    hacking_alarm: TrendSettings = field(default_factory=TrendSettings)
+    """When the log warns that something falls while the reward rises."""
     prompts: str
     """A text file with one prompt a line, .jsonl, .parquet or a folder of datasets."""
     prompt_column: str = PROMPT_COLUMN
     """Key or column of the prompts where the file has such."""
+    prompt_sampling: PromptSamplingSettings = field(default_factory=PromptSamplingSettings)
+    """Which of them an update draws."""
     updates: int = 60
     """Length of the run, at least 1."""
     seed: int = 0
@@ -143,6 +154,11 @@ class RunSettings:
         watched = [guard.statistic for guard in self.guards]
         if len(set(watched)) != len(watched):
             raise ValueError(f"guards must watch different statistics, got {watched}")
+        if self.staleness and all(reward.where == "here" for reward in self.rewards):
+            raise ValueError(
+                f"staleness must be 0 where every reward is asked here, got {self.staleness}; "
+                "nothing would be judged meanwhile. Set where: process or http on one"
+            )
         if self.save_every < 1:
             raise ValueError(f"save_every must be at least 1, got {self.save_every}")
         if self.keep < 1:

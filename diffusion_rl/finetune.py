@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,8 +26,10 @@ from diffusion_rl.advantages import (
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.collect import Batch, collect, update_source
 from diffusion_rl.credit import Credit, LatentGrid, ScorePart, assign_credit, focused_share
+from diffusion_rl.drawing import Draws
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.guards import GuardReport, apply_guards, measure_reference
+from diffusion_rl.held_out import HeldOut
 from diffusion_rl.optimizers import build_optimizer
 from diffusion_rl.out_of_memory import explain_out_of_memory
 from diffusion_rl.policies import (
@@ -38,16 +40,18 @@ from diffusion_rl.policies import (
 )
 from diffusion_rl.processes import together
 from diffusion_rl.progress import FinetuneSettings, FinetuneState, StepReport
+from diffusion_rl.prompt_sampling import add_groups
 from diffusion_rl.rewards import (
+    AskedRewards,
     JudgedBatch,
     Reward,
     add_up_rewards,
-    ask_rewards,
     gather_judgement,
 )
 from diffusion_rl.rollout import Trajectory
 from diffusion_rl.row_settings import ForwardProcessSettings, GroupSettings
 from diffusion_rl.self_check import self_check
+from diffusion_rl.trends import REWARD, add_values, falling_beside, warn_of
 from diffusion_rl.updates import UpdateStatistics, update_policy
 
 __all__ = ["FinetuneSettings", "FinetuneState", "StepReport", "begin", "finetune"]
@@ -72,6 +76,7 @@ def finetune(
     settings: FinetuneSettings,
     state: FinetuneState | None = None,
     embeddings: PromptEmbeddings | None = None,
+    held_out: HeldOut | None = None,
 ) -> Iterator[StepReport]:
     """Yield one report for each update until `settings.updates` are done.
 
@@ -84,6 +89,7 @@ def finetune(
         settings: everything else.
         state: where to go on from; None begins.
         embeddings: of the prompts, if they are known already; else they are encoded here, once.
+        held_out: rewards that measure and never train.
     """
     if not prompts:
         raise ValueError("prompts must be at least one text, got none")
@@ -96,12 +102,13 @@ def finetune(
     state.videos_generated += check.videos if state.step == 0 else 0
     if settings.guards and not state.reference_levels:
         measure_base(generator, embeddings, settings, state)
+    draws = Draws(generator, embeddings, rewards, prompts, settings, state)
     while state.step < settings.updates:
         started = time.monotonic()
-        batch = draw(generator, embeddings, settings, state)
+        (batch, policy_step), asked = draws.take()
         collected = time.monotonic()
-        texts = [prompts[index] for index in batch.trajectory.prompt_index.tolist()]
-        judged, guarded = judge(generator, rewards, batch, texts, settings, state)
+        judged, guarded = judge(rewards, asked, batch, settings, state)
+        draws.send_next()
         judged_at = time.monotonic()
         score = judged.score - guarded.penalty
         advantages = compare(score, rewards, judged, guarded, batch, settings, state)
@@ -109,43 +116,95 @@ def finetune(
         statistics = update(generator, batch.trajectory, score, credit, settings, state)
         ended = time.monotonic()
         state.step += 1
+        measured = measure(generator, held_out, prompts, batch, settings, state)
+        numbers = summarise(score, judged, guarded, batch, state)
+        hacking = watch(numbers, measured, rewards, held_out, settings, state)
+        groups = (score, batch.group, batch.prompt_index)
+        state.prompts = add_groups(state.prompts, *groups, settings.prompt_sampling.memory)
         state.videos_generated += len(score)
         state.reward_calls += len(score) * len(rewards)
         state.seconds += ended - started
         yield StepReport(
             step=state.step,
-            reward=_mean(judged.score),
-            rewards={name: _mean(one.score) for name, one in judged.judgements.items()},
-            penalty=guarded.penalty.mean().item(),
-            guards={
-                name: level / state.reference_levels[name] for name, level in guarded.levels.items()
-            },
-            alarms=guarded.alarms,
-            score_std=score[~score.isnan()].std(correction=0).item(),
+            **numbers,
+            hacking=hacking,
+            evaluation=measured,
+            staleness=state.step - 1 - policy_step,
             advantage_size=advantages.abs().mean().item(),
             focused_share=focused_share(advantages, batch.gather(credit.moved)),
             focus_area=batch.gather(credit.areas).nanmean().item(),
-            tied_share=tied_share(score, batch.group),
-            missing_share=missing_share(score),
             **asdict(statistics),
             collect_seconds=collected - started,
             judge_seconds=judged_at - collected,
             update_seconds=ended - judged_at,
+            evaluation_seconds=time.monotonic() - ended if measured else 0.0,
             videos_generated=state.videos_generated,
             reward_calls=state.reward_calls,
             seconds=state.seconds,
         )
 
 
-def draw(
+def measure(
     generator: AbstractVideoGenerator,
-    embeddings: PromptEmbeddings,
+    held_out: HeldOut | None,
+    prompts: Sequence[str],
+    batch: Batch,
     settings: FinetuneSettings,
     state: FinetuneState,
-) -> Batch:
-    """Draw this process's share of the next update's videos."""
-    with together("drawing videos"), explain_out_of_memory(generator, settings, learning=False):
-        return collect(generator, embeddings, settings, step=state.step + 1)
+) -> dict[str, float]:
+    """Ask the evaluation rewards where they are due after update `state.step`; else nothing."""
+    if held_out is None or not held_out.settings.due(state.step):
+        return {}
+    texts = [prompts[index] for index in batch.trajectory.prompt_index.tolist()]
+    measured, drawn, calls = held_out.measure(
+        generator, settings.rollout, settings.missing_limit, batch.trajectory, texts
+    )
+    state.videos_generated += drawn
+    state.reward_calls += calls
+    return measured
+
+
+def summarise(
+    score: Tensor, judged: JudgedBatch, guarded: GuardReport, batch: Batch, state: FinetuneState
+) -> dict[str, Any]:
+    """What rewards and guards said of an update, by the names of StepReport."""
+    return {
+        "reward": _mean(judged.score),
+        "rewards": {name: _mean(one.score) for name, one in judged.judgements.items()},
+        "penalty": guarded.penalty.mean().item(),
+        "guards": {
+            name: level / state.reference_levels[name] for name, level in guarded.levels.items()
+        },
+        "alarms": guarded.alarms,
+        "score_std": score[~score.isnan()].std(correction=0).item(),
+        "tied_share": tied_share(score, batch.group),
+        "missing_share": missing_share(score),
+        "unanswered": sum(one.unanswered for one in judged.judgements.values()),
+    }
+
+
+def watch(
+    numbers: Mapping[str, Any],
+    measured: Mapping[str, float],
+    rewards: Sequence[Reward],
+    held_out: HeldOut | None,
+    settings: FinetuneSettings,
+    state: FinetuneState,
+) -> tuple[str, ...]:
+    """Note the update's values, and warn of what falls while the reward rises."""
+    own = settings.hacking_alarm
+    wanted = [reward.name for reward in rewards if reward.weight >= 0]  # Others ought to fall.
+    values = {
+        REWARD: numbers["reward"],
+        **numbers["guards"],
+        **{f"rewards/{name}": numbers["rewards"][name] for name in wanted},
+        **{f"evaluation/{name}": value for name, value in measured.items()},
+    }
+    keep = own.window * (held_out.settings.every if held_out else 1)
+    state.series = add_values(state.series, state.step, values, keep)
+    falling = falling_beside(state.series, own)
+    state.warned = warn_of(falling, state.warned, state.step, state.series, own)
+    return falling
 
 
 def measure_base(
@@ -170,17 +229,16 @@ def measure_base(
 
 
 def judge(
-    generator: AbstractVideoGenerator,
     rewards: Sequence[Reward],
+    asked: AskedRewards,
     batch: Batch,
-    prompts: Sequence[str],
     settings: FinetuneSettings,
     state: FinetuneState,
 ) -> tuple[JudgedBatch, GuardReport]:
-    """Ask the rewards and the guards about the videos; scores and penalties are [N], of all."""
+    """Wait for the rewards and ask the guards; scores and penalties are [N], of all."""
     trajectory = batch.trajectory
     with together("judging videos"):
-        said = ask_rewards(rewards, trajectory.videos, prompts, fps=generator.fps).answers()
+        said = asked.answers()
     places = (trajectory.videos, trajectory.rows, trajectory.total)
     said = {name: gather_judgement(one, *places) for name, one in said.items()}
     judged = add_up_rewards(rewards, said, settings.missing_limit)

@@ -1,7 +1,8 @@
 """From settings to a running loop: what the command line and the examples share.
 
-An output folder holds config.yaml, metrics.jsonl, checkpoints/step-NNNNNN and, at the end, lora (or
-tuned, where the transformer's own weights learn); faults, where losses were not finite.
+An output folder holds config.yaml, metrics.jsonl, prompts.json (what is known of each prompt),
+checkpoints/step-NNNNNN and, at the end, lora (or tuned, where the transformer's own weights learn);
+faults, where losses were not finite.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from diffusion_rl.faults import save_fault
 from diffusion_rl.finetune import FinetuneState, StepReport, begin, finetune
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.generators.families import FAMILIES
+from diffusion_rl.held_out import HeldOut, build_held_out
 from diffusion_rl.policies import attach_policies, trained_parameters
+from diffusion_rl.prompt_sampling import write_statistics
 from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import Reward, build_reward, load_callable
 from diffusion_rl.run_folder import CHECKPOINTS as CHECKPOINTS  # For callers who look for them.
@@ -51,7 +54,7 @@ from diffusion_rl.weight_files import TUNED, load_result, save_result
 
 logger = logging.getLogger(__name__)
 
-FAULTS = "faults"
+PROMPTS_FILE, FAULTS = "prompts.json", "faults"
 
 
 @dataclass
@@ -69,6 +72,8 @@ class Run:
     """Where it stands; step 0 in a new run."""
     sample_embeddings: PromptEmbeddings | None = None
     """Of the prompts of the samples, where there are any."""
+    held_out: HeldOut | None = None
+    """Rewards that measure and never train."""
 
     @property
     def output(self) -> Path:
@@ -197,12 +202,13 @@ def load_run(settings: RunSettings, keep_text_encoder: bool) -> Run:
     embeddings, shown = generator.encode_prompts(prompts), None
     if settings.samples is not None:
         shown = generator.encode_prompts(settings.samples.prompts)
+    held_out = build_held_out(settings.evaluation, settings.prompt_column, generator)
     if not keep_text_encoder:
         generator.release_text_encoder()
     state = begin(generator, settings.finetune_settings())
     if processes.count() > 1 and wants_shards():
         shard(generator.transformer, trained_parameters(generator.transformer))
-    return Run(settings, generator, rewards, prompts, embeddings, state, shown)
+    return Run(settings, generator, rewards, prompts, embeddings, state, shown, held_out)
 
 
 def go_on(run: Run) -> None:
@@ -240,7 +246,7 @@ def train(run: Run) -> Generator[StepReport]:
         sinks.insert(0, MetricsFile(run.output, step=run.state.step))
     saver = Saver(run)
     loop = (run.generator, run.rewards, run.prompts, settings.finetune_settings())
-    reports = finetune(*loop, run.state, run.embeddings)
+    reports = finetune(*loop, run.state, run.embeddings, run.held_out)
     try:
         for report in reports:
             dice = processes.gather_objects(random_state())
@@ -263,7 +269,7 @@ def train(run: Run) -> Generator[StepReport]:
         try:
             saver.save()
         finally:
-            for reward in run.rewards:
+            for reward in (*run.rewards, *(run.held_out.rewards if run.held_out else ())):
                 reward.close()
             for tracker in trackers:
                 tracker.close()
@@ -320,6 +326,8 @@ class Saver:
                 keep=settings.keep,
                 best_by=settings.best_by,
             )
+            prompts = (self.run.prompts, self.run.state.prompts)
+            write_statistics(self.run.output / PROMPTS_FILE, *prompts)
 
 
 def show_samples(run: Run, step: int, trackers: Sequence[AccelerateTracker]) -> None:

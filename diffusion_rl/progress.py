@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from diffusion_rl.credit import CreditSettings
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.optimizers import OptimizerSettings
+from diffusion_rl.prompt_sampling import PromptSamplingSettings, Statistics
 from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import (
     AlgorithmSettings,
@@ -18,6 +20,7 @@ from diffusion_rl.row_settings import (
     RecordedSettings,
 )
 from diffusion_rl.transitions import DETERMINISTIC_AT_THE_END, TRANSITIONS
+from diffusion_rl.trends import Series, TrendSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,13 @@ class FinetuneSettings:
     """Fixes prompts, noise and noise levels of every update; at least 0."""
     missing_limit: float = 0.5
     """Share of unjudged videos at which the run stops, in [0, 1)."""
+    staleness: int = 0
+    """1 draws the next update's videos while this one's are judged, so that they are by the policy
+    of one update earlier; only for rows that replay, whose ratios know who drew a video."""
+    prompt_sampling: PromptSamplingSettings = field(default_factory=PromptSamplingSettings)
+    """How the prompts of an update are chosen."""
+    hacking_alarm: TrendSettings = field(default_factory=TrendSettings)
+    """When something falls while the reward rises."""
 
     def __post_init__(self) -> None:
         if self.updates < 1:
@@ -57,6 +67,14 @@ class FinetuneSettings:
             raise ValueError(
                 f"credit.name must be uniform with algorithm 'raft', got {self.credit.name}; no "
                 "video is pushed away there, so that no fault has a place"
+            )
+        if self.staleness not in (0, 1):
+            raise ValueError(f"staleness must be 0 or 1, got {self.staleness}")
+        if self.staleness and not isinstance(self.algorithm, RecordedSettings):
+            raise ValueError(
+                f"staleness must be 0 with algorithm '{self.algorithm.name}', got "
+                f"{self.staleness}; it records no log-probability by which a video of an earlier "
+                "policy could be weighed"
             )
         if isinstance(self.algorithm, RecordedSettings):
             self._check_recorded_steps(self.algorithm)
@@ -102,6 +120,15 @@ class FinetuneState:
     """The trained policy's, as a running mean over updates."""
     history: dict[int, list[float]] = field(default_factory=dict)
     """The latest scores of each prompt by its number, for rows that compare with them."""
+    prompts: Statistics = field(default_factory=dict)
+    """What is known of each prompt that was drawn, by its number."""
+    series: dict[str, Series] = field(default_factory=dict)
+    """The latest values of what the alarm for hacking watches."""
+    warned: dict[str, int] = field(default_factory=dict)
+    """The update of the last such warning, by what fell."""
+    ahead: dict[str, Any] = field(default_factory=dict)
+    """With staleness: how the next update's videos were drawn, to draw them again: `policy`
+    (weights by name), `prompts` and `policy_step`, the updates that policy had."""
     videos_generated: int = 0
     """Since the first start, those for the guards' reference levels included."""
     reward_calls: int = 0
@@ -126,6 +153,13 @@ class StepReport:
     """Mean of each guarded statistic, as a share of the base policy's level."""
     alarms: tuple[str, ...]
     """Guarded statistics whose mean fell below their floor."""
+    hacking: tuple[str, ...]
+    """What falls while the reward rises, by the trend of the latest updates: a guarded statistic,
+    `rewards/NAME` or `evaluation/NAME`."""
+    evaluation: Mapping[str, float]
+    """Mean over judged videos of each evaluation reward by name; empty where none was due."""
+    staleness: int
+    """Updates that the policy had made since it drew these videos."""
     score_std: float
     """Spread over judged videos of reward minus penalty."""
     advantage_size: float
@@ -140,6 +174,9 @@ class StepReport:
     """Share of groups whose judged scores are all equal, which teach nothing."""
     missing_share: float
     """Share of videos that no score exists for."""
+    unanswered: int
+    """Videos that rewards left unjudged because a call failed to its last retry, added up over
+    rewards."""
     loss: float
     """As in UpdateStatistics."""
     ratio_deviation: float
@@ -155,9 +192,11 @@ class StepReport:
     collect_seconds: float
     """Drawing and decoding the videos."""
     judge_seconds: float
-    """Rewards and guards."""
+    """Rewards and guards; with staleness what of it was waited for."""
     update_seconds: float
     """Gradients and optimiser steps."""
+    evaluation_seconds: float
+    """Drawing and judging held-out videos; 0 where none were due."""
     videos_generated: int
     """Since the first start, those for the guards' reference levels included."""
     reward_calls: int

@@ -5,8 +5,11 @@ A group whose scores tie teaches nothing, but costs as much as any other. Axes: 
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,6 +147,15 @@ def add_groups(
             found["mean"] += before / found["videos"]
             found["squares"] += before * (value - found["mean"])
     return after
+
+
+def write_statistics(path: str | Path, prompts: Sequence[str], statistics: Statistics) -> None:
+    """Write `describe_prompts` as JSON, whole or not at all."""
+    path = Path(path)
+    partial = path.with_suffix(".partial")
+    text = json.dumps(describe_prompts(prompts, statistics), indent=1, allow_nan=False)
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def describe_prompts(prompts: Sequence[str], statistics: Statistics) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ MAY_CHANGE = (
     "samples",
     "optimizer",
     "missing_limit",
+    "evaluation",
+    "hacking_alarm",
+    *(f"rewards[].{name}" for name in ("retries", "retry_seconds", "on_error")),
+    *(f"rewards[].{name}" for name in ("calls_at_once", "timeout_seconds")),
     "generator.device",
     "generator.local_path",
     "generator.prompt_cache",
@@ -76,8 +81,7 @@ def check_same_run(settings: RunSettings) -> None:
     found = [
         f"{path}={before}, now {now}"
         for path, before, now in differences(earlier, to_tree(settings))
-        if path in MUST_STAY
-        or not any(path == free or path.startswith(f"{free}.") for free in MAY_CHANGE)
+        if not may_change(path, before, now)
     ]
     if found:
         raise ValueError(
@@ -85,6 +89,15 @@ def check_same_run(settings: RunSettings) -> None:
             f"with {'; '.join(found)}; choose another output, or --restart to set the earlier run "
             "aside"
         )
+
+
+def may_change(path: str, before: Any, now: Any) -> bool:
+    """Whether a run may go on with this setting at another value."""
+    place = re.sub(r"\[\d+\]", "[]", path)
+    if place == "rewards[].target":  # A server that was started again may have another address.
+        return all(str(target).startswith(("http://", "https://")) for target in (before, now))
+    free = any(place == one or place.startswith(f"{one}.") for one in MAY_CHANGE)
+    return free and path not in MUST_STAY
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -20,8 +20,10 @@ REWARD = "reward"
 """The series that all others are held against."""
 LEAST = 5
 """Values that a trend needs."""
-Series = list[tuple[int, float]]
-"""(update, value), oldest first."""
+EXACT = 30
+"""Values up to which the chance of a trend is counted out; beyond, the normal law is as good."""
+Series = list[list[float]]
+"""[update, value], oldest first; plain lists, to be saved with a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +47,9 @@ def rise_p_value(values: Sequence[float]) -> float:
 
     S = pairs of values that rise - pairs that fall;  p = P(S or more), all orders alike
 
-    Exact where no two values are equal; else by the normal law of S with the variance of ties and
-    a continuity correction of 1. Values are taken for independent given the trend: an update's
-    videos are drawn anew. Give -values for a fall.
+    Exact for up to 30 values of which no two are equal; else by the normal law of S with the
+    variance of ties and a continuity correction of 1. Values are taken for independent but for the
+    trend: an update's videos are drawn anew. Give -values for a fall.
 
     Args:
         values: finite, oldest first.
@@ -70,7 +72,7 @@ def rise_p_value(values: Sequence[float]) -> float:
         for earlier in range(later)
     )
     ties = [size for size in Counter(values).values() if size > 1]
-    if not ties:
+    if not ties and count <= EXACT:
         chances = _inversion_chances(count)
         return min(1.0, sum(chances[: (pairs - score) // 2 + 1]))
     variance = sum(
@@ -103,7 +105,7 @@ def add_values(
     found = {name: list(past) for name, past in series.items()}
     for name, value in values.items():
         if math.isfinite(value):
-            found[name] = [*found.get(name, []), (step, value)][-keep:]
+            found[name] = [*found.get(name, []), [step, value]][-keep:]
     return found
 
 
@@ -157,7 +159,7 @@ def warn_of(
             first,
             name,
             -theil_sen(past),
-            theil_sen([(at, value) for at, value in series[REWARD] if at >= first]),
+            theil_sen([[at, value] for at, value in series[REWARD] if at >= first]),
             settings.p_value,
         )
         found[name] = step

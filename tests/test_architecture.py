@@ -87,6 +87,8 @@ LAYERS = {
             "progress",
             "out_of_memory",
             "collect",
+            "drawing",
+            "held_out",
             "finetune",
             "checkpoint",
             "faults",

@@ -15,6 +15,7 @@ from cac_reward.training.curricula import load_curriculum
 from cac_reward.training.settings import to_tree as stage_to_tree
 from diffusion_rl.algorithms import ALGORITHMS
 from diffusion_rl.configuration import build, load_config, save_config, to_tree
+from diffusion_rl.guards import STATISTICS
 from diffusion_rl.launch import LORA, prepare, train
 from tests.tiny_judge import build_tiny_judge
 from tests.tiny_wan import save_tiny_wan
@@ -81,6 +82,20 @@ def test_a_recipe_loads_and_survives_saving(name: str, tmp_path: Path) -> None:
     save_config(settings, tmp_path / name)
     assert load_config(tmp_path / name) == settings
     assert {reward.name for reward in settings.rewards} >= {"cac", "alignment"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_guarded_against_hacking(name: str) -> None:
+    settings = load_config(FOLDER / name)
+    assert {guard.statistic for guard in settings.guards} == set(STATISTICS)
+    # One recipe shows what happens without: its guards and its second reward only watch.
+    charges = [guard.weight for guard in settings.guards]
+    weights = {reward.name: reward.weight for reward in settings.rewards}
+    if name == "toy_unguarded.yaml":
+        assert set(charges) == {weights["alignment"]} == {0.0}
+    else:
+        assert min(charges) > 0
+        assert weights["alignment"] > 0
 
 
 @pytest.mark.parametrize("name", RECIPES)

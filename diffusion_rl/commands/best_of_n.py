@@ -38,7 +38,7 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
 def best_of_n_command(options: argparse.Namespace) -> int:
     """`best-of-n`: videos, scores.jsonl and best_of_n.json; goes on where it was stopped."""
     settings = with_local_path(load_config(options.config, options.overrides), options.local_path)
-    prompts = read_prompts(options.prompts)
+    prompts = read_prompts(options.prompts, settings.prompt_column)
     rewards = [build_reward(reward) for reward in settings.rewards]
     generator = build_generator(
         settings.generator, lora=options.lora, transformer=options.transformer

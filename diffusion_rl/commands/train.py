@@ -87,6 +87,9 @@ def summary_line(report: StepReport) -> str:
         parts.append(f"skipped {report.skipped_steps}")
     if report.alarms:
         parts.append("ALARM " + ",".join(report.alarms))
+    if report.hacking:
+        parts.append("HACKING? " + ",".join(report.hacking))
+    parts += [f"{name} {value:.3f} (held out)" for name, value in report.evaluation.items()]
     return ", ".join(parts)
 
 

@@ -312,6 +312,7 @@ def test_several_processes_go_on_with_a_run_of_another_number(
         "config.yaml",
         "lora",
         "metrics.jsonl",
+        "prompts.json",
     ]
 
 

@@ -46,6 +46,14 @@ def test_without_ties_it_is_scipys_exact_test_and_with_them_near_its_normal_one(
         assert 0 <= rise_p_value(values) - expected < 0.03
 
 
+def test_beyond_what_is_counted_out_the_normal_law_is_near() -> None:
+    source = random.Random(2)
+    for _ in range(10):
+        values = [source.gauss(0, 1) + 0.01 * place for place in range(60)]
+        expected = kendalltau(range(60), values, method="exact", alternative="greater").pvalue
+        assert rise_p_value(values) == pytest.approx(expected, abs=2e-3)
+
+
 def test_the_median_slope_is_scipys_and_takes_gaps_as_they_are() -> None:
     source = random.Random(1)
     steps = [1, 2, 5, 6, 9, 20]
@@ -121,10 +129,10 @@ def test_what_is_measured_rarely_is_held_against_the_reward_of_the_same_updates(
 
 def test_values_are_kept_apart_in_order_and_bounded() -> None:
     before = add_values({}, 1, {"reward": 1.0, "motion": float("nan")}, keep=2)
-    assert before == {"reward": [(1, 1.0)]}
+    assert before == {"reward": [[1, 1.0]]}
     after = add_values(add_values(before, 2, {"reward": 2.0}, 2), 3, {"reward": 3.0}, 2)
-    assert after == {"reward": [(2, 2.0), (3, 3.0)]}
-    assert before == {"reward": [(1, 1.0)]}
+    assert after == {"reward": [[2, 2.0], [3, 3.0]]}
+    assert before == {"reward": [[1, 1.0]]}
 
 
 @pytest.mark.parametrize(

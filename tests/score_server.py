@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -53,11 +53,12 @@ class ScoreServer:
             self._under_way -= 1
             self.finished += 1
         text = found if isinstance(found, bytes) else json.dumps(found).encode()
-        handler.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(text))}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(text)
+        with suppress(ConnectionError):  # Who asked may have gone.
+            handler.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(text))}.items():
+                handler.send_header(name, value)
+            handler.end_headers()
+            handler.wfile.write(text)
 
 
 @contextmanager

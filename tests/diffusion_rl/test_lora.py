@@ -314,7 +314,7 @@ def test_dora_is_its_formula_and_starts_as_the_base(dtype: torch.dtype) -> None:
     torch.testing.assert_close(generator.predict(*inputs), before, **close)
     shake(generator)
     tuned = generator.predict(*inputs)
-    assert not torch.allclose(tuned, before, atol=0.05)
+    assert (tuned - before).abs().max() > 0.05
     with reference_policy(generator.transformer):
         assert torch.equal(generator.predict(*inputs), before)
     with old_policy(generator.transformer):
@@ -359,8 +359,9 @@ def test_first_values_are_as_asked_for() -> None:
         spreads[init] = torch.cat(values).std().item()
         assert torch.cat(values).abs().max() > 0
         assert not any(bool(value.any()) for name, value in state.items() if "lora_B" in name)
-    assert spreads["gaussian"] == pytest.approx(1 / 8, rel=0.05)
-    assert spreads["kaiming"] != pytest.approx(1 / 8, rel=0.05)
+    # Of some thousand values each.
+    assert 0.95 < 8 * spreads["gaussian"] < 1.05
+    assert not 0.95 < 8 * spreads["kaiming"] < 1.05
     with pytest.raises(ValueError, match="init must be one of kaiming, gaussian, got pissa; those"):
         LoraSettings(init="pissa")
 

@@ -344,7 +344,7 @@ def test_held_out_prompts_must_be_held_out(tmp_path: Path, fake_generator: Path)
     held_out.write_bytes(b"caf\xe9\n")
     refuse(tmp_path, match="prompts must be UTF-8")
     held_out.unlink()
-    refuse(tmp_path, match="prompts must be an existing text file")
+    refuse(tmp_path, match="prompts must be an existing text, .jsonl")
 
 
 def test_rewards_must_hold_judge_and_alignment(tmp_path: Path, fake_generator: Path) -> None:

@@ -66,7 +66,7 @@ GRPO: dict[str, Any] = {
     "data": {"workers": 0, "anomalous_share": 0.5},
     "lessons": {"inspect": 1.0},
     "rollout": {"group": 8, "max_call_tokens": 48, "max_answer_tokens": 160},
-    "optimizer": {"name": "adamw", "learning_rate": 3e-5, "schedule": "constant", "warmup": 0},
+    "optimizer": {"name": "adamw", "learning_rate": 1e-4, "schedule": "constant", "warmup": 0},
     "batch": 64,
     "accumulation": 1,
     "bf16": False,

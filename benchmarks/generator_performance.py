@@ -25,13 +25,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.generators import SHAPES, build_generator, random_embeddings
-from benchmarks.memory_estimate import estimate, rollout_settings
+from benchmarks.generators import SHAPES, random_embeddings
+from benchmarks.memory_estimate import build_learner, estimate, rollout_settings
 from benchmarks.score import read_peak, reset_peak
 from cac_reward.whole_files import whole_file
 from diffusion_rl.finetune import FinetuneSettings, finetune
 from diffusion_rl.generators.settings import ATTENTION_BACKENDS, ExecutionSettings
-from diffusion_rl.lora import LoraSettings, attach_lora
 from diffusion_rl.rewards import Reward
 
 
@@ -80,16 +79,7 @@ def measure(given: argparse.Namespace, videos: str) -> Row:
         attention=given.attention,
         compile_blocks=given.compile_blocks,
     )
-    generator = build_generator(
-        given.model,
-        height=given.height,
-        width=given.width,
-        num_frames=given.frames,
-        dtype=given.dtype,
-        device=given.device,
-        execution=execution,
-    )
-    attach_lora(generator.transformer, LoraSettings(rank=given.rank, alpha=given.rank))
+    generator = build_learner(given, given.device, execution)
     meter = Meter(given.device)
     settings = FinetuneSettings(rollout=rollout_settings(given), updates=given.updates + 1)
     embeddings = random_embeddings(given.model, generator, given.prompts)

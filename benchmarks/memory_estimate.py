@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from benchmarks.generators import SHAPES, build_generator, random_embeddings
 from diffusion_rl.generators.settings import ExecutionSettings
+from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.lora import LoraSettings, attach_lora
 from diffusion_rl.memory import MemoryEstimate, estimate_memory
 from diffusion_rl.rollout import RolloutSettings
@@ -49,22 +50,30 @@ def rollout_settings(given: argparse.Namespace) -> RolloutSettings:
     )
 
 
-def estimate(given: argparse.Namespace) -> MemoryEstimate:
-    """Count what the options need."""
-    execution = ExecutionSettings(
-        gradient_checkpointing=given.checkpointing, vae_tiling=given.tiling
-    )
+def build_learner(
+    given: argparse.Namespace, device: str, execution: ExecutionSettings
+) -> WanGenerator:
+    """The generator of the options, with random weights and a LoRA that learns."""
     generator = build_generator(
         given.model,
         height=given.height,
         width=given.width,
         num_frames=given.frames,
         dtype=given.dtype,
-        device="meta",
+        device=device,
         execution=execution,
     )
-    embeddings = random_embeddings(given.model, generator)
     attach_lora(generator.transformer, LoraSettings(rank=given.rank, alpha=given.rank))
+    return generator
+
+
+def estimate(given: argparse.Namespace) -> MemoryEstimate:
+    """Count what the options need."""
+    execution = ExecutionSettings(
+        gradient_checkpointing=given.checkpointing, vae_tiling=given.tiling
+    )
+    generator = build_learner(given, "meta", execution)
+    embeddings = random_embeddings(given.model, generator)
     width = 4 if given.dtype == "float32" else 2
     return estimate_memory(
         generator,

@@ -166,9 +166,7 @@ def check_processes(settings: RunSettings) -> None:
             "processes share out the videos and not the tokens of one, got "
             f"{execution.context_parallel}"
         )
-    if processes.count() == 1:
-        return
-    if not wants_shards():
+    if processes.count() == 1 or not wants_shards():
         return
     if settings.samples is not None:
         raise ValueError(

@@ -89,19 +89,9 @@ def test_wrong_prompts_are_wrong() -> None:
 
 
 def test_files_give_back_every_pixel_and_every_word(tmp_path: Path) -> None:
-    main(
-        [
-            "--output",
-            str(tmp_path),
-            "--sets",
-            "rendered",
-            "held_out",
-            "--count",
-            "5",
-            "--held-out",
-            "4",
-        ]
-    )
+    words = ["--output", str(tmp_path), "--sets", "rendered", "held_out"]
+    words += ["--count", "5", "--held-out", "4"]
+    main(words)
     for name, split, count in (("rendered", "train", 5), ("held_out", "val", 4)):
         store = ClipStore([tmp_path / f"{name}.jsonl"], split=split)
         assert len(store) == count
@@ -117,19 +107,7 @@ def test_files_give_back_every_pixel_and_every_word(tmp_path: Path) -> None:
             assert (clip.verdict == "anomalous") == bool(clip.findings)
     # A second call changes nothing.
     before = {one: one.read_bytes() for one in tmp_path.rglob("*.*")}
-    main(
-        [
-            "--output",
-            str(tmp_path),
-            "--sets",
-            "rendered",
-            "held_out",
-            "--count",
-            "5",
-            "--held-out",
-            "4",
-        ]
-    )
+    main(words)
     assert {one: one.read_bytes() for one in tmp_path.rglob("*.*")} == before
 
 

@@ -39,6 +39,8 @@ class Algorithm:
     old_policy: Literal["none", "draws", "anchors"] = "none"
     """What a slowly following copy of the policy does: it draws the videos, or the policy is held
     near it."""
+    idle_at_zero: bool = False
+    """Whether a video of advantage 0 has no part in the loss, and need not be passed."""
     needs_density: bool = False
     """Whether the loss relies on log_prob being the Gaussian's log-density, which `cps` is not."""
 
@@ -66,7 +68,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "nft": Algorithm(ode, group_advantages, nft_loss, "forward_process", "draws"),
     "awm": Algorithm(ode, group_advantages, awm_surrogate, "forward_process", "anchors"),
-    "raft": Algorithm(ode, best_advantages, matching_loss, "forward_process"),
+    "raft": Algorithm(ode, best_advantages, matching_loss, "forward_process", idle_at_zero=True),
 }
 """By name. A new algorithm is at most one pure function, one row here and one class in
 `row_settings`; docs/algorithms.md describes each.

@@ -138,7 +138,14 @@ class Trajectory:
 
     def keep(self, videos: Tensor) -> Trajectory:
         """Only the videos where `videos` ([total], of all processes) is True."""
-        own = videos[self.rows]
+        return replace(
+            self.only(videos[self.rows]),
+            rows=(videos.cumsum(0) - 1)[self.rows[videos[self.rows]]],
+            total=int(videos.sum()),
+        )
+
+    def only(self, own: Tensor) -> Trajectory:
+        """Those of this process where `own` ([B]) is True, at their places among all as before."""
         rows = own.nonzero().flatten()
         at = rows.to(self.final_latent.device)
         return replace(
@@ -153,8 +160,7 @@ class Trajectory:
             embeddings=self.embeddings[rows],
             prompt_index=self.prompt_index[rows],
             seeds=tuple(self.seeds[row] for row in rows.tolist()),
-            rows=(videos.cumsum(0) - 1)[self.rows[own]],
-            total=int(videos.sum()),
+            rows=self.rows[own],
         )
 
 

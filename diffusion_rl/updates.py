@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from diffusion_rl.algorithms import algorithm
 from diffusion_rl.credit import Credit
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.optimizers import SKIPPED, skipped_too_many, spoil_gradient, take_step
@@ -68,7 +69,8 @@ def update_policy(
     `update_micro_batch` videos, however many there are. Recorded steps are split over the
     `inner_steps` optimiser steps by video; noised videos are all seen in each, at fresh noise
     levels. Each process sees its own share, and its gradients are added to those of the others
-    before a step is taken. An optimiser step whose loss or gradient is not finite is skipped.
+    before a step is taken. Videos without a part in the row's loss (`Algorithm.idle_at_zero`) are
+    not passed. An optimiser step whose loss or gradient is not finite is skipped.
 
     Args:
         generator: carries what learns.
@@ -82,6 +84,11 @@ def update_policy(
     Raises:
         NotFiniteError: more steps in a row were skipped than the optimiser's settings allow.
     """
+    if algorithm(settings.name).idle_at_zero and not settings.kl_weight:
+        learnt = credit.advantages != 0
+        # One is passed all the same: a gradient of 0 is none that is missing.
+        learnt[:1] |= not learnt.any()
+        trajectory, credit = trajectory.only(learnt.cpu()), credit[learnt]
     taken: list[LossTerms] = []
     norms: list[float] = []
     skipped = 0

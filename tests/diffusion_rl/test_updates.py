@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from diffusion_rl.row_settings import (
     GrpoGuardSettings,
     GrpoSettings,
     NftSettings,
+    RaftSettings,
     RecordedSettings,
 )
 from diffusion_rl.step_losses import draw_sigmas, replay, surrogate_of
@@ -86,6 +88,49 @@ def distance(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
 
 
 OPTIONS = RolloutSettings(num_inference_steps=4, micro_batch=6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+@pytest.mark.parametrize("best", [(1, 4), (0,), ()])
+def test_videos_that_teach_nothing_are_not_passed(
+    size: int, best: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are those of passing all of them, at a part of the cost."""
+    algorithm = RaftSettings(inner_steps=2, noise_levels=2)
+    options = RolloutSettings(num_inference_steps=4, micro_batch=size)
+    advantages = torch.zeros(6)
+    advantages[list(best)] = 1.5
+    results, passed = [], []
+    for idle in (True, False):
+        row = dataclasses.replace(ALGORITHMS["raft"], idle_at_zero=idle)
+        monkeypatch.setitem(ALGORITHMS, "raft", row)
+        generator, trajectory = prepare(algorithm, options, std=0.1)
+        count = []
+        predict = generator.predict
+
+        def counting(latent: Tensor, *more: Any, of: Any = predict, into: Any = count) -> Tensor:
+            into.append(len(latent))
+            return of(latent, *more)
+
+        monkeypatch.setattr(generator, "predict", counting)
+        statistics = run(generator, trajectory, algorithm, options, advantages)
+        results.append((statistics, lora_state(generator.transformer)))
+        passed.append(sum(count))
+    steps = algorithm.inner_steps * algorithm.noise_levels
+    assert passed == [max(1, len(best)) * steps, 6 * steps]
+    (one, found), (other, expected) = results
+    assert one.loss == pytest.approx(other.loss)
+    assert one.grad_norm == pytest.approx(other.grad_norm)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+def test_all_videos_are_passed_where_they_are_held_near_the_reference() -> None:
+    algorithm = RaftSettings(kl_weight=0.1)
+    generator, trajectory = prepare(algorithm, OPTIONS, std=0.1)
+    nothing = run(generator, trajectory, algorithm, OPTIONS, torch.zeros(6))
+    assert nothing.kl > 0
+    assert nothing.grad_norm > 0
 
 
 def test_the_first_gradient_is_the_policy_gradient() -> None:

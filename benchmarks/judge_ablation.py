@@ -1,12 +1,12 @@
 """What each stage and each turn of the judge is worth, on toy clips with exact truth.
 
-    python -m examples.toy_world.annotated_clips --sets mixed rendered held_out held_out_small \\
-        held_out_colours held_out_sizes held_out_speeds held_out_faults
+    python -m examples.toy_world.annotated_clips --sets mixed reflected rendered held_out \\
+        held_out_small held_out_colours held_out_sizes held_out_speeds held_out_faults
     python benchmarks/judge_ablation.py --seeds 0 1 2
 
 Every variant starts from the same judge that has learnt what single frames show, learns from the
 same clips for as many updates, and is measured on the same held-out clips. What is finished is not
-run again, so variants may be run in several processes; `--only-table` writes what is there.
+run again, so variants may be run in several processes; `judge_ablation_table.py` writes the tables.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,15 @@ from cac_reward.answers import AnswerError, parse_findings
 from cac_reward.evaluation.grounding import mean_box_iou, temporal_iou
 from cac_reward.judges.local import LocalJudge
 from cac_reward.questions import FINDINGS_PREFIX, VERDICT_CHOICES, VERDICT_PREFIX
+from cac_reward.report import UNSPECIFIED, Finding
 from cac_reward.scorer import CaCScorer
 from cac_reward.training.classifier import Classifier
 from cac_reward.training.clips import ClipStore
-from cac_reward.training.lesson_kinds import open_whole
+from cac_reward.training.lesson_kinds import open_task, open_whole
 from cac_reward.training.lessons import ClipInView, LessonOptions, View
 from cac_reward.training.settings import build_stage
 from cac_reward.training.stages import run_stage
+from cac_reward.training.task_answers import Task, parse_task_answer
 from cac_reward.whole_files import whole_file
 from examples.toy_world.base_judge import build_base
 
@@ -81,7 +84,7 @@ class Variant:
     """Variant that it goes on from, 'frames' for single-frame SFT, 'random' for none."""
     stage: Mapping[str, Any]
     reads: str = "two_turns"
-    """How its verdict is read: two_turns, one_turn, verdict or heads."""
+    """How its verdict is read, of _READERS."""
     sets: tuple[str, ...] = SETS
 
 
@@ -92,6 +95,11 @@ WHOLE: dict[str, Any] = {
     "lessons": {"whole": 1.0},
     "loss": {"frames": 1.0, "decision_words": 4.0},
     "judge": {"scan": {"fps": 8.0, "max_frames": 16, "pixels": 1024}},
+}
+GROUND: dict[str, Any] = {
+    "lessons": {"grounding": 1.0},
+    "loss": {"frames": 1.0},
+    "data": {"train": [f"{CLIPS}/reflected.jsonl"]},
 }
 HEADS: dict[str, Any] = {
     "lessons": {"scan": 1.0},
@@ -126,6 +134,11 @@ def variants(updates: int, grpo: int) -> dict[str, Variant]:
         "no_single_frame": Variant("random", learn(TWO_TURNS)),
         "thinking_free": Variant(frames, learn(TWO_TURNS, options={"reasons": 0.0})),
         "no_frame_head": Variant(frames, learn(TWO_TURNS, loss={"decision_words": 4.0})),
+        # VAU-R1's question of one turn, and SRVAU-R1's way to answer it.
+        "grounding": Variant(frames, learn(GROUND, options={"thinking": 0.0}), "grounding"),
+        "reflection": Variant(
+            frames, learn(GROUND, options={"thinking": 0.0, "reflection": 1.0}), "reflection"
+        ),
         "classifier": Variant(frames, learn(HEADS), "heads"),
         "grpo": Variant(twice, reward(), sets=EVERYWHERE),
         "grpo_no_temporal": Variant(twice, reward("temporal_iou")),
@@ -230,6 +243,26 @@ def _one_turn(judge: LocalJudge, store: ClipStore, numbers: Sequence[int]) -> li
     return found
 
 
+def _grounding(
+    judge: LocalJudge, store: ClipStore, numbers: Sequence[int], *, reflection: bool = False
+) -> list[Verdict]:
+    """Answers of one turn; the verdict is what the answer says, without a probability."""
+    wording = judge.settings.wording
+    task = Task(kind="grounding", thinking=False, reflection=reflection, wording=wording)
+    seen = [_seen(judge, store, number) for number in numbers]
+    texts = judge.generate([open_task(task, one)[1] for one in seen], max_new_tokens=192)
+    found = []
+    for one, text in zip(seen, texts, strict=True):
+        try:
+            answer = parse_task_answer(task, text, one.clip, duration_seconds=one.seconds)
+        except AnswerError:
+            found.append(_verdict(one.clip, math.nan, ()))
+            continue
+        windows = [Finding(UNSPECIFIED, window) for window in answer.value]
+        found.append(_verdict(one.clip, float(not windows), windows))
+    return found
+
+
 def _heads(judge: LocalJudge, store: ClipStore, numbers: Sequence[int]) -> list[Verdict]:
     classifier = Classifier.from_pretrained(judge.judge_id)
     found = []
@@ -244,6 +277,8 @@ _READERS = {
     "two_turns": _two_turns,
     "verdict": _verdict_at_once,
     "one_turn": _one_turn,
+    "grounding": _grounding,
+    "reflection": partial(_grounding, reflection=True),
     "heads": _heads,
 }
 

@@ -175,6 +175,20 @@ def parse_task_answer(
         raise answer_error(task.kind, error, text) from error
 
 
+def write_glue(windows: Sequence[TimeWindow]) -> str:
+    """What a <glue> holds: one interval, a list of several, or the one that stands for none.
+
+    Raises:
+        ValueError: If there are more windows than an answer can hold.
+    """
+    written = [write_window(window) for window in windows]
+    if len(written) > MAX_WINDOWS:
+        raise ValueError(f"windows must be at most {MAX_WINDOWS}, got {len(written)}")
+    if not written:
+        return NO_WINDOW
+    return written[0] if len(written) == 1 else f"[{', '.join(written)}]"
+
+
 def parse_value(task: Task, body: str, clip: AnnotatedClip, length: float | None) -> Value:
     """Read a letter, a class or windows from what stands in an answer's last tag.
 
@@ -231,16 +245,7 @@ def _write_attempt(task: Task, attempt: Attempt) -> str:
     if isinstance(attempt.value, str):
         return f"{thought}<answer>{_body('answer', attempt.value)}</answer>"
     answer = GROUNDING_ANSWERS[bool(attempt.value)]
-    return f"{thought}<answer>{answer}</answer><glue>{_write_windows(attempt.value)}</glue>"
-
-
-def _write_windows(windows: Sequence[TimeWindow]) -> str:
-    written = [write_window(window) for window in windows]
-    if len(written) > MAX_WINDOWS:
-        raise ValueError(f"windows must be at most {MAX_WINDOWS}, got {len(written)}")
-    if not written:
-        return NO_WINDOW
-    return written[0] if len(written) == 1 else f"[{', '.join(written)}]"
+    return f"{thought}<answer>{answer}</answer><glue>{write_glue(attempt.value)}</glue>"
 
 
 def _read_attempt(

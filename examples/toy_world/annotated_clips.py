@@ -3,7 +3,8 @@
 `python -m examples.toy_world.annotated_clips --output runs/toy_clips` writes lossless videos and
 annotation files. For training: `rendered.jsonl` straight from the renderer, `redrawn.jsonl` through
 the autoencoder and partly redrawn by the toy generator (from a bank of such clips), `mixed.jsonl`
-with small objects and short faults. `held_out*.jsonl` are of prompts and seeds never trained on.
+with small objects and short faults, `reflected.jsonl` the same with first answers that are looked
+back at. `held_out*.jsonl` are of prompts and seeds never trained on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,9 +22,10 @@ import torch
 from tqdm import tqdm
 
 from cac_reward.data.annotations import AnnotatedClip, Caption
-from cac_reward.data.storage import annotation_writer
+from cac_reward.data.storage import annotation_writer, read_annotations
 from cac_reward.report import Box, Finding, TimeWindow
 from cac_reward.training.lesson_kinds import SHOWS_PROMPT
+from cac_reward.training.task_answers import write_glue
 from cac_reward.whole_files import whole_file
 from examples.toy_world import judge_bank
 from examples.toy_world.training_state import EVALUATION_SEED, render_batch
@@ -41,6 +43,7 @@ from examples.toy_world.world import (
 
 STAGE = 3
 MIXED_STAGE = 5
+REFLECTED_SALT = 5
 HELD_OUT_SEED = EVALUATION_SEED + 500_000_000
 GRID = 32
 WHY = {
@@ -217,6 +220,49 @@ def mixed(count: int) -> Iterator[Rendition]:
             made += 1
 
 
+def with_first_answer(clip: AnnotatedClip, random: np.random.Generator) -> AnnotatedClip:
+    """A clip with a first answer as a judge in doubt gives it, and what is to be said of it.
+
+    Half of them are right. Of clean clips the others name a fault; of broken ones half name none,
+    and half have every window early or late.
+    """
+    true = tuple(sorted({one.window for one in clip.findings}))
+    frames, fps = clip.num_frames, clip.fps
+    assert frames is not None
+    assert fps is not None
+    first, said = true, "right"
+    if random.random() < 0.5:
+        shift = int(random.integers(1, 4))
+        early = bool(random.random() < 0.5)
+        if not true:
+            start = int(random.integers(0, frames - shift + 1))
+            first, said = (TimeWindow(start / fps, (start + shift) / fps),), "nothing is broken"
+        elif random.random() < 0.5:
+            first, said = (), "something is broken"
+        else:
+            moved = [shifted(one, -shift if early else shift, frames, fps) for one in true]
+            first, said = tuple(sorted(set(moved))), "too early" if early else "too late"
+            if first == true:  # At the end of the clip there is no room.
+                said = "right"
+    return replace(clip, first_answer=write_glue(first), reflection=said)
+
+
+def shifted(window: TimeWindow, by: int, frames: int, fps: float) -> TimeWindow:
+    """A window so many frames later, cut at the ends of the clip."""
+    first = min(max(round(window.start_seconds * fps) + by, 0), frames - 1)
+    last = min(max(round(window.end_seconds * fps) + by, first + 1), frames)
+    return TimeWindow(first / fps, last / fps)
+
+
+def write_reflected(output: Path) -> Path:
+    """`reflected.jsonl`: the clips of `mixed.jsonl` with first answers that are looked back at."""
+    file = output / "reflected.jsonl"
+    with annotation_writer(file) as write:
+        for number, clip in enumerate(read_annotations(output / "mixed.jsonl")):
+            write(with_first_answer(clip, np.random.default_rng([REFLECTED_SALT, number])))
+    return file
+
+
 def held_out(name: str, count: int) -> Iterator[Rendition]:
     """Clips of held-out prompts, from seeds of their own."""
     wanted = HELD_OUT[name]
@@ -273,9 +319,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--sets",
         nargs="+",
         default=["rendered", "held_out"],
-        choices=["rendered", "mixed", "redrawn", *HELD_OUT],
+        choices=["rendered", "mixed", "reflected", "redrawn", *HELD_OUT],
         metavar="NAME",
-        help=f"some of rendered, mixed, redrawn, {', '.join(HELD_OUT)} (rendered, held_out)",
+        help=f"some of rendered, mixed, reflected (after mixed), redrawn, {', '.join(HELD_OUT)} "
+        "(rendered, held_out)",
     )
     parser.add_argument("--count", type=int, default=24_000, help="of each training set (24,000)")
     parser.add_argument("--held-out", type=int, default=512, help="of each held-out set (512)")
@@ -287,6 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.sets:
         if name == "redrawn":
             write_clips(options.output, name, redrawn(options.bank), judge_bank.BANK * 2)
+        elif name == "reflected":
+            write_reflected(options.output)
         elif name in HELD_OUT:
             write_clips(options.output, name, held_out(name, options.held_out), options.held_out)
         else:

@@ -1,5 +1,7 @@
 """Toy clips as files: what they hold is what the renderer knows, and nothing is lost on the way."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,11 @@ import pytest
 import torch
 
 from cac_reward.answers import parse_findings, write_findings
+from cac_reward.data.storage import read_annotations
 from cac_reward.judges.local import LocalJudge
 from cac_reward.training.clips import ClipStore
+from cac_reward.training.task_answers import Task, parse_task_answer, write_task_answer
+from cac_reward.training.tasks import task_answer
 from examples.toy_world import judge_bank
 from examples.toy_world.annotated_clips import (
     HELD_OUT,
@@ -145,6 +150,37 @@ def test_mixed_clips_leave_one_fault_out_and_make_every_other_small() -> None:
     assert areas[0]
     # Of the boxes; the shapes in them cover less.
     assert max(areas[0]) < 0.06 < max(areas[1])
+
+
+def test_reflected_clips_know_what_is_wrong_with_their_first_answer(tmp_path: Path) -> None:
+    """The rule by which `mixed.jsonl` gets its first answers, read back from what is taught."""
+    main(["--output", str(tmp_path), "--sets", "mixed", "reflected", "--count", "80"])
+    clips = list(read_annotations(tmp_path / "reflected.jsonl"))
+    plain = list(read_annotations(tmp_path / "mixed.jsonl"))
+    task = Task(kind="grounding", thinking=False, reflection=True, wording="brief")
+    said = Counter()
+    for clip, before in zip(clips, plain, strict=True):
+        assert replace(clip, first_answer=None, reflection=None) == before
+        answer = parse_task_answer(task, write_task_answer(task, task_answer(task, clip)), clip)
+        first, final = answer.first.value, answer.value
+        said[answer.reflection] += 1
+        match answer.reflection:
+            case "right":
+                assert first == final
+            case "nothing is broken":
+                assert first
+                assert not final
+            case "something is broken":
+                assert final
+                assert not first
+            case "too early":
+                assert first[0].start_seconds <= final[0].start_seconds
+                assert first != final
+            case "too late":
+                assert first[-1].end_seconds >= final[-1].end_seconds
+                assert first != final
+    assert len(said) == 5
+    assert 0.3 < said["right"] / len(clips) < 0.7
 
 
 def test_redrawn_clips_come_from_the_bank_where_truth_survived(

@@ -18,8 +18,12 @@ from diffusion_rl.algorithms import algorithm
 from diffusion_rl.credit import Credit, CreditSettings
 from diffusion_rl.finetune import FinetuneSettings, begin, finetune
 from diffusion_rl.guards import GuardSettings
-from diffusion_rl.lora import attach_lora, lora_state
+from diffusion_rl.held_out import EvaluationSettings, HeldOut
+from diffusion_rl.lora import LoraSettings, attach_lora
 from diffusion_rl.optimizers import OptimizerSettings
+from diffusion_rl.policies import FullSettings, attach_policies, policies_of
+from diffusion_rl.prompt_sampling import PromptSamplingSettings
+from diffusion_rl.reward_contract import RewardSettings
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, Trajectory
 from diffusion_rl.row_settings import (
@@ -28,6 +32,7 @@ from diffusion_rl.row_settings import (
     DdpoSettings,
     GrpoSettings,
     NftSettings,
+    RaftSettings,
 )
 from diffusion_rl.shares import chunks_of_steps, own_share
 from diffusion_rl.tracking import AccelerateTracker
@@ -36,7 +41,7 @@ from tests.several import run_on
 from tests.toy_gaussian import LORA, ToyGenerator
 
 PROMPTS = ["plain", "bright", "plain and small"]
-TIMES = ("collect_seconds", "judge_seconds", "update_seconds", "seconds")
+TIMES = {"seconds", *(f"{name}_seconds" for name in ("collect", "judge", "update", "evaluation"))}
 
 
 def redness(videos: Tensor, prompts: list[str], *, fps: float) -> dict[str, Any]:
@@ -71,8 +76,26 @@ def settings_for(row: AlgorithmSettings, **changes: Any) -> FinetuneSettings:
     return dataclasses.replace(settings, **changes)
 
 
-def trained(settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A run: its settings, what learns, and whether evaluation rewards watch."""
+
+    settings: FinetuneSettings
+    learner: LoraSettings | FullSettings = LORA
+    evaluation: EvaluationSettings | None = None
+
+    def held_out(self, generator: ToyGenerator) -> HeldOut | None:
+        if self.evaluation is None:
+            return None
+        unseen = ["dim", "bright and small", "grey", "small", "grey and small"]
+        encoded = generator.encode_prompts(unseen)
+        own = (unseen, encoded) if self.evaluation.prompts else ()
+        return HeldOut(self.evaluation, [Reward("held", redness)], *own)
+
+
+def trained(case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A run's reports, weights, and what each of its updates learnt from."""
+    settings = case.settings
     seen: list[dict[int, float]] = []
 
     def spy(generator: Any, trajectory: Trajectory, credit: Credit, *rest: Any) -> UpdateStatistics:
@@ -82,22 +105,25 @@ def trained(settings: FinetuneSettings, monkeypatch: pytest.MonkeyPatch) -> dict
     monkeypatch.setattr(diffusion_rl.finetune, "update_policy", spy)
     generator = ToyGenerator()
     old = algorithm(settings.algorithm.name).uses_old_policy
-    attach_lora(generator.transformer, LORA, old_policy=old)
-    state = begin(generator, settings)
+    attach_policies(generator.transformer, case.learner, old_policy=old)
+    before = policies_of(generator.transformer).state()
+    state, held_out = begin(generator, settings), case.held_out(generator)
+    rewards = [Reward("red", redness)]
     reports = [
         {name: value for name, value in dataclasses.asdict(report).items() if name not in TIMES}
-        for report in finetune(generator, [Reward("red", redness)], PROMPTS, settings, state)
+        for report in finetune(generator, rewards, PROMPTS, settings, state, held_out=held_out)
     ]
     return {
         "reports": reports,
-        "weights": lora_state(generator.transformer),
+        "before": before,
+        "weights": policies_of(generator.transformer).state(),
         "advantages": seen,
         "history": state.history,
         "levels": state.running_levels,
     }
 
 
-CASES = {
+ROWS = {
     "grpo": settings_for(GrpoSettings(clip_range=0.02, kl_weight=0.1)),
     "two optimiser steps": settings_for(GrpoSettings(clip_range=0.02, inner_steps=2)),
     "separate rewards": settings_for(
@@ -116,6 +142,23 @@ CASES = {
     ),
     "nft": settings_for(NftSettings(), credit=CreditSettings(name="grounded")),
     "awm": settings_for(AwmSettings(inner_steps=2, noise_levels=2)),
+    "raft": settings_for(RaftSettings(keep=2, inner_steps=2)),
+    "stale": settings_for(GrpoSettings(clip_range=0.02), staleness=1),
+    "stale and informative": settings_for(
+        GrpoSettings(clip_range=0.02),
+        staleness=1,
+        prompt_sampling=PromptSamplingSettings(name="informative"),
+    ),
+}
+OWN_VIDEOS = EvaluationSettings(rewards=(RewardSettings(name="held", target="here:no"),), every=2)
+CASES = {
+    **{name: Case(settings) for name, settings in ROWS.items()},
+    "full": Case(ROWS["grpo"], FullSettings()),
+    "full, on the cpu": Case(ROWS["nft"], FullSettings(copies="cpu")),
+    "evaluation of own videos": Case(ROWS["grpo"], evaluation=OWN_VIDEOS),
+    "evaluation of unseen prompts": Case(
+        ROWS["nft"], evaluation=dataclasses.replace(OWN_VIDEOS, prompts="unseen.txt")
+    ),
 }
 
 
@@ -128,7 +171,7 @@ def runs() -> dict[int, list[dict[str, Any]]]:
 
     def every() -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as monkeypatch:
-            return {name: trained(settings, monkeypatch) for name, settings in CASES.items()}
+            return {name: trained(case, monkeypatch) for name, case in CASES.items()}
 
     return {1: [every()], **{count: run_on(count, every) for count in COUNTS}}
 
@@ -139,8 +182,9 @@ def test_several_processes_learn_what_one_learns(
     name: str, count: int, runs: dict[int, list[dict[str, Any]]]
 ) -> None:
     alone, group = runs[1][0][name], [one[name] for one in runs[count]]
-    moved = [value.abs().max() for key, value in alone["weights"].items() if "lora_B" in key]
-    assert min(moved) > 1e-3
+    before = alone["before"]
+    moved = [(value - before[key]).abs().max() for key, value in alone["weights"].items()]
+    assert max(moved) > 1e-3
     assert any(report["missing_share"] for report in alone["reports"])
     for one in group:
         for key, value in alone["weights"].items():
@@ -163,7 +207,7 @@ def test_several_processes_learn_what_one_learns(
 def flat(report: dict[str, Any]) -> dict[str, float]:
     """The report's numbers by name."""
     numbers = {key: value for key, value in report.items() if isinstance(value, float | int)}
-    for name in ("rewards", "guards"):
+    for name in ("rewards", "guards", "evaluation"):
         numbers |= {f"{name}/{key}": value for key, value in report[name].items()}
     return numbers
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from cac_reward.training.rollouts import Rollout
 
 TIE_TOLERANCE = 1e-6
 """Rewards that differ by no more are the same to GRPO."""
+SUMMED_LOSSES = ("cispo", "dapo", "vespo")
+"""TRL's that divide a sum over answers by a number which is fixed when they are drawn; in the
+others each answer of a pass has a say in what the others weigh."""
 
 
 def combine(values: Mapping[str, float | None], weights: Mapping[str, float]) -> float:
@@ -72,3 +79,30 @@ def tied(rewards: Sequence[float]) -> bool:
     """
     present = [reward for reward in rewards if not math.isnan(reward)]
     return not present or max(present) - min(present) <= TIE_TOLERANCE
+
+
+def only_moving(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A pass of TRL's without the answers of advantage 0, which have no gradient in SUMMED_LOSSES.
+
+    One is passed all the same where all are such: a gradient of 0 is none that is missing, and
+    processes with sharded weights pass together.
+
+    Args:
+        inputs: of `GRPOTrainer.compute_loss`: tensors [B ...], pictures of all answers one after
+            the other, and numbers of the whole batch.
+    """
+    moving = inputs["advantages"] != 0
+    moving[:1] |= ~moving.any()
+    if bool(moving.all()):
+        return dict(inputs)
+    rows = moving.nonzero().flatten()
+    split = split_pixel_values_by_grid(dict(inputs))
+    chosen = {
+        name: [value[row] for row in rows.tolist()]
+        if isinstance(value, list)
+        else value[rows]
+        if isinstance(value, Tensor) and value.ndim
+        else value
+        for name, value in split.items()
+    }
+    return unsplit_pixel_values_by_grid(chosen)

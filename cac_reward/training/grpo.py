@@ -29,7 +29,13 @@ from cac_reward.answers import AnswerError, parse_scan_answer, write_tool_call
 from cac_reward.questions import Message
 from cac_reward.report import TimeWindow
 from cac_reward.training.encoding import Encoder
-from cac_reward.training.group_rewards import all_failed, combine, tied
+from cac_reward.training.group_rewards import (
+    SUMMED_LOSSES,
+    all_failed,
+    combine,
+    only_moving,
+    tied,
+)
 from cac_reward.training.learning import (
     LearningMixin,
     Pace,
@@ -185,6 +191,12 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
         # Without an advantage the divergence from the reference would still pull.
         scored["tool_mask"][self._in_failed_group] = 0
         return scored
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:
+        """TRL's, of the answers that move something."""
+        if not self.beta and self.loss_type in SUMMED_LOSSES:
+            inputs = only_moving(inputs)
+        return super().compute_loss(model, inputs, *more, **named)
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """Both turns of every answer, in the form that TRL goes on with."""

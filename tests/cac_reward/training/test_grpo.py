@@ -16,6 +16,7 @@ from cac_reward.judges.rendering import Renderer
 from cac_reward.questions import FINDINGS_PREFIX
 from cac_reward.report import TimeWindow
 from cac_reward.scorer import CaCScorer
+from cac_reward.training import grpo
 from cac_reward.training.grpo import JudgeGRPOTrainer, count_questions
 from cac_reward.training.models import load_pupil
 from cac_reward.training.stages import _source, _trainer, run_stage
@@ -284,6 +285,40 @@ def test_a_group_whose_answers_are_equally_good_is_counted_as_tied(
     run_stage(tiny_stage(judge, clean_clips, tmp_path, **_grpo({"batch": 4, "updates": 1})))
     (line,) = history(tmp_path, key="groups/tied")
     assert (line["groups/tied"], line["groups/failed"], line["grad_norm"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_answers_that_move_nothing_are_not_passed(
+    tied: bool, judge: Path, clean_clips: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The weights are those of passing all of them; pictures stay with their answers."""
+    turns = [[CLEAN + END] * 2 + [CALL + END] * 2, [FINDINGS + END, RUBBISH + END]]
+    if tied:
+        turns = [[CLEAN + END] * 4]
+    passed: list[int] = []
+    forward = JudgeGRPOTrainer._get_per_token_logps_and_entropies
+
+    def counting(trainer: Any, model: Any, ids: Tensor, *more: Any, **named: Any) -> Any:
+        passed.append(len(ids))
+        return forward(trainer, model, ids, *more, **named)
+
+    monkeypatch.setattr(JudgeGRPOTrainer, "_get_per_token_logps_and_entropies", counting)
+    after = []
+    for name, losses in (("some", grpo.SUMMED_LOSSES), ("all", ())):
+        monkeypatch.setattr(grpo, "SUMMED_LOSSES", losses)
+        scripted(monkeypatch, *turns)
+        settings = _grpo({"updates": 2, "batch": 4, "rewards": {"accuracy": 1.0, "format": 1.0}})
+        run_stage(tiny_stage(judge, clean_clips, tmp_path / name, **settings))
+        after.append((history(tmp_path / name, key="reward"), weights(tmp_path / name / "judge")))
+    assert passed == [1, 1, 4, 4] if tied else [2, 2, 4, 4]
+    (lines, found), (all_lines, expected) = after
+    for line, other in zip(lines, all_lines, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-6)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert (line["grad_norm"] > 1e-3) != tied
+    for name, value in expected.items():
+        # Adam makes a tenth of its step, 1e-3, of what differs where a gradient is next to none.
+        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

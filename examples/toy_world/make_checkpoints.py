@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ PROMPTS = {"train": (256, 0), "evaluation": (32, 1)}
 """File of prompts/ and split of the world to (how many, seed)."""
 FIGURES = "figures.json"
 CONFIG = "configs/rl/toy_nft.yaml"
+JUDGE_RECIPE = "configs/reward/toy_stages.yaml"
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,34 @@ def make_generator(places: Places) -> None:
 
 
 def make_judge(places: Places) -> None:
-    """Train the judge on single clips first, then on clips in the generator's texture."""
+    """Write what the judge learns from, and train it by the stages of its recipe."""
+    from cac_reward.training.curricula import JUDGE, load_curriculum
+    from cac_reward.training.heads import HEADS_FILE
+    from cac_reward.training.stages import run_stage
+    from examples.toy_world.annotated_clips import main as write_clips
+    from examples.toy_world.base_judge import build_base
     from examples.toy_world.judge_bank import build_judge_bank
-    from examples.toy_world.train_judge import save_judge, train_phase1, train_phase2
 
-    state, bank = places.state / "judge.pt", places.state / "judge_bank.pt"
-    train_phase1(state)
+    bank = places.state / "judge_bank.pt"
     if not bank.is_file():
         kept = build_judge_bank(places.generator, bank)
         _write_json(places.state / "judge_bank.json", kept)
-    train_phase2(state, bank)
-    save_judge(state, places.judge)
+    stages = load_curriculum(JUDGE_RECIPE)
+    named = {file for stage in stages for file in stage.data.train + stage.data.held_out}
+    for file in sorted(map(Path, named)):
+        if not file.is_file():
+            write_clips(["--output", str(file.parent), "--bank", str(bank), "--sets", file.stem])
+    base = Path(stages[0].model.path)
+    if not (base / "config.json").is_file():
+        build_base(base)
+    for number, stage in enumerate(stages, start=1):
+        print(f"  stage {number} of {len(stages)}: {stage.output}")
+        run_stage(stage)
+    places.judge.mkdir(parents=True, exist_ok=True)
+    for file in (Path(stages[-1].output) / JUDGE).iterdir():
+        # The card is written anew, and the heads served the training alone.
+        if file.name not in ("README.md", HEADS_FILE):
+            shutil.copyfile(file, places.judge / file.name)
 
 
 def make_prompts(places: Places) -> None:
@@ -158,7 +177,7 @@ STAGES = (
     Stage("autoencoder", "train the video autoencoder", make_autoencoder),
     Stage("latents", "encode the generator's training clips", make_latents),
     Stage("generator", "train the generator", make_generator),
-    Stage("judge", "train the judge in two phases", make_judge),
+    Stage("judge", "train the judge by the stages of its recipe", make_judge),
     Stage("prompts", "draw the prompts", make_prompts),
     Stage("figures", "measure generator, judge and oracle", make_figures),
     Stage("stored-runs", "train without guards, and with the other algorithm", make_stored_runs),
@@ -208,17 +227,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def training_seconds(state: Path) -> dict[str, float]:
-    """Seconds of training that each state file counted."""
+    """Seconds of training, as the state files and the judge's stages counted them."""
+    from cac_reward.training.curricula import load_curriculum
+    from cac_reward.training.stages import RESULT_FILE
     from examples.toy_world.training_state import load_state
 
     seconds = {}
-    for name in ("autoencoder", "generator", "judge"):
+    for name in ("autoencoder", "generator"):
         saved = load_state(state / f"{name}.pt")
         if saved is None:
             raise FileNotFoundError(
                 f"state must hold {name}.pt, got none in {state}; run the stage {name} first"
             )
         seconds[name] = saved["seconds"]
+    seconds["judge"] = 0.0
+    for stage in load_curriculum(JUDGE_RECIPE):
+        file = Path(stage.output) / RESULT_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} must exist; run the stage judge first")
+        seconds["judge"] += _read_json(file)["seconds"]
     return seconds
 
 

@@ -33,8 +33,7 @@ from examples.toy_world.demo_evaluation import (
     outcomes,
     side_summary,
 )
-from examples.toy_world.judge_lessons import frames_to_tensor
-from examples.toy_world.training_state import EVALUATION_SEED
+from examples.toy_world.training_state import EVALUATION_SEED, frames_to_tensor
 from examples.toy_world.world import WorldSettings, render_clip
 
 TRAINING_JUDGE = "cac_training"

@@ -36,6 +36,11 @@ def clips_to_tensor(clips: list[Clip]) -> Tensor:
     return torch.from_numpy(stacked).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
+def frames_to_tensor(frames: np.ndarray) -> Tensor:
+    """[F H W 3] uint8 to [F 3 H W] floats in [0, 1]."""
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+
+
 def render_batch(
     stage: int, first: int, count: int, settings: WorldSettings = WorldSettings()
 ) -> list[Clip]:

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from examples.toy_world import demo, make_checkpoints
+from cac_reward import CaCScorer
+from cac_reward.training.curricula import load_curriculum
+from examples.toy_world import annotated_clips, demo, judge_bank, make_checkpoints
 from examples.toy_world.make_checkpoints import PROMPTS, STAGES, Places, Stage
 from examples.toy_world.make_stored_runs import STORED
 from examples.toy_world.training_state import save_state
@@ -74,13 +77,75 @@ def test_prompts_are_split_and_the_same_each_time(places: Places, repository: Pa
     assert not set(lines["train"]) & set(lines["evaluation"])
 
 
-def test_training_seconds_come_from_the_states(places: Places) -> None:
+def test_training_seconds_come_from_the_states_and_the_judges_stages(
+    places: Places, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = repository / make_checkpoints.JUDGE_RECIPE
+    monkeypatch.setattr(make_checkpoints, "JUDGE_RECIPE", recipe)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"must hold autoencoder\.pt.*stage autoencoder"):
+        make_checkpoints.training_seconds(places.state)
     for name in ("autoencoder", "generator"):
         save_state(places.state / f"{name}.pt", {"step": 1, "seconds": 60.0})
-    with pytest.raises(FileNotFoundError, match=r"state must hold judge\.pt.*stage judge first"):
+    with pytest.raises(FileNotFoundError, match=r"result\.json must exist; run the stage judge"):
         make_checkpoints.training_seconds(places.state)
-    save_state(places.state / "judge.pt", {"step": 1, "seconds": 90.0})
-    assert make_checkpoints.training_seconds(places.state)["judge"] == 90.0
+    stages = load_curriculum(recipe)
+    for stage in stages:
+        Path(stage.output).mkdir(parents=True)
+        (Path(stage.output) / "result.json").write_text('{"seconds": 30.0}')
+    assert make_checkpoints.training_seconds(places.state) == {
+        "autoencoder": 60.0,
+        "generator": 60.0,
+        "judge": 30.0 * len(stages),
+    }
+
+
+def test_the_judge_is_made_of_its_recipe_alone(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not there yet is written; a second call changes nothing and trains nothing."""
+    recipe = tmp_path / "recipe.yaml"
+    monkeypatch.chdir(tmp_path)
+    recipe.write_text(
+        """
+output: judge_run
+all:
+  model: {dtype: float32, learns: all, gradient_checkpointing: false}
+  data: {train: [clips/rendered.jsonl], workers: 0}
+  batch: 2
+  updates: 1
+stages:
+  - name: frames
+    model: {path: base}
+    lessons: {frame: 1.0}
+  - name: clips
+    model: {path: previous}
+    lessons: {scan: 1.0}
+    loss: {frames: 1.0}
+"""
+    )
+    monkeypatch.setattr(make_checkpoints, "JUDGE_RECIPE", recipe)
+    monkeypatch.setattr(judge_bank, "build_judge_bank", lambda folder, bank: bank.touch() or {})
+    real = annotated_clips.main
+    monkeypatch.setattr(annotated_clips, "main", lambda words: real([*words, "--count", "6"]))
+    places.state.mkdir()
+    make_checkpoints.make_judge(places)
+    trained = tmp_path / "judge_run" / "2_clips" / "judge"
+    assert (trained / "cac_heads.safetensors").is_file()
+    shipped = {one.name: one.read_bytes() for one in places.judge.iterdir()}
+    assert set(shipped) == {
+        one.name
+        for one in trained.iterdir()
+        if one.name not in ("README.md", "cac_heads.safetensors")
+    }
+    report = CaCScorer.from_pretrained(places.judge).inspect(
+        torch.rand(1, 13, 3, 32, 32), ["a red circle moving left"], fps=8.0
+    )
+    assert len(report) == 1
+    changed = (trained / "model.safetensors").stat().st_mtime_ns
+    make_checkpoints.make_judge(places)
+    assert {one.name: one.read_bytes() for one in places.judge.iterdir()} == shipped
+    assert (trained / "model.safetensors").stat().st_mtime_ns == changed
 
 
 def test_cards_need_figures(places: Places) -> None:

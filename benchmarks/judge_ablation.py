@@ -4,6 +4,11 @@
         held_out_small held_out_colours held_out_sizes held_out_speeds held_out_faults
     python benchmarks/judge_ablation.py --seeds 0 1 2
 
+    python -m examples.toy_world.annotated_clips --scale large --output runs/toy_clips_large \\
+        --sets mixed reflected rendered held_out held_out_small held_out_colours held_out_sizes \\
+        held_out_speeds held_out_faults
+    python benchmarks/judge_ablation.py --scale large --device cuda --batch 32
+
 Every variant starts from the same judge that has learnt what single frames show, learns from the
 same clips for as many updates, and is measured on the same held-out clips. What is finished is not
 run again, so variants may be run in several processes; `judge_ablation_table.py` writes the tables.
@@ -34,6 +39,7 @@ from cac_reward.report import UNSPECIFIED, Finding
 from cac_reward.scorer import CaCScorer
 from cac_reward.training.classifier import Classifier
 from cac_reward.training.clips import ClipStore
+from cac_reward.training.curricula import load_curriculum
 from cac_reward.training.lesson_kinds import open_task, open_whole
 from cac_reward.training.lessons import ClipInView, LessonOptions, View
 from cac_reward.training.settings import build_stage
@@ -41,11 +47,12 @@ from cac_reward.training.stages import run_stage
 from cac_reward.training.task_answers import Task, parse_task_answer
 from cac_reward.whole_files import whole_file
 from examples.toy_world.base_judge import build_base
+from examples.toy_world.scales import SCALES, Scale
 
-CLIPS = Path("runs/toy_clips")
-FRAMES = Path("runs/toy_judge/1_frames/judge")
-"""Where single-frame SFT ended: the first stage of configs/reward/toy_stages.yaml."""
-OUTPUT = Path("runs/judge_ablation")
+RECIPE = "configs/reward/toy_stages.yaml"
+"""Its first stage is single-frame SFT."""
+TOGETHER = 32
+"""Lessons of an update."""
 SETS = ("held_out", "held_out_small")
 UNSEEN = ("held_out_colours", "held_out_sizes", "held_out_speeds", "held_out_faults")
 COMMON: dict[str, Any] = {
@@ -55,12 +62,10 @@ COMMON: dict[str, Any] = {
         "learns": "all",
         "gradient_checkpointing": False,
     },
-    "data": {"train": [f"{CLIPS}/mixed.jsonl"], "workers": 1},
+    "data": {"train": ["mixed.jsonl"], "workers": 1},
     "optimizer": {"name": "muon", "learning_rate": 1e-3, "warmup": 20},
     # Every judge that learns from written answers also hears what each frame shows.
     "loss": {"captions": 1.0},
-    "batch": 8,
-    "accumulation": 4,
 }
 GRPO: dict[str, Any] = {
     "trainer": "grpo",
@@ -68,10 +73,17 @@ GRPO: dict[str, Any] = {
     "model": {"attention": "sdpa"},
     "data": {"workers": 0, "anomalous_share": 0.5},
     "lessons": {"inspect": 1.0},
-    "rollout": {"group": 8, "max_call_tokens": 48, "max_answer_tokens": 160},
-    "optimizer": {"name": "adamw", "learning_rate": 1e-4, "schedule": "constant", "warmup": 0},
-    "batch": 64,
+    # At temperature 1 these judges answer so much worse than unsampled that what pays there, such
+    # as wide windows, does not pay at work: docs/results/judge.md.
+    "rollout": {"group": 8, "max_call_tokens": 48, "max_answer_tokens": 160, "temperature": 0.25},
+    "optimizer": {"name": "adamw", "learning_rate": 3e-5, "schedule": "constant", "warmup": 0},
+    "batch": 128,
     "accumulation": 1,
+}
+AT_ONE: dict[str, Any] = {
+    "rollout": {"temperature": 1.0},
+    "optimizer": {"learning_rate": 1e-4},
+    "batch": 64,
     "bf16": False,
 }
 
@@ -94,12 +106,11 @@ VERDICT: dict[str, Any] = {"lessons": {"verdict": 1.0}, "loss": {"decision_words
 WHOLE: dict[str, Any] = {
     "lessons": {"whole": 1.0},
     "loss": {"frames": 1.0, "decision_words": 4.0},
-    "judge": {"scan": {"fps": 8.0, "max_frames": 16, "pixels": 1024}},
 }
 GROUND: dict[str, Any] = {
     "lessons": {"grounding": 1.0},
     "loss": {"frames": 1.0},
-    "data": {"train": [f"{CLIPS}/reflected.jsonl"]},
+    "data": {"train": ["reflected.jsonl"]},
 }
 HEADS: dict[str, Any] = {
     "lessons": {"scan": 1.0},
@@ -111,8 +122,50 @@ REWARDS = {"accuracy": 1.0, "temporal_iou": 1.0, "spatial_iou": 1.0, "format": 0
 EVERYWHERE = (*SETS, *UNSEEN)
 
 
-def variants(updates: int, grpo: int) -> dict[str, Variant]:
+@dataclass(frozen=True)
+class Bench:
+    """Where everything is, and how large."""
+
+    scale: str = "small"
+    """Of `SCALES`."""
+    device: str = "cpu"
+    """Where finished judges are asked."""
+    batch: int = 8
+    """Lessons of a pass; an update has TOGETHER."""
+    frames: int = 1200
+    """Updates of single-frame SFT."""
+
+    def place(self, name: str) -> Path:
+        """A folder of this scale below runs/."""
+        return Path("runs", name if self.scale == "small" else f"{name}_{self.scale}")
+
+    @property
+    def clips(self) -> Path:
+        return self.place("toy_clips")
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Of one judge."""
+        return self.place("judge_ablation") / name / f"seed_{seed}"
+
+    def base(self) -> Path:
+        """Random weights."""
+        folder = self.place("toy_judge") / "base"
+        if not (folder / "config.json").is_file():
+            build_base(folder, scale=SCALES[self.scale])
+        return folder
+
+    def single_frame(self) -> Path:
+        """A judge that has learnt what single frames show; trained if it is not there."""
+        base = self.base()
+        own = [f"output={base.parent}", f"1.model.path={base}"]
+        own += [f"1.data.train=[{self.clips}/rendered.jsonl]", f"1.updates={self.frames}"]
+        return run_stage(load_curriculum(RECIPE, own)[0]).judge
+
+
+def variants(updates: int, grpo: int, scale: Scale) -> dict[str, Variant]:
     """All of them, in the order of the table."""
+    whole_scan = {"fps": scale.world.fps, "max_frames": scale.world.num_frames + 3}
+    whole = {**WHOLE, "judge": {"scan": {**whole_scan, "pixels": scale.whole_side**2}}}
 
     def learn(stage: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         return {"updates": updates, **stage, **more}
@@ -129,7 +182,7 @@ def variants(updates: int, grpo: int) -> dict[str, Variant]:
         "yes_no": Variant(frames, learn(VERDICT, loss=silent), "verdict"),
         # The same, which also hears what each frame shows.
         "yes_no_captions": Variant(frames, learn(VERDICT), "verdict"),
-        "one_turn": Variant(frames, learn(WHOLE), "one_turn"),
+        "one_turn": Variant(frames, learn(whole), "one_turn"),
         "two_turns": Variant(frames, learn(TWO_TURNS), sets=EVERYWHERE),
         "no_single_frame": Variant("random", learn(TWO_TURNS)),
         "thinking_free": Variant(frames, learn(TWO_TURNS, options={"reasons": 0.0})),
@@ -141,34 +194,28 @@ def variants(updates: int, grpo: int) -> dict[str, Variant]:
         ),
         "classifier": Variant(frames, learn(HEADS), "heads"),
         "grpo": Variant(twice, reward(), sets=EVERYWHERE),
+        "grpo_at_one": Variant(twice, dict(OmegaConf.merge(reward(), AT_ONE))),
         "grpo_no_temporal": Variant(twice, reward("temporal_iou")),
         "grpo_no_spatial": Variant(twice, reward("spatial_iou")),
         "grpo_accuracy": Variant(twice, accuracy_only),
     }
 
 
-def folder_of(name: str, seed: int) -> Path:
-    return OUTPUT / name / f"seed_{seed}"
-
-
-def train(name: str, table: Mapping[str, Variant], seed: int) -> tuple[Path, float]:
+def train(name: str, table: Mapping[str, Variant], seed: int, bench: Bench) -> tuple[Path, float]:
     """Train a variant, and what it starts from; its judge and the seconds it took."""
     variant = table[name]
     if variant.start == "random":
-        start = OUTPUT / "random"
-        if not (start / "config.json").is_file():
-            build_base(start)
+        start = bench.base()
     elif variant.start == "frames":
-        start = FRAMES
+        start = bench.single_frame()
     else:
-        start, _ = train(variant.start, table, seed)
-    output = folder_of(name, seed)
-    tree = OmegaConf.merge(COMMON, copy.deepcopy(dict(variant.stage)))
+        start, _ = train(variant.start, table, seed, bench)
+    passes = {"batch": bench.batch, "accumulation": TOGETHER // bench.batch}
+    tree = OmegaConf.merge(COMMON, passes, copy.deepcopy(dict(variant.stage)))
+    tree.data.train = [str(bench.clips / file) for file in tree.data.train]
     tree.model.path = str(start)
-    tree.output = str(output)
+    tree.output = str(bench.folder(name, seed))
     tree.seed = seed
-    if name.startswith("grpo"):
-        tree.optimizer.pop("muon_rate", None)
     result = run_stage(build_stage(tree, name))
     return result.judge, result.seconds
 
@@ -184,10 +231,10 @@ class Verdict:
     box_iou: float
 
 
-def judge_set(folder: Path, reads: str, name: str, count: int) -> list[Verdict]:
+def judge_set(folder: Path, reads: str, name: str, count: int, bench: Bench) -> list[Verdict]:
     """Judge the first clips of a held-out set."""
-    store = ClipStore([CLIPS / f"{name}.jsonl"], split=None)
-    judge = LocalJudge.from_pretrained(folder)
+    store = ClipStore([bench.clips / f"{name}.jsonl"], split=None)
+    judge = LocalJudge.from_pretrained(folder, device=bench.device)
     found: list[Verdict] = []
     for first in range(0, min(count, len(store)), 32):
         numbers = range(first, min(first + 32, count, len(store)))
@@ -295,16 +342,16 @@ def _verdict(clip: Any, p_clean: float, findings: Sequence[Any]) -> Verdict:
     )
 
 
-def measure(name: str, table: Mapping[str, Variant], seed: int, count: int) -> None:
+def measure(name: str, table: Mapping[str, Variant], seed: int, count: int, bench: Bench) -> None:
     """Train and judge what is not there yet."""
     variant = table[name]
-    judge, seconds = train(name, table, seed)
+    judge, seconds = train(name, table, seed, bench)
     for one in variant.sets:
-        file = folder_of(name, seed) / f"{one}.json"
+        file = bench.folder(name, seed) / f"{one}.json"
         if file.is_file():
             continue
         began = time.perf_counter()
-        verdicts = judge_set(judge, variant.reads, one, count)
+        verdicts = judge_set(judge, variant.reads, one, count, bench)
         record = {
             "train_seconds": seconds,
             "judge_seconds": time.perf_counter() - began,
@@ -322,15 +369,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--updates", type=int, default=900, help="of each SFT variant (900)")
+    parser.add_argument(
+        "--frames", type=int, default=1200, help="of the single-frame SFT before it (1,200)"
+    )
     parser.add_argument("--grpo", type=int, default=60, help="updates of GRPO (60)")
     parser.add_argument("--clips", type=int, default=512, help="of each held-out set (512)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--scale", choices=list(SCALES), default="small")
+    parser.add_argument("--device", default="cpu", help="where finished judges are asked (cpu)")
+    parser.add_argument(
+        "--batch", type=int, default=8, help=f"lessons of a pass, of {TOGETHER} of an update (8)"
+    )
     options = parser.parse_args(arguments)
+    if options.batch < 1 or TOGETHER % options.batch:
+        parser.error(f"--batch must divide {TOGETHER}, got {options.batch}")
     torch.set_num_threads(options.threads)
-    table = variants(options.updates, options.grpo)
+    bench = Bench(options.scale, options.device, options.batch, options.frames)
+    table = variants(options.updates, options.grpo, SCALES[options.scale])
+    unknown = set(options.variants or ()) - table.keys()
+    if unknown:
+        parser.error(f"--variants must be of {', '.join(table)}, got {', '.join(sorted(unknown))}")
     for seed in options.seeds:
         for name in options.variants or table:
-            measure(name, table, seed, options.clips)
+            measure(name, table, seed, options.clips, bench)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The table of benchmarks/judge_ablation.py from what it has left in its folder.
 
-    python benchmarks/judge_ablation_table.py > table.md
+    python benchmarks/judge_ablation_table.py [--folder runs/judge_ablation_large] > table.md
 
 Intervals are 95% bootstrap over seeds and clips together: each draw takes seeds with replacement,
 and, since all judges saw the same clips, the same clips with replacement for all of them.
@@ -103,13 +103,13 @@ def show(numbers: tuple[float, float, float], signed: bool = False) -> str:
     return form.format(*(100 * one for one in numbers))
 
 
-def table(name: str, variants: Sequence[str], against: str) -> list[str]:
+def table(folder: Path, name: str, variants: Sequence[str], against: str) -> list[str]:
     """Rows of a set: every measure of every variant, and accuracy against one of them."""
-    base = read(OUTPUT / against, name)
+    base = read(folder / against, name)
     head = ["variant", "seeds", *MEASURES, f"accuracy against {against}", "unjudged", "training s"]
     lines = [f"### {name}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for variant in variants:
-        judges = read(OUTPUT / variant, name)
+        judges = read(folder / variant, name)
         if not judges:
             continue
         located = any(np.nansum(one["time_iou"]) > 0 for one in judges.values())
@@ -130,13 +130,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table for every set that was judged."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--against", default="yes_no", help="variant to compare with (yes_no)")
+    parser.add_argument("--folder", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
-    variants = [one.name for one in sorted(OUTPUT.iterdir()) if one.is_dir()]
-    order = ["yes_no", "yes_no_captions", "classifier", "one_turn", "two_turns", "grpo"]
+    folder = options.folder
+    variants = [one.name for one in sorted(folder.iterdir()) if one.is_dir()]
+    order = [
+        "yes_no",
+        "yes_no_captions",
+        "classifier",
+        "one_turn",
+        "two_turns",
+        "grpo",
+        "grpo_at_one",
+    ]
     variants.sort(key=lambda one: (order.index(one) if one in order else len(order), one))
-    names = sorted({file.stem for file in OUTPUT.glob("*/seed_*/held_out*.json")})
+    names = sorted({file.stem for file in folder.glob("*/seed_*/held_out*.json")})
     for name in names:
-        print("\n".join(table(name, variants, options.against)))
+        print("\n".join(table(folder, name, variants, options.against)))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -28,6 +29,7 @@ from cac_reward.training.lesson_kinds import SHOWS_PROMPT
 from cac_reward.training.task_answers import write_glue
 from cac_reward.whole_files import whole_file
 from examples.toy_world import judge_bank
+from examples.toy_world.scales import SCALES, Scale
 from examples.toy_world.training_state import EVALUATION_SEED, render_batch
 from examples.toy_world.world import (
     COLOURS,
@@ -35,7 +37,6 @@ from examples.toy_world.world import (
     SHAPES,
     Clip,
     PlantedFault,
-    WorldSettings,
     render_clip,
     sample_prompts,
     write_prompt,
@@ -45,7 +46,6 @@ STAGE = 3
 MIXED_STAGE = 5
 REFLECTED_SALT = 5
 HELD_OUT_SEED = EVALUATION_SEED + 500_000_000
-GRID = 32
 WHY = {
     "vanish": "vanishes",
     "teleport": "jumps",
@@ -69,19 +69,19 @@ class Rendition:
     shows_prompt: bool
 
 
-def snap(box: Sequence[float]) -> tuple[float, float, float, float]:
-    """A relative box on the pixel grid, at least one pixel wide and high."""
-    low = [min(round(value * GRID), GRID - 1) for value in box[:2]]
-    high = [max(round(value * GRID), least + 1) for value, least in zip(box[2:], low, strict=True)]
-    return (low[0] / GRID, low[1] / GRID, high[0] / GRID, high[1] / GRID)
+def snap(box: Sequence[float], grid: int) -> tuple[float, float, float, float]:
+    """A relative box on a grid of pixels, at least one pixel wide and high."""
+    low = [min(round(value * grid), grid - 1) for value in box[:2]]
+    high = [max(round(value * grid), least + 1) for value, least in zip(box[2:], low, strict=True)]
+    return (low[0] / grid, low[1] / grid, high[0] / grid, high[1] / grid)
 
 
-def finding(fault: PlantedFault) -> Finding:
+def finding(fault: PlantedFault, grid: int) -> Finding:
     """A planted fault as annotations state it, with a box on each of its frames."""
     return Finding(
         fault.type,
         TimeWindow(*fault.window),
-        tuple(Box(time, *snap(box)) for time, box in fault.boxes),
+        tuple(Box(time, *snap(box, grid)) for time, box in fault.boxes),
         fault.severity,
         f"{fault.target} {WHY[fault.type]}",
     )
@@ -90,14 +90,14 @@ def finding(fault: PlantedFault) -> Finding:
 def captions(clip: Clip) -> tuple[Caption, ...]:
     """What is to be seen in each frame: colours, shapes and boxes, in the order of colours."""
     table = np.array(list(COLOURS.values()), float)
-    names = list(COLOURS)
+    names, grid = list(COLOURS), clip.frames.shape[1]
     found = []
     for frame in range(len(clip.frames)):
         seen = {}
         for track in reversed(clip.tracks):
             if track.alpha[frame] > 0.5:
                 colour = int(np.abs(track.rgb[frame] - table).sum(1).argmin())
-                box = [round(value * 1000) for value in snap(track.box(frame))]
+                box = [round(value * 1000) for value in snap(track.box(frame), grid)]
                 seen[colour] = f"{names[colour]} {track.shape} {box}"
         text = "; ".join(seen[colour] for colour in sorted(seen)) or "nothing"
         window = TimeWindow(frame / clip.fps, (frame + 1) / clip.fps)
@@ -119,7 +119,7 @@ def annotation(rendition: Rendition, split: str) -> AnnotatedClip:
         width=clip.frames.shape[2],
         height=clip.frames.shape[1],
         verdict="anomalous" if clip.faults else "clean",
-        findings=tuple(finding(one) for one in clip.faults),
+        findings=tuple(finding(one, clip.frames.shape[1]) for one in clip.faults),
         captions=captions(clip),
         extra={SHOWS_PROMPT: "yes" if rendition.shows_prompt else "no"},
     )
@@ -164,10 +164,10 @@ def rendition(clip: Clip, frames: np.ndarray, path: str, salt: int) -> Rendition
     return Rendition(clip, frames, path, prompt, shown)
 
 
-def rendered(count: int) -> Iterator[Rendition]:
+def rendered(count: int, scale: Scale) -> Iterator[Rendition]:
     """Training clips straight from the renderer."""
     for number in range(count):
-        clip = render_batch(STAGE, number, 1)[0]
+        clip = render_batch(STAGE, number, 1, scale.world)[0]
         yield rendition(clip, clip.frames, f"rendered/{number:06}.mkv", 0)
 
 
@@ -185,34 +185,35 @@ def redrawn(bank_file: Path) -> Iterator[Rendition]:
 class HeldOutSet:
     """Clips that training never sees, and what is unusual about them."""
 
-    settings: WorldSettings = WorldSettings()
+    world: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that differ from the usual."""
     fault: str | None = None
     """The only type of fault; None for all that training knows."""
 
 
-SMALL = WorldSettings(object_scale=0.58, fault_frames=1)
+SMALL: Mapping[str, Any] = {"object_scale": 0.58, "fault_frames": 1}
 """Objects that cover under 5% of the area (their boxes 4% on average, at most 6%); faults of one
-frame of 13, but for stops (two) and jumps (the frames on both sides)."""
+frame, but for stops (two) and jumps (the frames on both sides)."""
 UNSEEN_FAULT = "deform"
 """The type that `mixed.jsonl` leaves out."""
 HELD_OUT: dict[str, HeldOutSet] = {
     "held_out": HeldOutSet(),
     "held_out_small": HeldOutSet(SMALL),
-    "held_out_colours": HeldOutSet(WorldSettings(hue_shift=25.0)),
-    "held_out_sizes": HeldOutSet(WorldSettings(object_scale=0.75)),
-    "held_out_speeds": HeldOutSet(WorldSettings(speed_scale=1.6)),
+    "held_out_colours": HeldOutSet({"hue_shift": 25.0}),
+    "held_out_sizes": HeldOutSet({"object_scale": 0.75}),
+    "held_out_speeds": HeldOutSet({"speed_scale": 1.6}),
     "held_out_faults": HeldOutSet(fault=UNSEEN_FAULT),
 }
 
 
-def mixed(count: int) -> Iterator[Rendition]:
+def mixed(count: int, scale: Scale) -> Iterator[Rendition]:
     """Training clips of which every other is of small objects with short faults.
 
     One type of fault never occurs, so that it can be asked of a judge that has not met it.
     """
     made = number = 0
     while made < count:
-        settings = SMALL if made % 2 else WorldSettings()
+        settings = replace(scale.world, **(SMALL if made % 2 else {}))
         clip = render_batch(MIXED_STAGE, number, 1, settings)[0]
         number += 1
         if all(fault.type != UNSEEN_FAULT for fault in clip.faults):
@@ -263,15 +264,16 @@ def write_reflected(output: Path) -> Path:
     return file
 
 
-def held_out(name: str, count: int) -> Iterator[Rendition]:
+def held_out(name: str, count: int, scale: Scale) -> Iterator[Rendition]:
     """Clips of held-out prompts, from seeds of their own."""
     wanted = HELD_OUT[name]
+    world = replace(scale.world, **wanted.world)
     made = number = 0
     while made < count:
         fault = wanted.fault if made % 2 else "none"
         clip = render_clip(
             HELD_OUT_SEED + number,
-            wanted.settings,
+            world,
             split="evaluation",
             fault=None if wanted.fault is None else fault,
         )
@@ -316,6 +318,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/toy_clips"))
     parser.add_argument(
+        "--scale", choices=list(SCALES), default="small", help="size of the clips (small)"
+    )
+    parser.add_argument(
         "--sets",
         nargs="+",
         default=["rendered", "held_out"],
@@ -328,19 +333,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=512, help="of each held-out set (512)")
     parser.add_argument("--bank", type=Path, help="of judge_bank, which redrawn needs")
     options = parser.parse_args(arguments)
+    if "redrawn" in options.sets and options.scale != "small":
+        parser.error(
+            "--scale must be small for the set 'redrawn': the toy generator draws no other"
+        )
     if "redrawn" in options.sets and options.bank is None:
         parser.error("--bank must name the bank of judge_bank for the set 'redrawn'")
     options.output.mkdir(parents=True, exist_ok=True)
+    scale = SCALES[options.scale]
     for name in options.sets:
         if name == "redrawn":
             write_clips(options.output, name, redrawn(options.bank), judge_bank.BANK * 2)
         elif name == "reflected":
             write_reflected(options.output)
         elif name in HELD_OUT:
-            write_clips(options.output, name, held_out(name, options.held_out), options.held_out)
+            clips = held_out(name, options.held_out, scale)
+            write_clips(options.output, name, clips, options.held_out)
         else:
-            made = rendered(options.count) if name == "rendered" else mixed(options.count)
-            write_clips(options.output, name, made, options.count)
+            draw = rendered if name == "rendered" else mixed
+            write_clips(options.output, name, draw(options.count, scale), options.count)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the toy judge begins: a stock Qwen3-VL of 1.4M random weights and the protocol's words.
+"""Where toy judges begin: a stock Qwen3-VL with random weights and the protocol's words.
 
 `python -m examples.toy_world.base_judge --output runs/toy_judge/base`
 """
@@ -26,26 +26,39 @@ from cac_reward.questions import (
 )
 from cac_reward.report import Box, Finding, TimeWindow
 from cac_reward.training.lesson_kinds import CAPTION_TEXTS, FRAME_TEXTS
-from examples.toy_world.annotated_clips import GRID, WHY
+from examples.toy_world.annotated_clips import WHY
 from examples.toy_world.judge_folder import build_config, build_processor, build_tokenizer
+from examples.toy_world.scales import SCALES, Scale
 from examples.toy_world.world import COLOURS, FAULTS, MOTIONS, SHAPES, WorldSettings
 
 PATCH = 8
-SCAN_SIDE = 24
-INSPECT_SIDE = 32
-SETTINGS = JudgeSettings(
-    wording="brief",
-    domain="toy_world",
-    scan=ScanSettings(fps=8.0, max_frames=16, pixels=SCAN_SIDE**2),
-    inspect=InspectSettings(fps=8.0, max_frames=8, pixels=INSPECT_SIDE**2, margin_seconds=0.25),
-)
+MOST_TOKENS = 900
 
 
-def number_tokens(num_frames: int, fps: float) -> list[str]:
+def judge_settings(scale: Scale) -> JudgeSettings:
+    """How a toy judge is asked: every frame in turn 1, smaller than it is."""
+    world = scale.world
+    return JudgeSettings(
+        wording="brief",
+        domain="toy_world",
+        scan=ScanSettings(
+            fps=world.fps, max_frames=world.num_frames + 3, pixels=scale.scan_side**2
+        ),
+        inspect=InspectSettings(
+            fps=world.fps,
+            max_frames=scale.inspect_frames,
+            pixels=scale.inspect_side**2,
+            margin_seconds=0.25,
+        ),
+    )
+
+
+def number_tokens(world: WorldSettings) -> list[str]:
     """Texts that become one token each: time stamps, times and pixel-grid coordinates."""
-    times = [f"{frame / fps:.2f}" for frame in range(num_frames + 1)]
-    stamps = [write_time(frame / fps) for frame in range(num_frames + 1)]
-    places = sorted({str(round(place * 1000 / GRID)) for place in range(GRID + 1)}, key=int)
+    times = [f"{frame / world.fps:.2f}" for frame in range(world.num_frames + 1)]
+    stamps = [write_time(frame / world.fps) for frame in range(world.num_frames + 1)]
+    grid = world.size
+    places = sorted({str(round(place * 1000 / grid)) for place in range(grid + 1)}, key=int)
     return stamps + times + places
 
 
@@ -70,13 +83,16 @@ def protocol_corpus() -> list[str]:
     return questions + answers + captions + [*turns, write_tool_call([window, window])] * 50
 
 
-def build_base(folder: Path, seed: int = 3) -> Path:
+def build_base(folder: Path, seed: int = 3, scale: Scale = SCALES["small"]) -> Path:
     """Write the judge with random weights, its processor and how it is asked."""
-    settings = WorldSettings()
-    whole = number_tokens(settings.num_frames, settings.fps)
-    tokenizer = build_tokenizer(protocol_corpus(), 700, whole)
+    tokenizer = build_tokenizer(protocol_corpus(), MOST_TOKENS, number_tokens(scale.world))
     config = build_config(
-        tokenizer, hidden_size=128, layers=4, heads=4, vision_layers=2, patch_size=PATCH
+        tokenizer,
+        hidden_size=scale.hidden_size,
+        layers=scale.layers,
+        heads=scale.heads,
+        vision_layers=scale.vision_layers,
+        patch_size=PATCH,
     )
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
@@ -84,7 +100,7 @@ def build_base(folder: Path, seed: int = 3) -> Path:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     build_processor(tokenizer, PATCH, 1).save_pretrained(folder)
-    SETTINGS.save(folder)
+    judge_settings(scale).save(folder)
     return folder
 
 
@@ -93,8 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/toy_judge/base"))
     parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--scale", choices=list(SCALES), default="small")
     options = parser.parse_args(arguments)
-    build_base(options.output, options.seed)
+    build_base(options.output, options.seed, SCALES[options.scale])
 
 
 if __name__ == "__main__":

@@ -145,7 +145,8 @@ def judge_card(
     )
     return (
         f"{text}{use}\n## Data\n\n{data}\n\n## Training\n\n{_minutes(seconds['judge'])} on "
-        f"{machine}, by the stages of `configs/reward/toy_stages.yaml`.\n\n## Measured\n\nAgainst the oracle (`oracle.py`, which tracks pixels and "
+        f"{machine}, by the stages of `configs/reward/toy_stages.yaml`.\n\n## Measured\n\n"
+        "Against the oracle (`oracle.py`, which tracks pixels and "
         f"shares no code with it) on {figures['guided']['generator']['videos']} videos for each "
         "column that the toy generator drew for held-out prompts:\n\n"
         f"{_table(head, rows)}\n"

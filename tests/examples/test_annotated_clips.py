@@ -10,6 +10,7 @@ import torch
 
 from cac_reward.answers import parse_findings, write_findings
 from cac_reward.data.storage import read_annotations
+from cac_reward.frames import scan_indices
 from cac_reward.judges.local import LocalJudge
 from cac_reward.training.clips import ClipStore
 from cac_reward.training.task_answers import Task, parse_task_answer, write_task_answer
@@ -27,7 +28,13 @@ from examples.toy_world.annotated_clips import (
     snap,
     wrong_prompt,
 )
-from examples.toy_world.base_judge import build_base, number_tokens, protocol_corpus
+from examples.toy_world.base_judge import (
+    build_base,
+    judge_settings,
+    number_tokens,
+    protocol_corpus,
+)
+from examples.toy_world.scales import SCALES, Scale
 from examples.toy_world.training_state import render_batch
 from examples.toy_world.world import render_clip, split_of
 
@@ -35,22 +42,23 @@ NUM_FRAMES = 13
 
 
 def test_boxes_lie_on_the_pixel_grid() -> None:
-    assert snap((0.1, 0.2, 0.11, 0.9)) == (0.09375, 0.1875, 0.125, 0.90625)
-    assert snap((0.999, 0, 1, 0.001)) == (0.96875, 0.0, 1.0, 0.03125)
+    assert snap((0.1, 0.2, 0.11, 0.9), 32) == (0.09375, 0.1875, 0.125, 0.90625)
+    assert snap((0.999, 0, 1, 0.001), 32) == (0.96875, 0.0, 1.0, 0.03125)
     random = np.random.default_rng(0)
     for _ in range(100):
         x, y = np.sort(random.random((2, 2)), axis=1)
-        box = snap((x[0], y[0], x[1], y[1]))
-        assert box[0] < box[2]
-        assert box[1] < box[3]
-        assert all(value * 32 == round(value * 32) for value in box)
+        for grid in (32, 64):
+            box = snap((x[0], y[0], x[1], y[1]), grid)
+            assert box[0] < box[2]
+            assert box[1] < box[3]
+            assert all(value * grid == round(value * grid) for value in box)
 
 
 def test_a_fault_is_stated_with_its_window_and_a_box_on_each_of_its_frames() -> None:
     for seed in range(20):
         clip = render_clip(seed)
         for fault in clip.faults:
-            stated = finding(fault)
+            stated = finding(fault, clip.frames.shape[1])
             frames = range(fault.first_frame, fault.last_frame + 1)
             assert stated.type == fault.type
             assert stated.window.frame_indices(NUM_FRAMES, clip.fps) == frames
@@ -116,9 +124,12 @@ def test_files_give_back_every_pixel_and_every_word(tmp_path: Path) -> None:
     assert {one: one.read_bytes() for one in tmp_path.rglob("*.*")} == before
 
 
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 @pytest.mark.parametrize("name", HELD_OUT)
-def test_held_out_sets_are_what_they_are_called(name: str) -> None:
-    clips = [one.clip for one in held_out(name, 24)]
+def test_held_out_sets_are_what_they_are_called(name: str, scale: Scale) -> None:
+    clips = [one.clip for one in held_out(name, 24, scale)]
+    shape = (scale.world.num_frames, scale.world.size, scale.world.size, 3)
+    assert {clip.frames.shape for clip in clips} == {shape}
     faults = [fault for clip in clips for fault in clip.faults]
     assert {split_of(clip.prompt) for clip in clips} == {"evaluation"}
     assert 4 < len(faults)
@@ -135,8 +146,9 @@ def test_held_out_sets_are_what_they_are_called(name: str) -> None:
     )
 
 
-def test_mixed_clips_leave_one_fault_out_and_make_every_other_small() -> None:
-    clips = [one.clip for one in mixed(40)]
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_mixed_clips_leave_one_fault_out_and_make_every_other_small(scale: Scale) -> None:
+    clips = [one.clip for one in mixed(40, scale)]
     assert all(fault.type != UNSEEN_FAULT for clip in clips for fault in clip.faults)
     areas = [
         [
@@ -205,12 +217,29 @@ def test_the_bank_must_be_named_for_redrawn_clips(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         main(["--sets", "redrawn"])
     assert "--bank must name the bank" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--sets", "redrawn", "--scale", "large"])
+    assert "--scale must be small for the set 'redrawn'" in capsys.readouterr().err
 
 
-def test_the_base_judge_has_a_token_for_every_time_and_place(tmp_path: Path) -> None:
-    judge = LocalJudge.from_pretrained(build_base(tmp_path))
+def test_both_turns_see_about_as_much_as_one_turn_does() -> None:
+    """And no more, so that what two turns gain is not for their pixels."""
+    for scale in SCALES.values():
+        world = scale.world
+        two = world.num_frames * scale.scan_side**2 + scale.inspect_frames * scale.inspect_side**2
+        assert 0.8 * two < world.num_frames * scale.whole_side**2 <= two
+        settings = judge_settings(scale)
+        assert len(scan_indices(world.num_frames, world.fps, settings.scan)) == world.num_frames
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_the_base_judge_has_a_token_for_every_time_and_place(scale: Scale, tmp_path: Path) -> None:
+    # As wide as the tests have patience for; the words are those of the scale.
+    judge = LocalJudge.from_pretrained(
+        build_base(tmp_path, scale=replace(scale, hidden_size=64, heads=2))
+    )
     tokenizer = judge._tokenizer
-    for text in number_tokens(NUM_FRAMES, 8.0):
+    for text in number_tokens(scale.world):
         assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1, text
     for text in protocol_corpus():
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text

@@ -1,0 +1,60 @@
+"""Two sizes of the toy world's judges: one for two cores, and one for a GPU at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from examples.toy_world.world import WorldSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large clips are, how much of them each turn shows, and how large the judge is."""
+
+    world: WorldSettings
+    """Size and number of frames."""
+    scan_side: int
+    """Height and width at which turn 1 sees every frame."""
+    inspect_side: int
+    """And turn 2 up to `inspect_frames` frames."""
+    inspect_frames: int
+    whole_side: int
+    """At which every frame has about as many pixels, all together, as both turns."""
+    hidden_size: int
+    """Of the language model and the vision tower."""
+    layers: int
+    heads: int
+    vision_layers: int
+
+    @property
+    def grid(self) -> int:
+        """Places of a box's corners along a side."""
+        return self.world.size
+
+
+SCALES: Mapping[str, Scale] = {
+    "small": Scale(
+        world=WorldSettings(),
+        scan_side=24,
+        inspect_side=32,
+        inspect_frames=8,
+        whole_side=32,
+        hidden_size=128,
+        layers=4,
+        heads=4,
+        vision_layers=2,
+    ),
+    "large": Scale(
+        world=WorldSettings(size=64, num_frames=25),
+        scan_side=24,
+        inspect_side=64,
+        inspect_frames=8,
+        whole_side=40,
+        hidden_size=512,
+        layers=6,
+        heads=8,
+        vision_layers=4,
+    ),
+}
+"""The judge of 'small' has 1.4M weights and learns on two cores; that of 'large' has over 20M."""

@@ -1,0 +1,240 @@
+"""Every algorithm row on the toy world: how far the oracle's anomaly rate falls, and what it costs.
+
+    python -m benchmarks.algorithms --seeds 0 1 2
+    python -m benchmarks.algorithms --rows grpo nft --seeds 0   # One process for each few rows.
+    python -m benchmarks.algorithms --only-table
+
+Every run is a config of configs/rl with another `algorithm`; rewards, guards, prompts and videos of
+an update are the same for all. The oracle watches as an evaluation reward: the same held-out videos
+(prompts and noise), drawn without exploration by what the run would save. What is finished is not
+run again and what was stopped goes on from its last checkpoint. Writes algorithms.md (also printed)
+into the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cac_reward.whole_files import whole_file
+from diffusion_rl.configuration import RunSettings, build, load_config, to_tree
+from diffusion_rl.launch import prepare, train
+from diffusion_rl.rollout import rollout
+from diffusion_rl.tracking import METRICS_FILE, read_metrics
+from examples.toy_world import oracle
+
+OUTPUT = Path("runs/algorithms")
+RECORDED, NOISED = "configs/rl/toy_grpo.yaml", "configs/rl/toy_nft.yaml"
+ORACLE = {"name": "oracle", "target": "examples.toy_world.demo_evaluation:judge_by_oracle"}
+PROMPTS = "examples/toy_world/prompts/evaluation.txt"
+EVERY = 10
+"""Updates between two looks of the oracle."""
+PER_PROMPT = 4
+"""Held-out videos of each of 32 prompts."""
+MEASURED = "evaluation/oracle"
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a row is run on the toy world."""
+
+    config: str
+    """A YAML; its rewards, guards and prompts are kept."""
+    algorithm: Mapping[str, Any]
+    """Takes the place of the YAML's; `None` in it stands for nothing."""
+    rollout: Mapping[str, Any] | None = None
+    """Beside the YAML's."""
+    learning_rate: float | None = None
+    """Instead of the YAML's."""
+
+
+# Flow-SDE and DanceGRPO's steps blur an eight-step video (docs/results/demo.md), so that rows which
+# may take coefficients-preserving steps do; those that need a density explore less.
+CPS = {"transition": "cps", "clip_range": 2e-3, "kl_weight": 1e-3, "inner_steps": 2}
+QUIET = {"noise_level": 0.4, "eligible_steps": 5}
+ROWS: Mapping[str, Row] = {
+    "ddpo": Row(RECORDED, {"name": "ddpo", **CPS}),
+    "grpo": Row(RECORDED, {"name": "grpo", **CPS}),
+    "dance_grpo": Row(RECORDED, {"name": "dance_grpo", **CPS}),
+    "mix_grpo": Row(RECORDED, {"name": "mix_grpo", **CPS, "updates_per_window": 10}),
+    "grpo_guard": Row(RECORDED, {"name": "grpo_guard", "kl_weight": 1e-3, "inner_steps": 2}, QUIET),
+    "dppo": Row(RECORDED, {"name": "dppo", "kl_weight": 1e-3, "inner_steps": 2}, QUIET),
+    "nft": Row(
+        NOISED,
+        {
+            **{"name": "nft", "advantage_clip": 2.5, "kl_weight": 0.02},
+            **{"old_decay_rate": 0.02, "old_decay_limit": 0.8},
+        },
+    ),
+    "awm": Row(NOISED, {"name": "awm", "kl_weight": 0.02, "old_decay_rate": 0.02}),
+    "raft": Row(NOISED, {"name": "raft", "keep": 2}),
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What the oracle saw of one run."""
+
+    row: str
+    seed: int
+    updates: Sequence[int]
+    """At which it looked."""
+    rates: Sequence[float]
+    """Share of the held-out videos that are broken."""
+    videos: Sequence[int]
+    """Drawn for training up to then."""
+    seconds: Sequence[float]
+    """Spent in updates up to then."""
+
+    def halved(self, base: float) -> int | None:
+        """Place of the first look at half the base's rate or less; None if there is none."""
+        return next((at for at, rate in enumerate(self.rates) if rate <= base / 2), None)
+
+
+def run_settings(options: argparse.Namespace, name: str, seed: int) -> RunSettings:
+    """A row's run, watched by the oracle."""
+    row = ROWS[name]
+    tree = to_tree(load_config(row.config))
+    tree["algorithm"] = dict(row.algorithm)
+    tree["rollout"].update(row.rollout or {})
+    if row.learning_rate is not None:
+        tree["optimizer"]["learning_rate"] = row.learning_rate
+    tree["evaluation"] = {
+        **{"rewards": [ORACLE], "prompts": PROMPTS},
+        **{"every": EVERY, "videos_per_prompt": PER_PROMPT},
+    }
+    output = str(options.output / f"{name}_{seed}")
+    return build({**tree, "seed": seed, "updates": options.updates, "output": output})
+
+
+def run_row(settings: RunSettings) -> None:
+    """Run it to its end, from where it stands."""
+    done = read_metrics(Path(settings.output) / METRICS_FILE)
+    if done and done[-1]["step"] >= settings.updates:
+        return
+    for report in train(prepare(settings)):
+        if report.evaluation:
+            print(
+                f"{settings.output}: update {report.step}/{settings.updates}, broken "
+                f"{1 - report.evaluation['oracle']:.3f}, {report.seconds:.0f} s",
+                flush=True,
+            )
+
+
+def base_rate(options: argparse.Namespace) -> float:
+    """How often the untrained generator breaks the held-out videos; kept."""
+    path = options.output / "base.txt"
+    if path.is_file():
+        return float(path.read_text(encoding="utf-8"))
+    tree = to_tree(run_settings(options, "nft", seed=0))
+    run = prepare(build({**tree, "output": str(options.output / "base")}))
+    assert run.held_out is not None
+    prompts, embeddings = run.held_out.prompts, run.held_out.embeddings
+    assert embeddings is not None
+    index = torch.arange(len(prompts)).repeat_interleave(PER_PROMPT)
+    own = run.settings.rollout
+    drawn = rollout(run.generator, embeddings, index, range(len(index)), own)
+    texts = [prompts[one] for one in index.tolist()]
+    reports = oracle.judge_videos(drawn.videos, texts, run.generator.fps)
+    rate = float(np.mean([report.broken for report in reports]))
+    with whole_file(path) as file:
+        file.write(repr(rate))
+    return rate
+
+
+def read_curve(options: argparse.Namespace, row: str, seed: int) -> Curve | None:
+    """What a run has written so far; None if the oracle has not looked."""
+    lines = read_metrics(options.output / f"{row}_{seed}" / METRICS_FILE)
+    seen = [line for line in lines if line.get(MEASURED) is not None]
+    if not seen:
+        return None
+    each = PER_PROMPT * num_prompts()
+    return Curve(
+        row,
+        seed,
+        [line["step"] for line in seen],
+        [1 - line[MEASURED] for line in seen],
+        [line["videos_generated"] - look * each for look, line in enumerate(seen, start=1)],
+        [line["seconds"] for line in seen],
+    )
+
+
+def num_prompts() -> int:
+    """Held-out prompts."""
+    return len(Path(PROMPTS).read_text(encoding="utf-8").split("\n")) - 1
+
+
+def mean_and_spread(values: Sequence[float], form: str) -> str:
+    """A mean, and the least and the most where there are several."""
+    if len(values) == 1:
+        return form.format(values[0])
+    low, high = form.format(min(values)), form.format(max(values))
+    return f"{form.format(float(np.mean(values)))} ({low} to {high})"
+
+
+def write_table(base: float, curves: Sequence[Curve]) -> str:
+    """One line for each row, over its seeds."""
+    lines = [
+        f"Base generator: {100 * base:.1f}% broken. In brackets least and most of the seeds.",
+        "",
+        "| row | seeds | updates | broken at the end | fewer | lowest | videos to halve "
+        "| seconds to halve | seconds an update |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        own = [curve for curve in curves if curve.row == row]
+        if not own:
+            continue
+        last = [curve.rates[-1] for curve in own]
+        halves = [(curve, curve.halved(base)) for curve in own]
+        reached = [(curve, at) for curve, at in halves if at is not None]
+        videos, seconds = "not reached", ""
+        if reached:
+            of_all = "" if len(reached) == len(own) else f", {len(reached)} of {len(own)} seeds"
+            videos = mean_and_spread([one.videos[at] for one, at in reached], "{:,.0f}") + of_all
+            seconds = mean_and_spread([one.seconds[at] for one, at in reached], "{:.0f}")
+        each = [curve.seconds[-1] / curve.updates[-1] for curve in own]
+        cells = [
+            *(row, str(len(own)), str(min(curve.updates[-1] for curve in own))),
+            mean_and_spread([100 * rate for rate in last], "{:.1f}%"),
+            mean_and_spread([100 * (1 - rate / base) for rate in last], "{:.0f}%"),
+            mean_and_spread([100 * min(curve.rates) for curve in own], "{:.1f}%"),
+            *(videos, seconds, mean_and_spread(each, "{:.1f}")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is missing, then write the table of what there is."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--only-table", action="store_true")
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for seed in [] if options.only_table else options.seeds:
+        for row in options.rows:
+            run_row(run_settings(options, row, seed))
+    curves = [
+        curve
+        for row in ROWS
+        for seed in options.seeds
+        if (curve := read_curve(options, row, seed)) is not None
+    ]
+    table = write_table(base_rate(options), curves)
+    with whole_file(options.output / "algorithms.md") as file:
+        file.write(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -162,14 +163,12 @@ def test_a_setting_must_be_a_number(value: str, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.slow
 def test_a_judge_at_an_endpoint_says_what_it_says_here(
-    toy_judge_folder: Path, tmp_path: Path
+    toy_judge_folder: Path, toy_videos: torch.Tensor, tmp_path: Path
 ) -> None:
     pytest.importorskip("openai", reason="the extra 'serve' is not installed")
-    generator = torch.Generator().manual_seed(1)
     (tmp_path / "clips").mkdir()
-    for name in ("a", "b"):
-        video = Video.from_float(torch.rand(13, 3, 32, 32, generator=generator), 8.0)
-        video.save(tmp_path / "clips" / f"{name}.mp4")
+    for name, frames in zip(("a", "b"), toy_videos, strict=True):
+        Video.from_float(frames, 8.0).save(tmp_path / "clips" / f"{name}.mp4")
     clips = ["score", str(tmp_path / "clips"), "--mode", "fast", "--scan", "max_frames=5"]
     here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
     main([*clips, "--judge", str(toy_judge_folder), "--output", str(here)])
@@ -183,7 +182,10 @@ def test_a_judge_at_an_endpoint_says_what_it_says_here(
         assert found.scan_frames == expected.scan_frames
         assert len(found.scan_frames) == 5
         assert found.settings == expected.settings
-        assert found.reward == pytest.approx(expected.reward, abs=1e-3)
+        assert found.reward == pytest.approx(expected.reward, abs=1e-3, nan_ok=True)
+    # With so few frames it may fail to judge one of them; not to be judged is an answer, too.
+    rewards = [record.report.reward for record in read_records(there).values() if record.report]
+    assert not all(math.isnan(reward) for reward in rewards)
 
 
 def test_without_openai_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

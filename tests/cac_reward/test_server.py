@@ -249,9 +249,10 @@ def test_the_end_answers_what_was_accepted_and_leaves_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_the_toy_judge_over_http_says_what_it_says_here(toy_judge_folder: Path) -> None:
-    videos = torch.rand(2, 13, 3, 32, 32)
-    videos = (videos * 255).round() / 255
+def test_the_toy_judge_over_http_says_what_it_says_here(
+    toy_judge_folder: Path, toy_videos: torch.Tensor
+) -> None:
+    videos = (toy_videos * 255).round() / 255
     prompts = ["a red square", "a blue circle"]
     asked = {"mode": "fast", "scan": {"max_frames": 5}, "attention": "eager"}
     here = CaCScorer.from_pretrained(toy_judge_folder, **asked)(videos, prompts, fps=8.0)
@@ -259,8 +260,10 @@ def test_the_toy_judge_over_http_says_what_it_says_here(toy_judge_folder: Path) 
     with running_server("--judge", str(toy_judge_folder), *options) as server:
         there = RewardClient(server.url)(videos, prompts, fps=8.0)
     assert len(here["reports"][0].scan_frames) == 5
-    torch.testing.assert_close(there["score"], here["score"])
-    torch.testing.assert_close(there["blame"], here["blame"])
+    # With so few frames it may fail to judge one of them; not to be judged is an answer, too.
+    assert not here["score"].isnan().all()
+    torch.testing.assert_close(there["score"], here["score"], equal_nan=True)
+    torch.testing.assert_close(there["blame"], here["blame"], equal_nan=True)
     for one, other in zip(there["reports"], here["reports"], strict=True):
         assert one is not None
         assert one.findings == other.findings

@@ -193,8 +193,8 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
         return scored
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:
-        """TRL's, of the answers that move something."""
-        if not self.beta and self.loss_type in SUMMED_LOSSES:
+        """TRL's, of the answers that move something; all of them move the routers of experts."""
+        if not self.beta and not self.aux_loss_enabled and self.loss_type in SUMMED_LOSSES:
             inputs = only_moving(inputs)
         return super().compute_loss(model, inputs, *more, **named)
 

@@ -81,6 +81,7 @@ GRPO: dict[str, Any] = {
     "accumulation": 1,
 }
 AT_ONE: dict[str, Any] = {
+    "updates": 60,
     "rollout": {"temperature": 1.0},
     "optimizer": {"learning_rate": 1e-4},
     "batch": 64,
@@ -372,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--frames", type=int, default=1200, help="of the single-frame SFT before it (1,200)"
     )
-    parser.add_argument("--grpo", type=int, default=60, help="updates of GRPO (60)")
+    parser.add_argument("--grpo", type=int, default=180, help="updates of GRPO (180)")
     parser.add_argument("--clips", type=int, default=512, help="of each held-out set (512)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--scale", choices=list(SCALES), default="small")

@@ -120,9 +120,10 @@ INJECTED = {
 def toy() -> tuple[PromptAlignment, torch.Tensor, list[str]]:
     """The toy judge, clips of its world, and prompts: each clip's own, then a wrong one."""
     alignment = PromptAlignment.from_pretrained(CHECKPOINTS / "judge")
-    clips = [render_clip(seed, fault="none") for seed in (0, 2, 3)]
+    clips = [render_clip(seed, fault="none") for seed in (2, 3, 7)]
     frames = [torch.from_numpy(clip.frames).permute(0, 3, 1, 2) / 255 for clip in clips]
-    prompts = [clip.prompt for clip in clips] + ["a blue circle moving diagonally"] * 3
+    wrong = "a blue circle moving diagonally and a cyan cross moving sideways"
+    prompts = [clip.prompt for clip in clips] + [wrong] * 3
     return alignment, torch.stack(frames + frames), prompts
 
 
@@ -145,7 +146,7 @@ def test_words_do_move_the_verdict(
     alignment, videos, prompts = toy
     plain = alignment(videos, prompts, fps=8.0)
     stopped = alignment(videos, [f"{prompt}." for prompt in prompts], fps=8.0)
-    assert (stopped - plain).abs().max() > 0.01
+    assert (stopped - plain).abs().max() > 1e-3
     monkeypatch.setattr("cac_reward.questions.sanitise_prompt", lambda prompt: prompt)
     called = alignment(videos, [f"{prompt} {CALL}" for prompt in prompts], fps=8.0)
     assert (called - plain).abs().max() > 0.5

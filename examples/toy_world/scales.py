@@ -27,11 +27,6 @@ class Scale:
     heads: int
     vision_layers: int
 
-    @property
-    def grid(self) -> int:
-        """Places of a box's corners along a side."""
-        return self.world.size
-
 
 SCALES: Mapping[str, Scale] = {
     "small": Scale(
@@ -57,4 +52,4 @@ SCALES: Mapping[str, Scale] = {
         vision_layers=4,
     ),
 }
-"""The judge of 'small' has 1.4M weights and learns on two cores; that of 'large' has over 20M."""
+"""The judge of 'small' has 1.4M weights and learns on two cores; that of 'large' has 33M."""

@@ -22,9 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.runs import train_to_end
 from cac_reward.whole_files import whole_file
 from diffusion_rl.configuration import RunSettings, build, load_config, to_tree
-from diffusion_rl.launch import prepare, train
+from diffusion_rl.launch import prepare
+from diffusion_rl.progress import StepReport
+from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rollout import rollout
 from diffusion_rl.tracking import METRICS_FILE, read_metrics
 from examples.toy_world import oracle
@@ -46,12 +49,10 @@ class Row:
 
     config: str
     """A YAML; its rewards, guards and prompts are kept."""
-    algorithm: Mapping[str, Any]
-    """Takes the place of the YAML's; `None` in it stands for nothing."""
+    algorithm: Mapping[str, Any] | None = None
+    """Takes the place of the YAML's; None keeps it."""
     rollout: Mapping[str, Any] | None = None
     """Beside the YAML's."""
-    learning_rate: float | None = None
-    """Instead of the YAML's."""
 
 
 # Flow-SDE and DanceGRPO's steps blur an eight-step video (docs/results/demo.md), so that rows which
@@ -60,18 +61,12 @@ CPS = {"transition": "cps", "clip_range": 2e-3, "kl_weight": 1e-3, "inner_steps"
 QUIET = {"noise_level": 0.4, "eligible_steps": 5}
 ROWS: Mapping[str, Row] = {
     "ddpo": Row(RECORDED, {"name": "ddpo", **CPS}),
-    "grpo": Row(RECORDED, {"name": "grpo", **CPS}),
+    "grpo": Row(RECORDED),
     "dance_grpo": Row(RECORDED, {"name": "dance_grpo", **CPS}),
     "mix_grpo": Row(RECORDED, {"name": "mix_grpo", **CPS, "updates_per_window": 10}),
     "grpo_guard": Row(RECORDED, {"name": "grpo_guard", "kl_weight": 1e-3, "inner_steps": 2}, QUIET),
     "dppo": Row(RECORDED, {"name": "dppo", "kl_weight": 1e-3, "inner_steps": 2}, QUIET),
-    "nft": Row(
-        NOISED,
-        {
-            **{"name": "nft", "advantage_clip": 2.5, "kl_weight": 0.02},
-            **{"old_decay_rate": 0.02, "old_decay_limit": 0.8},
-        },
-    ),
+    "nft": Row(NOISED),
     "awm": Row(NOISED, {"name": "awm", "kl_weight": 0.02, "old_decay_rate": 0.02}),
     "raft": Row(NOISED, {"name": "raft", "keep": 2}),
 }
@@ -101,10 +96,9 @@ def run_settings(options: argparse.Namespace, name: str, seed: int) -> RunSettin
     """A row's run, watched by the oracle."""
     row = ROWS[name]
     tree = to_tree(load_config(row.config))
-    tree["algorithm"] = dict(row.algorithm)
+    if row.algorithm is not None:
+        tree["algorithm"] = dict(row.algorithm)
     tree["rollout"].update(row.rollout or {})
-    if row.learning_rate is not None:
-        tree["optimizer"]["learning_rate"] = row.learning_rate
     tree["evaluation"] = {
         **{"rewards": [ORACLE], "prompts": PROMPTS},
         **{"every": EVERY, "videos_per_prompt": PER_PROMPT},
@@ -113,18 +107,11 @@ def run_settings(options: argparse.Namespace, name: str, seed: int) -> RunSettin
     return build({**tree, "seed": seed, "updates": options.updates, "output": output})
 
 
-def run_row(settings: RunSettings) -> None:
-    """Run it to its end, from where it stands."""
-    done = read_metrics(Path(settings.output) / METRICS_FILE)
-    if done and done[-1]["step"] >= settings.updates:
-        return
-    for report in train(prepare(settings)):
-        if report.evaluation:
-            print(
-                f"{settings.output}: update {report.step}/{settings.updates}, broken "
-                f"{1 - report.evaluation['oracle']:.3f}, {report.seconds:.0f} s",
-                flush=True,
-            )
+def said_of(report: StepReport) -> str | None:
+    """What is printed of an update that the oracle looked at."""
+    if not report.evaluation:
+        return None
+    return f"broken {1 - report.evaluation['oracle']:.3f}, {report.seconds:.0f} s"
 
 
 def base_rate(options: argparse.Namespace) -> float:
@@ -154,7 +141,7 @@ def read_curve(options: argparse.Namespace, row: str, seed: int) -> Curve | None
     seen = [line for line in lines if line.get(MEASURED) is not None]
     if not seen:
         return None
-    each = PER_PROMPT * num_prompts()
+    each = PER_PROMPT * len(read_prompts(PROMPTS))
     return Curve(
         row,
         seed,
@@ -163,11 +150,6 @@ def read_curve(options: argparse.Namespace, row: str, seed: int) -> Curve | None
         [line["videos_generated"] - look * each for look, line in enumerate(seen, start=1)],
         [line["seconds"] for line in seen],
     )
-
-
-def num_prompts() -> int:
-    """Held-out prompts."""
-    return len(Path(PROMPTS).read_text(encoding="utf-8").split("\n")) - 1
 
 
 def mean_and_spread(values: Sequence[float], form: str) -> str:
@@ -223,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for seed in [] if options.only_table else options.seeds:
         for row in options.rows:
-            run_row(run_settings(options, row, seed))
+            train_to_end(run_settings(options, row, seed), said_of)
     curves = [
         curve
         for row in ROWS

@@ -23,11 +23,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.runs import train_to_end
 from cac_reward.whole_files import whole_file
 from diffusion_rl.collect import collect
 from diffusion_rl.configuration import RunSettings, build, load_config, to_tree
 from diffusion_rl.credit import CREDITS
-from diffusion_rl.launch import Run, prepare, train
+from diffusion_rl.launch import Run, prepare
+from diffusion_rl.progress import StepReport
 from diffusion_rl.tracking import METRICS_FILE, read_metrics
 from examples.toy_world import oracle
 
@@ -71,17 +73,10 @@ def run_settings(options: argparse.Namespace, arm: str, seed: int) -> RunSetting
     return build({**tree, "seed": seed, "updates": options.updates, "output": output})
 
 
-def train_arm(settings: RunSettings) -> None:
-    """Run it to its end, from where it stands."""
-    done = read_metrics(Path(settings.output) / METRICS_FILE)
-    if done and done[-1]["step"] >= settings.updates:
-        return
-    for report in train(prepare(settings)):
-        print(
-            f"{settings.output}: update {report.step}/{settings.updates}, broken "
-            f"{1 - report.rewards['oracle']:.2f}, focused {report.focused_share:.2f}",
-            flush=True,
-        )
+def said_of(report: StepReport) -> str:
+    """What is printed of an update."""
+    broken = 1 - report.rewards["oracle"]
+    return f"broken {broken:.2f}, focused {report.focused_share:.2f}"
 
 
 def base_rate(options: argparse.Namespace) -> dict[str, float]:
@@ -255,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for seed in [] if options.only_table else options.seeds:
         for arm in options.arms:
-            train_arm(run_settings(options, arm, seed))
+            train_to_end(run_settings(options, arm, seed), said_of)
     figures = summarise(options)
     with whole_file(options.output / "credit.json") as file:
         file.write(json.dumps(figures, indent=1))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import credit, credit_gaussian
+from benchmarks import credit, credit_gaussian, runs
 from diffusion_rl.tracking import METRICS_FILE
 
 OPTIONS = argparse.Namespace(
@@ -65,27 +65,27 @@ def test_arms_are_compared_by_seed() -> None:
 
 def test_every_arm_is_the_recipe_with_other_credit(tmp_path: Path) -> None:
     OPTIONS.output = tmp_path
-    runs = {arm: credit.run_settings(OPTIONS, arm, seed=3) for arm in credit.CREDITS}
-    for arm, settings in runs.items():
+    of_arms = {arm: credit.run_settings(OPTIONS, arm, seed=3) for arm in credit.CREDITS}
+    for arm, settings in of_arms.items():
         assert settings.credit.name == arm
         assert settings.credit.mix == (None if arm == "uniform" else 0.5)
         assert settings.seed == 3
         assert settings.rollout.prompts_per_update == 2
         assert settings.rewards[0].options["mode"] == "full"
         assert [one.weight for one in settings.rewards if one.name == "oracle"] == [0.0]
-        assert settings.algorithm == runs["uniform"].algorithm
-    assert len({settings.output for settings in runs.values()}) == 3
+        assert settings.algorithm == of_arms["uniform"].algorithm
+    assert len({settings.output for settings in of_arms.values()}) == 3
 
 
 def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     OPTIONS.output = tmp_path
     asked: list[str] = []
-    monkeypatch.setattr(credit, "prepare", lambda settings: asked.append(settings.output))
-    monkeypatch.setattr(credit, "train", lambda run: iter(()))
+    monkeypatch.setattr(runs, "prepare", lambda settings: asked.append(settings.output))
+    monkeypatch.setattr(runs, "train", lambda run: iter(()))
     write_run(tmp_path / "grounded_0", [0.5] * 6)
     write_run(tmp_path / "random_0", [0.5] * 5)
     for arm in credit.CREDITS:
-        credit.train_arm(credit.run_settings(OPTIONS, arm, seed=0))
+        runs.train_to_end(credit.run_settings(OPTIONS, arm, seed=0), credit.said_of)
     assert [Path(output).name for output in asked] == ["uniform_0", "random_0"]
 
 

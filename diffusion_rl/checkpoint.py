@@ -68,6 +68,9 @@ def take_snapshot(
 ) -> Snapshot:
     """Copy what the next update would change: what learns, its optimiser, the counts.
 
+    Where weights that learn are split over processes all of them call this, and what the first of
+    them gets is whole.
+
     Args:
         generator: carries what learns.
         state: of the run.
@@ -81,9 +84,10 @@ def take_snapshot(
     record["history"] = {prompt: list(past) for prompt, past in state.history.items()}
     for name in MEMORIES:
         record[name] = getattr(state, name)
-    record["optimizer"] = state.optimizer.state_dict()
+    record["optimizer"] = policies.optimizer_state(state.optimizer)
     for policy, name in COPIES.items():
-        record[name] = policies.state(policy) if policies.has(policy) else None
+        kept = policies.has(policy)
+        record[name] = policies.state(policy, everywhere=False) if kept else None
     record["random"] = list(dice) or [random_state()]
     tensors, text = pack(record)
     finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
@@ -118,7 +122,7 @@ def restore(generator: AbstractVideoGenerator, state: FinetuneState, snapshot: S
         {key: value for key, value in group.items() if key not in ("params", SKIPPED)}
         for group in state.optimizer.param_groups
     ]
-    state.optimizer.load_state_dict(record["optimizer"])
+    state.optimizer.load_state_dict(policies.own_optimizer_state(record["optimizer"]))
     for group, own in zip(state.optimizer.param_groups, options, strict=True):
         group.update(own)
     for name in (*COUNTS, *LEVELS, "history"):

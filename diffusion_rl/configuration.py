@@ -17,13 +17,13 @@ from yaml import YAMLError
 from diffusion_rl.algorithms import ALGORITHMS, algorithm
 from diffusion_rl.credit import CreditSettings
 from diffusion_rl.finetune import FinetuneSettings, StepReport
+from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.generators.families import FAMILIES, check_options
 from diffusion_rl.generators.settings import ExecutionSettings
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.held_out import EvaluationSettings
 from diffusion_rl.lora import LoraSettings
 from diffusion_rl.optimizers import OptimizerSettings
-from diffusion_rl.policies import FullSettings
 from diffusion_rl.prompt_sampling import PromptSamplingSettings
 from diffusion_rl.prompts import PROMPT_COLUMN
 from diffusion_rl.rewards import RewardSettings

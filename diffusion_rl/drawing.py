@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from diffusion_rl.collect import Batch, collect
+from diffusion_rl.full_policies import AbstractPolicies
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.lora import TRAINED
 from diffusion_rl.out_of_memory import explain_out_of_memory
-from diffusion_rl.policies import AbstractPolicies, policies_of
+from diffusion_rl.policies import policies_of
 from diffusion_rl.processes import together
 from diffusion_rl.progress import FinetuneSettings, FinetuneState
 from diffusion_rl.prompt_sampling import choose_informative, choose_prompts

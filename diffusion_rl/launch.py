@@ -8,12 +8,13 @@ faults, where losses were not finite.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_rl import processes
+from diffusion_rl import processes, sharded_policies
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.card import write_card
 from diffusion_rl.checkpoint import (
@@ -38,7 +39,7 @@ from diffusion_rl.finetune import FinetuneState, StepReport, begin, finetune
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.generators.families import FAMILIES
 from diffusion_rl.held_out import HeldOut, build_held_out
-from diffusion_rl.policies import attach_policies, trained_parameters
+from diffusion_rl.policies import attach_policies, policies_of, trained_parameters
 from diffusion_rl.prompt_sampling import write_statistics
 from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import Reward, build_reward, load_callable
@@ -174,14 +175,36 @@ def check_processes(settings: RunSettings) -> None:
             "process alone cannot draw: sample from the LoRA of a checkpoint instead"
         )
     if settings.full is not None:
-        raise ValueError(
-            "full must be left out where the launcher shards weights (FSDP), got it; only what "
-            "does not learn is sharded: launch with configs/accelerate/ddp_8gpu.yaml"
-        )
+        check_split(settings)
     if execution.offload is not None and "transformer" in execution.offload.parts:
         raise ValueError(
             "execution.offload.parts must be without the transformer where the launcher shards it "
             "(FSDP), got both; fsdp_offload_params of the launcher's config does that"
+        )
+
+
+def check_split(settings: RunSettings) -> None:
+    """Refuse what full fine-tuning cannot do where each process moves its own part of the weights.
+
+    Raises:
+        ValueError: names the setting and the way out.
+    """
+    if settings.optimizer.name not in sharded_policies.OPTIMIZERS:
+        raise ValueError(
+            f"optimizer.name must be one of {', '.join(sharded_policies.OPTIMIZERS)} with full "
+            f"where the launcher shards weights (FSDP), got {settings.optimizer.name}, which "
+            "needs whole matrices or keeps a state of its own; or launch with "
+            "configs/accelerate/ddp_8gpu.yaml"
+        )
+    if settings.staleness:
+        raise ValueError(
+            "staleness must be 0 with full where the launcher shards weights (FSDP), got "
+            f"{settings.staleness}: a checkpoint would hold every weight twice"
+        )
+    if os.environ.get("FSDP_OFFLOAD_PARAMS") == "true":
+        raise ValueError(
+            "fsdp_offload_params must be false with full, got true, which was never run; set "
+            "full.copies=cpu, which keeps all policies but the trained one in the computer's memory"
         )
 
 
@@ -190,6 +213,9 @@ def load_run(settings: RunSettings, keep_text_encoder: bool) -> Run:
     prompts = read_prompts(settings.prompts, settings.prompt_column)
     rewards = [build_reward(reward) for reward in settings.rewards]
     generator = build_generator(settings.generator)
+    shards = processes.count() > 1 and wants_shards()
+    if shards and settings.full is not None:
+        shard(generator.transformer)
     attach_policies(
         generator.transformer,
         settings.learner,
@@ -204,7 +230,7 @@ def load_run(settings: RunSettings, keep_text_encoder: bool) -> Run:
     if not keep_text_encoder:
         generator.release_text_encoder()
     state = begin(generator, settings.finetune_settings())
-    if processes.count() > 1 and wants_shards():
+    if shards and settings.full is None:
         shard(generator.transformer, trained_parameters(generator.transformer))
     return Run(settings, generator, rewards, prompts, embeddings, state, shown, held_out)
 
@@ -248,17 +274,21 @@ def train(run: Run) -> Generator[StepReport]:
     try:
         for report in reports:
             dice = processes.gather_objects(random_state())
+            with processes.together("copying what learns"):
+                saver.note(report, dice)
             with processes.together("writing"):
                 # Metrics first: of an update without a checkpoint the line is dropped on resuming.
                 for sink in sinks:
                     sink.write(report)
-                saver.note(report, dice)
+                if saver.is_due(report.step):
+                    saver.save()
                 show_samples(run, report.step, trackers)
             yield report
             saver.begin_update()
+        if main or saver.of_parts:
+            save_result(run.generator, run.output)
         if main:
-            folder = save_result(run.generator, run.output)
-            write_card(folder, settings, run.state, len(run.prompts))
+            write_card(run.result, settings, run.state, len(run.prompts))
     except NotFiniteError as error:
         folder = run.output / FAULTS / f"update-{run.state.step + 1:06d}-process-{processes.rank()}"
         save_fault(folder, run.generator, error.inputs, str(error))
@@ -290,10 +320,17 @@ class Saver:
         self.run = run
         self.snapshot: Snapshot | None = None
         self.last: tuple[dict[str, float], list[Any]] | None = None
+        self.of_parts = bool(policies_of(run.generator.transformer).split)
+        """Whether all processes must copy together."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether an update is written to the disk at once."""
+        own = self.run.settings
+        return step % own.save_every == 0 or (self.of_parts and step == own.updates)
 
     def note(self, report: StepReport, dice: list[Any]) -> None:
-        """Take in an update that is complete, and save it if it is its turn."""
-        if not processes.is_main():
+        """Take in an update that is complete."""
+        if not processes.is_main() and not self.of_parts:
             return
         numbers = {
             name: float(value)
@@ -301,11 +338,8 @@ class Saver:
             if isinstance(value, int | float)
         }
         self.last = (numbers, dice)
-        due = report.step % self.run.settings.save_every == 0
-        if due or self.run.settings.full is None:
+        if self.is_due(report.step) or self.run.settings.full is None:
             self.snapshot = take_snapshot(self.run.generator, self.run.state, *self.last)
-        if due:
-            self.save()
 
     def begin_update(self) -> None:
         """From here to the next `note` what learns is not whole."""
@@ -313,8 +347,10 @@ class Saver:
 
     def save(self) -> None:
         """Write the last complete update that is at hand."""
+        if not processes.is_main():
+            return
         stale = self.snapshot is None or self.snapshot.step < self.run.state.step
-        if self.last is not None and stale:
+        if self.last is not None and stale and not self.of_parts:
             self.snapshot = take_snapshot(self.run.generator, self.run.state, *self.last)
         if self.snapshot is not None:
             settings = self.run.settings

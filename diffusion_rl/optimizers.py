@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from diffusion_rl.processes import add_up
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "muon")
 """AdamW of torch; three AdamWs of bitsandbytes; torch's Adafactor; torch's Muon with AdamW for what
@@ -174,19 +176,39 @@ def _bitsandbytes(name: str) -> Any:
         ) from error
 
 
-def take_step(optimizer: torch.optim.Optimizer) -> float:
+def take_step(
+    optimizer: torch.optim.Optimizer, split: Collection[nn.Parameter] = frozenset()
+) -> float:
     """Limit the gradient, step unless it is not finite, and return its norm as it was.
 
     A step that is not taken leaves weights and state as they were, and is counted.
+
+    Args:
+        optimizer: from `build_optimizer`.
+        split: those of its parameters of which every process moves its own part.
     """
     group = optimizer.param_groups[0]
-    norm = nn.utils.clip_grad_norm_(parameters_of(optimizer), group["max_grad_norm"]).item()
+    norm = _limit_gradient(parameters_of(optimizer), group["max_grad_norm"], split)
     if math.isfinite(norm):
         optimizer.step()
         group[SKIPPED] = 0
     else:
         group[SKIPPED] = group.get(SKIPPED, 0) + 1
     optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _limit_gradient(
+    parameters: Sequence[nn.Parameter], largest: float, split: Collection[nn.Parameter]
+) -> float:
+    """Scale the gradient down to norm `largest`; return the norm that it had."""
+    if not split:
+        return nn.utils.clip_grad_norm_(parameters, largest).item()
+    parts = [one.grad for one in parameters if one.grad is not None and one in split]
+    whole = [one.grad for one in parameters if one.grad is not None and one not in split]
+    (square,) = add_up([nn.utils.get_total_norm(parts).item() ** 2])
+    norm = math.sqrt(square + nn.utils.get_total_norm(whole).item() ** 2)
+    nn.utils.clip_grads_with_norm_(parameters, largest, torch.tensor(norm))
     return norm
 
 
@@ -198,7 +220,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 def spoil_gradient(optimizer: torch.optim.Optimizer) -> None:
     """Make the gradient not finite, as the loss was that it came from."""
     for parameter in parameters_of(optimizer):
-        if parameter.grad is not None:
+        if parameter.grad is not None and parameter.grad.numel():  # A part may be empty.
             parameter.grad.fill_(math.nan)
             return
 

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from diffusion_rl.full_policies import REFERENCE, FullPolicies
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.lora import tuner_layers
 from diffusion_rl.optimizers import STATE_BYTES
-from diffusion_rl.policies import REFERENCE, FullPolicies, full_policies
+from diffusion_rl.policies import full_policies
 from diffusion_rl.progress import FinetuneSettings
 
 GIGABYTE = 1e9

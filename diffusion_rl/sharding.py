@@ -1,8 +1,9 @@
-"""Weights that do not learn, shared out over the processes: FSDP2 as the launcher asks for it.
+"""Weights shared out over the processes: FSDP2 as the launcher asks for it.
 
-The transformer's frozen weights lie in parts on the processes and come together a block at a time;
-the LoRA is small and whole everywhere, so that its gradients are added up, and it is averaged and
-saved, as where nothing is shared out.
+The transformer's weights lie in parts on the processes and come together a block at a time. A LoRA
+is small and whole everywhere, so that its gradients are added up, and it is averaged and saved, as
+where nothing is shared out; where the weights themselves learn, each process moves its own parts
+(`sharded_policies.py`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,19 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
 
 from diffusion_rl import processes
 
@@ -61,17 +70,17 @@ def check_precision(dtype: str, launcher: Mapping[str, str] = os.environ) -> Non
 
 def shard(
     transformer: nn.Module,
-    learning: Sequence[nn.Parameter],
+    learning: Sequence[nn.Parameter] = (),
     launcher: Mapping[str, str] = os.environ,
 ) -> None:
-    """Share out all weights of a transformer but those that learn, block by block, in place.
+    """Share out the weights of a transformer, but for a LoRA's, block by block, in place.
 
     Weights of another type than most (norms and tables that a half-precision model keeps in
     float32) are small and stay whole.
 
     Args:
-        transformer: with its LoRA attached; a ModuleDict where two learn.
-        learning: stay whole on every process.
+        transformer: with its LoRA attached, if there is to be one; a ModuleDict where two learn.
+        learning: a LoRA's, which stay whole on every process; none for full fine-tuning.
         launcher: its variables: FSDP_RESHARD_AFTER_FORWARD, FSDP_OFFLOAD_PARAMS and
             FSDP_TRANSFORMER_CLS_TO_WRAP, names of the blocks; else the model's own are taken.
 
@@ -103,14 +112,46 @@ def shard(
             if parameter in kept or "lora_" in name or parameter.dtype != usual
         }
         for module in (*blocks, part):
-            fully_shard(
+            sharded = fully_shard(
                 module,
                 mesh=mesh,
                 reshard_after_forward=reshard,
+                mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
                 offload_policy=CPUOffloadPolicy() if offloads else OffloadPolicy(),
                 ignored_params=whole,
             )
-    logger.info("%d processes hold a part of the frozen weights each", processes.count())
+            # Gradients are summed, as those of whole weights are; each loss has its share already.
+            sharded.set_force_sum_reduction_for_comms(True)
+            sharded.set_gradient_divide_factor(1.0)
+    logger.info("%d processes hold a part of the weights each", processes.count())
+
+
+def forget_gathered(transformer: nn.Module) -> None:
+    """Let go of whole weights that were kept after a pass, since their parts have changed."""
+    for module in transformer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gathered(model: nn.Module) -> nn.Module | None:
+    """A diffusers model with whole weights on the CPU, for the first process; None for the others.
+
+    All processes call it; a model that is not shared out is given back as it is.
+    """
+    if not is_sharded(model):
+        return model
+    state = {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if processes.is_main():
+            state[name] = whole.cpu()
+    if not processes.is_main():
+        return None
+    kind: Any = type(model)
+    with torch.device("meta"):
+        found: nn.Module = kind.from_config(model.config)
+    found.load_state_dict(state, assign=True)
+    return found
 
 
 def is_sharded(transformer: nn.Module) -> bool:

@@ -14,7 +14,13 @@ import torch
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.credit import Credit
 from diffusion_rl.generators.base import AbstractVideoGenerator
-from diffusion_rl.optimizers import SKIPPED, skipped_too_many, spoil_gradient, take_step
+from diffusion_rl.optimizers import (
+    SKIPPED,
+    parameters_of,
+    skipped_too_many,
+    spoil_gradient,
+    take_step,
+)
 from diffusion_rl.policies import policies_of
 from diffusion_rl.processes import add_up, add_up_gradients, largest
 from diffusion_rl.rollout import RolloutSettings, Trajectory
@@ -89,6 +95,7 @@ def update_policy(
         # One is passed all the same: a gradient of 0 is none that is missing.
         learnt[:1] |= not learnt.any()
         trajectory, credit = trajectory.only(learnt.cpu()), credit[learnt]
+    policies = policies_of(generator.transformer)
     taken: list[LossTerms] = []
     norms: list[float] = []
     skipped = 0
@@ -97,11 +104,11 @@ def update_policy(
         terms = accumulate(generator, inputs)
         if not all(math.isfinite(one.loss.item()) for one in terms):
             spoil_gradient(optimizer)
-        for group in optimizer.param_groups:
-            add_up_gradients(group["params"])
-        norm = take_step(optimizer)
+        # The gradients of parts are those of all processes already.
+        add_up_gradients([one for one in parameters_of(optimizer) if one not in policies.split])
+        norm = take_step(optimizer, policies.split)
         if math.isfinite(norm):
-            policies_of(generator.transformer).sync()
+            policies.sync()
             taken += terms
             norms.append(norm)
             continue

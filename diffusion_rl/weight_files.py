@@ -14,16 +14,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
+from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.generators.base import LORA_FILE, SECOND_LORA_FILE, AbstractVideoGenerator
 from diffusion_rl.lora import TRAINED, check_same_model
 from diffusion_rl.lora_files import load_lora, lora_contents, save_lora, set_lora_contents
 from diffusion_rl.policies import (
-    FullSettings,
     attach_full,
     full_policies,
     policies_of,
     saved_policy,
 )
+from diffusion_rl.sharding import gathered
 
 # Parts of a pipeline by diffusers' names, which are also the names of their folders.
 COMPONENTS = {LORA_FILE: "transformer", SECOND_LORA_FILE: "transformer_2"}
@@ -61,11 +62,13 @@ def save_transformers(generator: AbstractVideoGenerator, folder: str | Path) -> 
     """
     folder = Path(folder)
     for name, part in components(generator).items():
-        model: Any = part
         partial, earlier = folder / f"{name}.partial", folder / f"{name}.earlier"
-        for leftover in (partial, earlier):
-            shutil.rmtree(leftover, ignore_errors=True)
         with saved_policy(generator.transformer):
+            model: Any = gathered(part)
+            if model is None:
+                continue
+            for leftover in (partial, earlier):
+                shutil.rmtree(leftover, ignore_errors=True)
             model.save_pretrained(partial)
         if (folder / name).exists():
             os.replace(folder / name, earlier)
@@ -164,7 +167,7 @@ def trained_contents(generator: AbstractVideoGenerator) -> dict[str, bytes]:
     """What learns as files of a checkpoint, by place: a LoRA's, or one of float32 weights."""
     if full_policies(generator.transformer) is None:
         return {LORA_PLACE + name: data for name, data in lora_contents(generator).items()}
-    return {WEIGHTS_PLACE: save(policies_of(generator.transformer).state())}
+    return {WEIGHTS_PLACE: save(policies_of(generator.transformer).state(everywhere=False))}
 
 
 def set_trained_contents(

@@ -79,7 +79,7 @@ LAYERS = {
         *("rewards", "generators/base", "generators/families"),
         *("generators/settings", "generators/execution", "generators/prompt_cache"),
         "generators/pipeline",
-        *("generators/wan", "generators/", "lora", "policies"),
+        *("generators/wan", "generators/", "lora", "full_policies", "sharded_policies", "policies"),
         *("lora_files", "weight_files", "rollout", "memory"),
         *("optimizers", "step_losses", "updates"),
         *(

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.finetune import FinetuneSettings, StepReport, finetune
+from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.lora import LoraSettings, attach_lora
 from diffusion_rl.optimizers import OptimizerSettings
-from diffusion_rl.policies import FullSettings, attach_policies, reference_policy
+from diffusion_rl.policies import attach_policies, reference_policy
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, sample_videos
 from diffusion_rl.row_settings import (

@@ -15,6 +15,7 @@ import torch
 from diffusers.models import attention_dispatch
 from torch import Tensor, nn
 
+from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.generators import execution
 from diffusion_rl.generators.families import FAMILIES
 from diffusion_rl.generators.pipeline import AbstractPipelineGenerator
@@ -33,7 +34,6 @@ from diffusion_rl.lora import (
     trained_parameters,
     tuner_layers,
 )
-from diffusion_rl.policies import FullSettings
 from tests.diffusion_rl.test_families import TINY
 from tests.family_checks import PROMPTS, run_settings, sample
 from tests.tiny_cogvideox import build_tiny_cogvideox

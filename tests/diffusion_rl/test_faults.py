@@ -13,10 +13,10 @@ from torch import Tensor
 from diffusion_rl.checkpoint import latest_checkpoint, read_checkpoint
 from diffusion_rl.credit import Credit
 from diffusion_rl.faults import DESCRIPTION, INPUTS, load_fault, replay_fault, save_fault
+from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.launch import CHECKPOINTS, FAULTS, build_generator, prepare, train
 from diffusion_rl.optimizers import OptimizerSettings, build_optimizer
 from diffusion_rl.policies import (
-    FullSettings,
     attach_policies,
     policies_of,
     trained_parameters,
@@ -75,7 +75,7 @@ def test_the_step_is_run_again_as_it_was(
     optimizer = build_optimizer(parameters, OptimizerSettings(learning_rate=1e-2, skip_limit=0))
     steps = []
 
-    def take(optimizer: torch.optim.Optimizer) -> float:
+    def take(optimizer: torch.optim.Optimizer, split: object) -> float:
         """The first of two steps is taken, the last is called a fault."""
         steps.append([parameter.grad.clone() for parameter in parameters])
         if len(steps) < row.inner_steps:

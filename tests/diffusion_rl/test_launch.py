@@ -19,6 +19,7 @@ from diffusion_rl import processes
 from diffusion_rl.checkpoint import best_checkpoint, checkpoints, latest_checkpoint
 from diffusion_rl.configuration import RunSettings, build, load_config
 from diffusion_rl.finetune import StepReport
+from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.generators.settings import (
     ExecutionSettings,
     OffloadSettings,
@@ -33,9 +34,10 @@ from diffusion_rl.launch import (
     train,
 )
 from diffusion_rl.lora import AVERAGE, TRAINED, lora_state
-from diffusion_rl.policies import FullSettings
+from diffusion_rl.optimizers import OptimizerSettings
+from diffusion_rl.reward_contract import RewardSettings
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.row_settings import SETTINGS
+from diffusion_rl.row_settings import SETTINGS, GrpoSettings
 from diffusion_rl.run_folder import check_same_run, differences, set_aside
 from diffusion_rl.run_lock import LOCK_FILE
 from diffusion_rl.samples import SampleSettings
@@ -414,6 +416,14 @@ def test_sharded_weights_learn_what_whole_ones_learn(
         assert one[2] < 0.6
 
 
+RECORDED: dict[str, Any] = {
+    "algorithm": GrpoSettings(),
+    "rollout": RolloutSettings(num_inference_steps=3, stochastic_steps=1),
+}
+FULL: dict[str, Any] = {"full": FullSettings(), "lora": None}
+ELSEWHERE = RewardSettings(name="red", target=f"{__name__}:redness", where="process")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -421,7 +431,14 @@ def test_sharded_weights_learn_what_whole_ones_learn(
             {"samples": SampleSettings(every=1, prompts=("a cup",))},
             "samples must be left out where",
         ),
-        ({"full": FullSettings(), "lora": None}, "full must be left out where the launcher shards"),
+        (
+            {**FULL, "optimizer": OptimizerSettings(name="muon")},
+            "optimizer.name must be one of adamw with full where the launcher shards",
+        ),
+        (
+            {**FULL, "staleness": 1, "rewards": (ELSEWHERE,), **RECORDED},
+            "staleness must be 0 with full where the launcher shards",
+        ),
         (
             {
                 "execution": ExecutionSettings(
@@ -441,7 +458,7 @@ def test_what_sharded_weights_cannot_do_is_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    of_run = {key: value for key, value in changes.items() if key in ("full", "lora", "samples")}
+    of_run = {key: value for key, value in changes.items() if hasattr(settings, key)}
     of_generator = {key: value for key, value in changes.items() if key not in of_run}
     generator = dataclasses.replace(settings.generator, **of_generator)
     own = dataclasses.replace(settings, generator=generator, **of_run)
@@ -450,6 +467,18 @@ def test_what_sharded_weights_cannot_do_is_refused(
         check_processes(own)
     monkeypatch.setattr(processes, "count", lambda: 1)
     check_processes(own)
+
+
+def test_weights_that_learn_are_not_offloaded_by_the_launcher(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    check_processes(settings)
+    with pytest.raises(ValueError, match="fsdp_offload_params must be false with full, got true"):
+        check_processes(dataclasses.replace(settings, **FULL))
 
 
 def test_what_stays_of_the_checkpoints_is_checked(settings: RunSettings) -> None:

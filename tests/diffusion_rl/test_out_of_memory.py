@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffusion_rl.finetune import FinetuneSettings, finetune
+from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.lora import LoraSettings, tuner_layers
 from diffusion_rl.optimizers import OptimizerSettings
@@ -17,7 +18,7 @@ from diffusion_rl.out_of_memory import (
     kept_for_backward,
     savings,
 )
-from diffusion_rl.policies import FullSettings, attach_policies, trained_parameters
+from diffusion_rl.policies import attach_policies, trained_parameters
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings
 from tests.tiny_wan import SIZE, build_tiny_wan

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_rl.credit import Credit
+from diffusion_rl.full_policies import FullPolicies, FullSettings
 from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.lora import AVERAGE, OLD, TRAINED, LoraSettings, attach_lora
 from diffusion_rl.optimizers import OptimizerSettings, build_optimizer
 from diffusion_rl.policies import (
     REFERENCE,
-    FullPolicies,
-    FullSettings,
     attach_full,
     attach_policies,
     full_policies,

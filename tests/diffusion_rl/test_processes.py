@@ -17,11 +17,12 @@ from diffusion_rl import processes
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.credit import Credit, CreditSettings
 from diffusion_rl.finetune import FinetuneSettings, begin, finetune
+from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.held_out import EvaluationSettings, HeldOut
 from diffusion_rl.lora import LoraSettings, attach_lora
 from diffusion_rl.optimizers import OptimizerSettings
-from diffusion_rl.policies import FullSettings, attach_policies, policies_of
+from diffusion_rl.policies import attach_policies, policies_of
 from diffusion_rl.prompt_sampling import PromptSamplingSettings
 from diffusion_rl.reward_contract import RewardSettings
 from diffusion_rl.rewards import Reward

@@ -14,13 +14,13 @@ from diffusion_rl.__main__ import main
 from diffusion_rl.checkpoint import read_checkpoint, restore, save_checkpoint, take_snapshot
 from diffusion_rl.configuration import RunSettings, build, load_config
 from diffusion_rl.finetune import begin, finetune
+from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.generators.wan22 import Wan22Generator
 from diffusion_rl.launch import build_generator, prepare, train
 from diffusion_rl.lora import AVERAGE, OLD, TRAINED, LoraSettings
 from diffusion_rl.lora_files import save_lora
 from diffusion_rl.policies import (
-    FullSettings,
     attach_policies,
     full_policies,
     policies_of,

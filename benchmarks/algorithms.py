@@ -62,7 +62,8 @@ QUIET = {"noise_level": 0.4, "eligible_steps": 5}
 ROWS: Mapping[str, Row] = {
     "ddpo": Row(RECORDED, {"name": "ddpo", **CPS}),
     "grpo": Row(RECORDED),
-    "dance_grpo": Row(RECORDED, {"name": "dance_grpo", **CPS}),
+    # As published, a group begins from the same noise.
+    "dance_grpo": Row(RECORDED, {"name": "dance_grpo", **CPS}, {"shared_noise": True}),
     "mix_grpo": Row(RECORDED, {"name": "mix_grpo", **CPS, "updates_per_window": 10}),
     "grpo_guard": Row(RECORDED, {"name": "grpo_guard", "kl_weight": 1e-3, "inner_steps": 2}, QUIET),
     "dppo": Row(RECORDED, {"name": "dppo", "kl_weight": 1e-3, "inner_steps": 2}, QUIET),

@@ -30,6 +30,8 @@ PROMPTS = {"train": (256, 0), "evaluation": (32, 1)}
 FIGURES = "figures.json"
 CONFIG = "configs/rl/toy_nft.yaml"
 JUDGE_RECIPE = "configs/reward/toy_stages.yaml"
+NOTES = "\n## How these files came about\n"
+"""Heading of what a person adds at the end of a card."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def make_stored_runs(places: Places) -> None:
 
 
 def make_cards(places: Places) -> None:
-    """Write a MODEL_CARD.md into each checkpoint folder."""
+    """Write a MODEL_CARD.md into each checkpoint folder; what stands there under NOTES stays."""
     from examples.toy_world.model_cards import generator_card, judge_card
 
     figures = _read_json(places.state / FIGURES)
@@ -170,7 +172,10 @@ def make_cards(places: Places) -> None:
         places.judge: judge_card(places.judge, figures, seconds, machine),
     }
     for folder, text in cards.items():
-        (folder / "MODEL_CARD.md").write_text(text, encoding="utf-8")
+        file = folder / "MODEL_CARD.md"
+        earlier = file.read_text(encoding="utf-8") if file.is_file() else ""
+        notes = NOTES + earlier.partition(NOTES)[2] if NOTES in earlier else ""
+        file.write_text(text + notes, encoding="utf-8")
 
 
 STAGES = (

@@ -153,6 +153,24 @@ def test_cards_need_figures(places: Places) -> None:
         make_checkpoints.make_cards(places)
 
 
+def test_cards_keep_what_a_person_added(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    from examples.toy_world import model_cards
+
+    for name in ("generator_card", "judge_card"):
+        monkeypatch.setattr(model_cards, name, lambda *given: "# A card\n")
+    monkeypatch.setattr(make_checkpoints, "training_seconds", lambda state: {})
+    places.state.mkdir()
+    (places.state / "figures.json").write_text("{}")
+    for folder in (places.generator, places.judge):
+        folder.mkdir(parents=True)
+    added = "\n## How these files came about\n\nIn two runs.\n"
+    (places.generator / "MODEL_CARD.md").write_text(f"# An older card\n{added}")
+    for _ in range(2):
+        make_checkpoints.make_cards(places)
+        assert (places.generator / "MODEL_CARD.md").read_text() == f"# A card\n{added}"
+        assert (places.judge / "MODEL_CARD.md").read_text() == "# A card\n"
+
+
 def test_figures_are_measured_once_for_the_same_weights(
     places: Places, monkeypatch: pytest.MonkeyPatch
 ) -> None:

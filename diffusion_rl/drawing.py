@@ -26,7 +26,7 @@ from diffusion_rl.policies import policies_of
 from diffusion_rl.processes import together
 from diffusion_rl.progress import FinetuneSettings, FinetuneState
 from diffusion_rl.prompt_sampling import choose_informative, choose_prompts
-from diffusion_rl.rewards import AskedRewards, Reward, ask_rewards
+from diffusion_rl.rewards import AskedRewards, Reward, ask_for_team
 
 
 class Drawn(NamedTuple):
@@ -65,8 +65,8 @@ class Draws:
         self._next: Drawn | None = None
         self._asked: AskedRewards | None = None
 
-    def take(self) -> tuple[Drawn, AskedRewards]:
-        """The videos of the next update, with the rewards at work on them."""
+    def take(self) -> tuple[Drawn, AskedRewards | None]:
+        """The videos of the next update, with the rewards at work on them; see `ask_for_team`."""
         step = self._state.step + 1
         drawn = self._next or self._begin(step)
         asked = self._asked or self._ask(drawn)
@@ -119,11 +119,11 @@ class Draws:
         ):
             return collect(generator, self._embeddings, settings, step=step, prompts=chosen)
 
-    def _ask(self, drawn: Drawn) -> AskedRewards:
+    def _ask(self, drawn: Drawn) -> AskedRewards | None:
         trajectory = drawn.batch.trajectory
         texts = [self._prompts[index] for index in trajectory.prompt_index.tolist()]
         with together("sending videos to rewards"):
-            return ask_rewards(self._rewards, trajectory.videos, texts, fps=self._generator.fps)
+            return ask_for_team(self._rewards, trajectory.videos, texts, fps=self._generator.fps)
 
 
 @contextmanager

@@ -38,7 +38,6 @@ from diffusion_rl.policies import (
     update_average,
     update_old_policy,
 )
-from diffusion_rl.processes import together
 from diffusion_rl.progress import FinetuneSettings, FinetuneState, StepReport
 from diffusion_rl.prompt_sampling import add_groups
 from diffusion_rl.rewards import (
@@ -46,7 +45,7 @@ from diffusion_rl.rewards import (
     JudgedBatch,
     Reward,
     add_up_rewards,
-    gather_judgement,
+    gather_answers,
 )
 from diffusion_rl.rollout import Trajectory
 from diffusion_rl.row_settings import ForwardProcessSettings, GroupSettings
@@ -230,17 +229,15 @@ def measure_base(
 
 def judge(
     rewards: Sequence[Reward],
-    asked: AskedRewards,
+    asked: AskedRewards | None,
     batch: Batch,
     settings: FinetuneSettings,
     state: FinetuneState,
 ) -> tuple[JudgedBatch, GuardReport]:
     """Wait for the rewards and ask the guards; scores and penalties are [N], of all."""
     trajectory = batch.trajectory
-    with together("judging videos"):
-        said = asked.answers()
     places = (trajectory.videos, trajectory.rows, trajectory.total)
-    said = {name: gather_judgement(one, *places) for name, one in said.items()}
+    said = gather_answers(asked, "judging videos", *places)
     judged = add_up_rewards(rewards, said, settings.missing_limit)
     guarded = apply_guards(
         settings.guards,

@@ -18,9 +18,9 @@ from diffusion_rl.reward_contract import RewardSettings
 from diffusion_rl.rewards import (
     Reward,
     add_up_rewards,
-    ask_rewards,
+    ask_for_team,
     build_reward,
-    gather_judgement,
+    gather_answers,
 )
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
 from diffusion_rl.shares import own_share
@@ -108,10 +108,10 @@ class HeldOut:
                 trajectory = rollout(generator, self.embeddings, index, seeds, options, share=share)
             shown = [self.prompts[place] for place in trajectory.prompt_index.tolist()]
             drawn = len(index)
-        with together("judging held-out videos"):
-            said = ask_rewards(self.rewards, trajectory.videos, shown, fps=generator.fps).answers()
+        with together("sending held-out videos to rewards"):
+            asked = ask_for_team(self.rewards, trajectory.videos, shown, fps=generator.fps)
         places = (trajectory.videos, trajectory.rows, trajectory.total)
-        said = {name: gather_judgement(one, *places) for name, one in said.items()}
+        said = gather_answers(asked, "judging held-out videos", *places)
         add_up_rewards(self.rewards, said, missing_limit)
         means = {name: one.score[~one.score.isnan()].mean().item() for name, one in said.items()}
         return means, drawn, trajectory.total * len(self.rewards)

@@ -143,6 +143,8 @@ def prepare(
                 claim(settings, restart=restart)
         with processes.together("loading"):
             run = load_run(settings, keep_text_encoder)
+        tokens = settings.generator.execution.context_parallel
+        processes.form_teams(1 if tokens is None else tokens.size)
         with processes.together("going on"):
             go_on(run)
             if processes.is_main():
@@ -162,11 +164,7 @@ def check_processes(settings: RunSettings) -> None:
     check_precision(settings.generator.dtype)
     execution = settings.generator.execution
     if execution.context_parallel is not None:
-        raise ValueError(
-            "generator.execution.context_parallel must be left out of a training run, whose "
-            "processes share out the videos and not the tokens of one, got "
-            f"{execution.context_parallel}"
-        )
+        check_teams(settings)
     if processes.count() == 1 or not wants_shards():
         return
     if settings.samples is not None:
@@ -180,6 +178,25 @@ def check_processes(settings: RunSettings) -> None:
         raise ValueError(
             "execution.offload.parts must be without the transformer where the launcher shards it "
             "(FSDP), got both; fsdp_offload_params of the launcher's config does that"
+        )
+
+
+def check_teams(settings: RunSettings) -> None:
+    """Refuse what processes that share out a video's tokens cannot do in training.
+
+    Raises:
+        ValueError: names the setting and the way out.
+    """
+    if wants_shards():
+        raise ValueError(
+            "generator.execution.context_parallel must be left out where the launcher shards "
+            "weights (FSDP), got both, which were never run together; launch with "
+            "configs/accelerate/ddp_8gpu.yaml"
+        )
+    if settings.samples is not None:
+        raise ValueError(
+            "samples must be left out with generator.execution.context_parallel, got it; one "
+            "process alone cannot draw: sample from the LoRA of a checkpoint instead"
         )
 
 

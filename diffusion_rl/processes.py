@@ -2,7 +2,8 @@
 
 A run of one process needs none of it: every function then gives back what it was given. Several are
 started by `accelerate launch` or `torchrun`; they hold the same weights and share out the videos of
-each update (`shares.py`).
+each update (`shares.py`). Where the tokens of a video are shared out, too, neighbours form teams:
+all of a team work on the same videos, each has a part of their gradient, the first speaks for it.
 
 Axes: B videos of this process, N videos of all of them.
 """
@@ -26,6 +27,8 @@ PATIENCE = datetime.timedelta(hours=6)
 BUCKET = 1 << 26
 """Gradients are added up over the processes in pieces of about so many numbers."""
 
+
+_TEAM: dict[str, Any] = {"size": 1, "group": None}
 
 _LAUNCHERS = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 _PLACES = {
@@ -71,6 +74,52 @@ def start(device: str) -> None:
     distributed.init_process_group(backend, timeout=PATIENCE)
 
 
+def form_teams(size: int) -> None:
+    """Let every `size` neighbours work on the same videos; all processes call it, once.
+
+    Raises:
+        ValueError: the processes do not divide into such teams.
+    """
+    if count() % size:
+        raise ValueError(
+            f"teams must be of equal size, got {count()} processes for teams of {size}"
+        )
+    _TEAM.update(size=size, group=None)
+    for first in range(0, count(), size) if size > 1 else ():
+        group = distributed.new_group(range(first, first + size), timeout=PATIENCE, backend="gloo")
+        if first <= rank() < first + size:
+            _TEAM["group"] = group
+
+
+def team_size() -> int:
+    """Processes that work on the same videos as this one, itself among them."""
+    return int(_TEAM["size"])
+
+
+def team() -> int:
+    """Which team this process is of, from 0."""
+    return rank() // team_size()
+
+
+def team_count() -> int:
+    """Teams of the run; as many as processes where nothing else was asked for."""
+    return count() // team_size()
+
+
+def leads() -> bool:
+    """Whether this process speaks for its team."""
+    return rank() % team_size() == 0
+
+
+def from_leader(own: Any) -> Any:
+    """What the first process of the team has; it is pickled, as in `gather_objects`."""
+    if team_size() == 1:
+        return own
+    box = [own if leads() else None]
+    distributed.broadcast_object_list(box, src=team() * team_size(), group=_TEAM["group"])
+    return box[0]
+
+
 def count() -> int:
     """Processes of the run."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
@@ -100,20 +149,21 @@ def gather_rows(own: Tensor, rows: Tensor, total: int) -> Tensor:
 
     Args:
         own: [B ...] of this process; NaN and infinity are kept.
-        rows: [B] long, their places among all; no place is held twice.
+        rows: [B] long, their places among all; no place is held by two teams.
         total: N.
     """
     if count() == 1:
         return own
     whole = torch.zeros((total, *own.shape[1:]), dtype=own.dtype, device=own.device)
-    whole[rows.to(own.device)] = own
+    if leads():
+        whole[rows.to(own.device)] = own
     distributed.all_reduce(whole)  # Of each row all but one addend are 0, so that it is exact.
     return whole
 
 
 def add_up(values: Sequence[float]) -> list[float]:
-    """Sums over the processes, in float64."""
-    return _reduced(values, distributed.ReduceOp.SUM)
+    """Sums over the teams, in float64."""
+    return _reduced(values if leads() else [0.0] * len(values), distributed.ReduceOp.SUM)
 
 
 def largest(values: Sequence[float]) -> list[float]:
@@ -135,7 +185,7 @@ def add_up_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     if count() == 1:
         return
     parameters = [one for one in parameters if one.requires_grad]
-    has = add_up([0.0 if one.grad is None else 1.0 for one in parameters])
+    has = largest([0.0 if one.grad is None else 1.0 for one in parameters])
     learning = [one for one, number in zip(parameters, has, strict=True) if number]
     for one in learning:
         if one.grad is None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_rl import processes
 from diffusion_rl.loading import load_callable
-from diffusion_rl.processes import gather_objects, gather_rows
 from diffusion_rl.remote_rewards import HttpReward, ProcessReward
 from diffusion_rl.reward_contract import (
     RESUME,
@@ -129,6 +129,35 @@ def ask_rewards(
     return AskedRewards(rewards, videos, prompts, fps)
 
 
+def ask_for_team(
+    rewards: Sequence[Reward], videos: Tensor, prompts: Sequence[str], *, fps: float
+) -> AskedRewards | None:
+    """As `ask_rewards`, once for each team of processes; None where another one asks."""
+    return ask_rewards(rewards, videos, prompts, fps=fps) if processes.leads() else None
+
+
+def gather_answers(
+    asked: AskedRewards | None, doing: str, videos: Tensor, rows: Tensor, total: int
+) -> dict[str, Judgement]:
+    """Wait for what every reward says of the videos of all processes.
+
+    Args:
+        asked: from `ask_for_team`.
+        doing: said in the error of the processes whose rewards did not fail.
+        videos: [B F C H W] of this process.
+        rows: [B] long, their places among all.
+        total: N, of all.
+
+    Raises:
+        ValueError: An answer breaks the contract.
+        RuntimeError: A reward raised, here or in another process.
+    """
+    with processes.together(doing):
+        own = asked.answers() if asked is not None else None
+    said: dict[str, Judgement] = processes.from_leader(own)
+    return {name: gather_judgement(one, videos, rows, total) for name, one in said.items()}
+
+
 class AskedRewards:
     """A batch that rewards elsewhere are judging; those here are asked when it is wanted."""
 
@@ -175,7 +204,10 @@ def gather_judgement(own: Judgement, videos: Tensor, rows: Tensor, total: int) -
         rows: [B] long, their places among all.
         total: N, of all.
     """
-    said = gather_objects((rows.tolist(), own.reports, own.blame is not None, own.unanswered))
+    everywhere = processes.gather_objects(
+        (rows.tolist(), own.reports, own.blame is not None, own.unanswered)
+    )
+    said = everywhere[:: processes.team_size()]
     reports, blame = None, own.blame
     if any(part is not None for _, part, _, _ in said):
         found: dict[int, Any] = {}
@@ -185,7 +217,7 @@ def gather_judgement(own: Judgement, videos: Tensor, rows: Tensor, total: int) -
     if blame is None and any(blamed for _, _, blamed, _ in said):
         blame = torch.zeros(*videos.shape[:2], 1, 1)  # It found fault with others only.
     unanswered = sum(lost for _, _, _, lost in said)
-    return Judgement(gather_rows(own.score, rows, total), blame, reports, unanswered)
+    return Judgement(processes.gather_rows(own.score, rows, total), blame, reports, unanswered)
 
 
 def add_up_rewards(

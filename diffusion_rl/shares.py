@@ -1,4 +1,4 @@
-"""Which of an update's videos a process draws and learns from.
+"""Which of an update's videos a process, or a team of them, draws and learns from.
 
 An update's videos are numbered the same way on any number of processes, and split over its
 optimiser steps by that number. A share is an even part of each of those steps, so that no process
@@ -40,17 +40,17 @@ def whole(total: int, size: int) -> Share:
 
 
 def own_share(total: int, size: int, steps: int = 1) -> Share:
-    """This process's share.
+    """The share of this process and its team.
 
     Args:
-        total: N, at least the number of processes.
+        total: N, at least the number of teams.
         size: most videos in a pass.
         steps: optimiser steps that the videos are split over.
 
     Raises:
-        ValueError: there are fewer videos than processes.
+        ValueError: there are fewer videos than teams.
     """
-    number, rank = processes.count(), processes.rank()
+    number, rank = processes.team_count(), processes.team()
     if total < number:
         raise ValueError(
             f"rollout.prompts_per_update * videos_per_prompt must be at least the {number} "

@@ -12,8 +12,10 @@ import torch
 from diffusers import ContextParallelConfig
 from diffusers.hooks import apply_group_offloading
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from diffusion_rl import processes
 from diffusion_rl.generators.settings import (
     ContextParallelSettings,
     ExecutionSettings,
@@ -166,23 +168,26 @@ def compile_blocks(transformer: Any, backend: str) -> None:
 
 
 def share_tokens(transformer: Any, settings: ContextParallelSettings) -> None:
-    """Share out the tokens of a video over the processes.
+    """Share out the tokens of a video over the processes, or over those of each team.
 
     Raises:
-        ValueError: the family has no plan for it, or the processes are not as many.
+        ValueError: the family has no plan for it, or the processes do not divide into such teams.
     """
     if getattr(transformer, "_cp_plan", None) is None:
         raise ValueError(
             f"execution.context_parallel must be left out for {type(transformer).__name__}, got "
             f"ring={settings.ring}, ulysses={settings.ulysses}; diffusers has no plan for it"
         )
-    distributed = torch.distributed
-    started = distributed.is_available() and distributed.is_initialized()
-    processes = distributed.get_world_size() if started else 1
-    if processes != settings.ring * settings.ulysses:
+    if processes.count() % settings.size:
         raise ValueError(
-            f"execution.context_parallel must be as many processes as run, {processes}, got "
-            f"ring={settings.ring} x ulysses={settings.ulysses}; start them with accelerate launch"
+            "execution.context_parallel must divide the processes that run, got ring="
+            f"{settings.ring} x ulysses={settings.ulysses} and {processes.count()}; start a "
+            "multiple of them with accelerate launch"
         )
-    config = ContextParallelConfig(ring_degree=settings.ring, ulysses_degree=settings.ulysses)
+    names = ("teams", "ring", "ulysses")
+    shape = (processes.count() // settings.size, settings.ring, settings.ulysses)
+    mesh = init_device_mesh(transformer.device.type, shape, mesh_dim_names=names)
+    config = ContextParallelConfig(
+        ring_degree=settings.ring, ulysses_degree=settings.ulysses, mesh=mesh[names[1:]]
+    )
     transformer.enable_parallelism(config=config)

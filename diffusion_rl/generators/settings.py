@@ -43,7 +43,10 @@ class OffloadSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextParallelSettings:
-    """One video's tokens shared out over the processes of the run; all work on the same videos."""
+    """One video's tokens shared out over ring * ulysses processes, which work on the same videos.
+
+    Where a multiple of them runs, each such team has its own share of an update's videos.
+    """
 
     ring: int = 1
     """Devices that pass keys and values round, at least 1."""
@@ -58,6 +61,11 @@ class ContextParallelSettings:
             raise ValueError(
                 "ring or ulysses must be above 1, got 1 and 1; leave context_parallel out"
             )
+
+    @property
+    def size(self) -> int:
+        """Processes that share one video."""
+        return self.ring * self.ulysses
 
 
 @dataclass(frozen=True, kw_only=True)

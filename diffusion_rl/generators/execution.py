@@ -178,6 +178,12 @@ def share_tokens(transformer: Any, settings: ContextParallelSettings) -> None:
             f"execution.context_parallel must be left out for {type(transformer).__name__}, got "
             f"ring={settings.ring}, ulysses={settings.ulysses}; diffusers has no plan for it"
         )
+    if "encoder_attention_mask" in transformer._cp_plan.get("", {}):
+        raise ValueError(
+            f"execution.context_parallel must be left out for {type(transformer).__name__}, got "
+            f"ring={settings.ring}, ulysses={settings.ulysses}; diffusers lays the mask of its "
+            "text over all heads, of which a process then has a part"
+        )
     if processes.count() % settings.size:
         raise ValueError(
             "execution.context_parallel must divide the processes that run, got ring="

@@ -263,7 +263,7 @@ def test_blocks_are_compiled() -> None:
 
 def test_tokens_are_shared_only_where_it_can_be() -> None:
     settings = ContextParallelSettings(ring=2, ulysses=2)
-    for name in ("cogvideox", "hunyuan1.5"):
+    for name in ("cogvideox", "hunyuan1.5", "ltx"):
         with pytest.raises(ValueError, match="left out for .*Transformer3DModel, got ring=2, "):
             execution.share_tokens(build(name).transformer, settings)
     transformer = build_tiny_wan().transformer

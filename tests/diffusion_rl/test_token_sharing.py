@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion_rl import processes
 from diffusion_rl.configuration import RunSettings, build
 from diffusion_rl.full_policies import REFERENCE
+from diffusion_rl.generators.execution import share_tokens
 from diffusion_rl.generators.settings import ContextParallelSettings, ExecutionSettings
 from diffusion_rl.launch import check_processes, prepare, train
 from diffusion_rl.policies import policies_of
@@ -19,6 +20,7 @@ from diffusion_rl.reward_contract import Judgement
 from diffusion_rl.rewards import gather_judgement
 from diffusion_rl.samples import SampleSettings
 from diffusion_rl.tracking import flatten
+from tests.diffusion_rl.test_execution import build as build_tiny
 from tests.several import run_on
 from tests.tiny_wan import save_tiny_wan
 
@@ -147,3 +149,31 @@ def test_what_teams_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ValueError, match="context_parallel must be left out where the launcher"):
         check_processes(own)
+
+
+@pytest.mark.parametrize("family", ["wan", "ti2v"])
+def test_parts_of_a_gradient_sum_up_to_it(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+
+    def passed(shared: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        generator = build_tiny(family)
+        text = generator.encode_prompts(["a red circle", "the blue square"])
+        transformer = generator.transformer.requires_grad_(True)
+        if shared:
+            share_tokens(transformer, ContextParallelSettings(ulysses=2))
+        source = torch.Generator().manual_seed(0)
+        latent = torch.randn(2, *generator.latent_shape, generator=source)
+        made = generator.velocity(
+            latent, torch.tensor([0.9, 0.4]), text.conditional, text.conditional_extras
+        )
+        made.square().mean().backward()
+        weights = dict(transformer.named_parameters())
+        for one in weights.values():
+            one.grad = torch.zeros_like(one) if one.grad is None else one.grad
+        processes.add_up_gradients(list(weights.values()))
+        return made.detach(), {name: one.grad for name, one in weights.items()}
+
+    expected = passed(False)
+    for found in run_on(2, partial(passed, True)):
+        assert isinstance(found, tuple), found
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -133,7 +133,12 @@ def test_processes_of_a_team_hear_its_first() -> None:
     assert second == (0, 2, False, "said by 0", [10.0, 12.0], [4.0], 2)
     assert third == (1, 2, True, "said by 2", [10.0, 12.0], [4.0], 2)
     assert fourth == (1, 2, False, "said by 2", [10.0, 12.0], [4.0], 2)
-    for said in run_on(3, lambda: processes.form_teams(2)):
+
+    def refused() -> None:
+        processes.gather_objects("here")  # The first must not be gone before all have met.
+        processes.form_teams(2)
+
+    for said in run_on(3, refused):
         assert "teams must be of equal size, got 3 processes for teams of 2" in str(said)
 
 

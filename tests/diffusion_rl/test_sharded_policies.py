@@ -26,7 +26,7 @@ from tests.tiny_wan import build_tiny_wan, save_tiny_wan
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 KEPT = {"FSDP_RESHARD_AFTER_FORWARD": "false"}
-ADAM = OptimizerSettings(learning_rate=1e-2, max_grad_norm=0.5)
+ADAM = OptimizerSettings(learning_rate=2e-3, max_grad_norm=0.5)
 
 
 def redness(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
@@ -109,7 +109,7 @@ def test_parts_live_as_whole_weights_do(
         return {**life(transformer, policies, whole=False), "share": held / whole}
 
     # Gradients of half precision are rounded once more, and Adam's first steps go by their signs.
-    near: dict[str, Any] = {"rtol": 0, "atol": 2e-2 if half else 1e-5}
+    near: dict[str, Any] = {"rtol": 0, "atol": 1e-2 if half else 1e-5}
     first, second = run_on(2, in_parts)
     for found in (first, second):
         assert isinstance(found, dict), found

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffusion_rl.lora import TRAINED, check_same_model
 
@@ -114,6 +114,7 @@ class FullPolicies(AbstractPolicies):
         *,
         learns: bool = True,
     ) -> None:
+        self.transformer = transformer
         self.places = _places_of(transformer, settings)
         self.parts = {name: self._own_part(place) for name, place in self.places.items()}
         self.on_cpu = settings.copies == "cpu"
@@ -181,10 +182,10 @@ class FullPolicies(AbstractPolicies):
     @torch.no_grad()
     def set_state(self, state: Mapping[str, Tensor], policy: str, source: str) -> None:
         values = self.trained if policy == TRAINED else self.copies[policy]
-        shapes = {name: value.shape for name, value in values.items()}
+        shapes = {name: place.shape for name, place in self.places.items()}
         check_same_model(shapes, dict(state), source, "full.targets")
         for name, value in values.items():
-            value.copy_(state[name])
+            value.copy_(own_part(state[name], self.places[name]))
         self.sync()
 
 
@@ -209,6 +210,14 @@ def _places_of(transformer: nn.Module, settings: FullSettings) -> dict[str, nn.P
                 f"{place.dtype}; leave it out of full.targets, or train a lora"
             )
     return places
+
+
+def own_part(whole: Tensor, place: nn.Parameter) -> Tensor:
+    """What of a whole weight lies where `place` does on this process; nothing is sent."""
+    if not isinstance(place, DTensor):
+        return whole
+    spread = (place.device_mesh, place.placements)
+    return distribute_tensor(whole.to(place.device), *spread, src_data_rank=None).to_local()
 
 
 def _within(name: str, target: str) -> bool:

@@ -163,40 +163,28 @@ def check_processes(settings: RunSettings) -> None:
     """
     check_precision(settings.generator.dtype)
     execution = settings.generator.execution
-    if execution.context_parallel is not None:
-        check_teams(settings)
-    if processes.count() == 1 or not wants_shards():
-        return
-    if settings.samples is not None:
+    if execution.context_parallel is not None and wants_shards():
         raise ValueError(
-            "samples must be left out where the launcher shards weights (FSDP), got it; one "
+            "generator.execution.context_parallel must be left out where the launcher shards "
+            "weights (FSDP), got both, which were never run together; launch with "
+            "configs/accelerate/ddp_8gpu.yaml"
+        )
+    shards = processes.count() > 1 and wants_shards()
+    if settings.samples is not None and (shards or execution.context_parallel is not None):
+        where = "where the launcher shards weights (FSDP)"
+        raise ValueError(
+            "samples must be left out "
+            f"{where if shards else 'with generator.execution.context_parallel'}, got it; one "
             "process alone cannot draw: sample from the LoRA of a checkpoint instead"
         )
+    if not shards:
+        return
     if settings.full is not None:
         check_split(settings)
     if execution.offload is not None and "transformer" in execution.offload.parts:
         raise ValueError(
             "execution.offload.parts must be without the transformer where the launcher shards it "
             "(FSDP), got both; fsdp_offload_params of the launcher's config does that"
-        )
-
-
-def check_teams(settings: RunSettings) -> None:
-    """Refuse what processes that share out a video's tokens cannot do in training.
-
-    Raises:
-        ValueError: names the setting and the way out.
-    """
-    if wants_shards():
-        raise ValueError(
-            "generator.execution.context_parallel must be left out where the launcher shards "
-            "weights (FSDP), got both, which were never run together; launch with "
-            "configs/accelerate/ddp_8gpu.yaml"
-        )
-    if settings.samples is not None:
-        raise ValueError(
-            "samples must be left out with generator.execution.context_parallel, got it; one "
-            "process alone cannot draw: sample from the LoRA of a checkpoint instead"
         )
 
 
@@ -216,7 +204,8 @@ def check_split(settings: RunSettings) -> None:
     if settings.staleness:
         raise ValueError(
             "staleness must be 0 with full where the launcher shards weights (FSDP), got "
-            f"{settings.staleness}: a checkpoint would hold every weight twice"
+            f"{settings.staleness}, for which every process would hold all weights once more; or "
+            "let a lora learn"
         )
     if os.environ.get("FSDP_OFFLOAD_PARAMS") == "true":
         raise ValueError(

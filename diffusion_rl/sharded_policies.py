@@ -6,17 +6,18 @@ weights come together one at a time, to be saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from diffusion_rl import processes
-from diffusion_rl.full_policies import FullPolicies, FullSettings
-from diffusion_rl.lora import TRAINED, check_same_model
+from diffusion_rl.full_policies import FullPolicies, own_part
+from diffusion_rl.lora import TRAINED
 from diffusion_rl.sharding import forget_gathered
 
 OPTIMIZERS = ("adamw",)
@@ -29,20 +30,13 @@ class ShardedPolicies(FullPolicies):
     `use`, `state`, `set_state` and `optimizer_state` are called by all processes together.
     """
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        settings: FullSettings,
-        copies: Sequence[str] = (),
-        *,
-        learns: bool = True,
-    ) -> None:
-        self.transformer = transformer
-        super().__init__(transformer, settings, copies, learns=learns)
-        self.split = frozenset(
+    _in_use = False
+
+    @cached_property
+    def split(self) -> frozenset[nn.Parameter]:  # type: ignore[override]
+        return frozenset(
             self.trained[name] for name, place in self.places.items() if isinstance(place, DTensor)
         )
-        self._in_use = False
 
     def _own_part(self, place: nn.Parameter) -> nn.Parameter:
         if not isinstance(place, DTensor):
@@ -85,15 +79,6 @@ class ShardedPolicies(FullPolicies):
                 found[name] = whole.to("cpu", copy=True).contiguous()
         return found
 
-    @torch.no_grad()
-    def set_state(self, state: Mapping[str, Tensor], policy: str, source: str) -> None:
-        values = self.trained if policy == TRAINED else self.copies[policy]
-        shapes = {name: place.shape for name, place in self.places.items()}
-        check_same_model(shapes, dict(state), source, "full.targets")
-        for name, value in values.items():
-            value.copy_(_part(state[name], self.places[name]))
-        self.sync()
-
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         found = optimizer.state_dict()
         moments: dict[int, dict[str, Any]] = {}
@@ -110,7 +95,7 @@ class ShardedPolicies(FullPolicies):
         places = list(self.places.values())
         moments = {
             index: {
-                key: _part(value, places[index])
+                key: own_part(value, places[index])
                 if isinstance(value, Tensor) and value.shape == places[index].shape
                 else value
                 for key, value in entries.items()
@@ -133,11 +118,3 @@ def _whole(part: Tensor, place: nn.Parameter) -> Tensor:
         stride=place.stride(),
     )
     return shared.full_tensor()
-
-
-def _part(whole: Tensor, place: nn.Parameter) -> Tensor:
-    """This process's part of a weight that it has the whole of; nothing is sent."""
-    if not isinstance(place, DTensor):
-        return whole
-    spread = (place.device_mesh, place.placements)
-    return distribute_tensor(whole.to(place.device), *spread, src_data_rank=None).to_local()

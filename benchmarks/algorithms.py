@@ -98,14 +98,20 @@ class Curve:
         return next((at for at, rate in enumerate(self.rates) if rate <= base / 2), None)
 
 
-def run_settings(options: argparse.Namespace, name: str, seed: int) -> RunSettings:
-    """A row's run, watched by the oracle."""
+def row_tree(name: str) -> dict[str, Any]:
+    """A row's settings on the toy world."""
     row = ROWS[name]
     tree = to_tree(load_config(row.config))
     if row.algorithm is not None:
         tree["algorithm"] = dict(row.algorithm)
     tree["rollout"].update(row.rollout or {})
     tree["optimizer"].update(row.optimizer or {})
+    return tree
+
+
+def run_settings(options: argparse.Namespace, name: str, seed: int) -> RunSettings:
+    """A row's run, watched by the oracle."""
+    tree = row_tree(name)
     tree["evaluation"] = {
         **{"rewards": [ORACLE], "prompts": PROMPTS},
         **{"every": EVERY, "videos_per_prompt": PER_PROMPT},

@@ -4,11 +4,11 @@
     python -m benchmarks.credit --arms grounded --seeds 0   # One process for each arm.
     python -m benchmarks.credit --only-table
 
-Every run is `python -m diffusion_rl train CONFIG` with another seed and another `credit.name`; the
-judge looks in full mode, so that its blame has boxes. The oracle only watches: a reward of weight 0
-whose score of every update's own videos stands in metrics.jsonl. What is finished is not run again
-and what was stopped goes on from its last checkpoint, so that arms may run in several processes.
-Writes credit.json and credit.md (also printed) into the folder.
+Every run is that of a row of `benchmarks.algorithms` with another seed and another `credit.name`;
+the judge looks in full mode, so that its blame has boxes. The oracle only watches: a reward of
+weight 0 whose score of every update's own videos stands in metrics.jsonl. What is finished is not
+run again and what was stopped goes on from its last checkpoint, so that arms may run in several
+processes. Writes credit.json and credit.md (also printed) into the folder.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
+from benchmarks.algorithms import ROWS, row_tree
 from benchmarks.runs import train_to_end
 from cac_reward.whole_files import whole_file
 from diffusion_rl.collect import collect
-from diffusion_rl.configuration import RunSettings, build, load_config, to_tree
+from diffusion_rl.configuration import RunSettings, build, to_tree
 from diffusion_rl.credit import CREDITS
 from diffusion_rl.launch import Run, prepare
 from diffusion_rl.progress import StepReport
 from diffusion_rl.tracking import METRICS_FILE, read_metrics
 from examples.toy_world import oracle
 
-CONFIG = "configs/rl/toy_grpo.yaml"
+ROW = "awm"
+"""Rows that replay recorded steps do not halve the rate in so many updates."""
 OUTPUT = Path("runs/credit")
 ORACLE = {
     "name": "oracle",
@@ -63,8 +66,11 @@ class Curve:
 
 
 def run_settings(options: argparse.Namespace, arm: str, seed: int) -> RunSettings:
-    """The recipe with the arm's credit, a judge that draws boxes, and the oracle watching."""
-    tree = to_tree(load_config(options.config, options.set))
+    """The row with the arm's credit, a judge that draws boxes, and the oracle watching."""
+    tree = OmegaConf.to_container(
+        OmegaConf.merge(row_tree(options.row), OmegaConf.from_dotlist(options.set))
+    )
+    assert isinstance(tree, dict)
     tree["rewards"][0]["options"]["mode"] = "full"
     tree["rewards"].append(ORACLE)
     mix = None if arm == "uniform" else options.mix
@@ -235,16 +241,18 @@ def write_table(figures: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing, then write the table of what there is."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", default=CONFIG)
+    parser.add_argument("--row", choices=ROWS, default=ROW)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--arms", nargs="+", choices=CREDITS, default=CREDITS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--updates", type=int, default=120)
+    parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--mix", type=float, default=1.0)
     parser.add_argument("--clip", choices=("video", "position"), default="video")
     parser.add_argument("--base-updates", type=int, default=8)
     parser.add_argument("--base-seed", type=int, default=1000)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the row's config"
+    )
     parser.add_argument("--only-table", action="store_true")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,7 @@ from diffusion_rl.tracking import AccelerateTracker, MetricsFile, flatten
 from diffusion_rl.updates import NotFiniteError
 from diffusion_rl.weight_files import LORA as LORA  # For callers who look for the result.
 from diffusion_rl.weight_files import TUNED, load_result, save_result
+from diffusion_rl.zero import ZeroOptimizer, check_zero, wants_zero
 
 logger = logging.getLogger(__name__)
 
@@ -162,11 +163,13 @@ def check_processes(settings: RunSettings) -> None:
         ValueError: names the setting and the way out.
     """
     check_precision(settings.generator.dtype)
+    if processes.count() > 1 and wants_zero():
+        check_zero(settings.optimizer.name)
     execution = settings.generator.execution
-    if execution.context_parallel is not None and wants_shards():
+    if execution.context_parallel is not None and (wants_shards() or wants_zero()):
         raise ValueError(
             "generator.execution.context_parallel must be left out where the launcher shards "
-            "weights (FSDP), got both, which were never run together; launch with "
+            "weights (FSDP) or DeepSpeed runs, got both, which never ran together; launch with "
             "configs/accelerate/ddp_8gpu.yaml"
         )
     shards = processes.count() > 1 and wants_shards()
@@ -236,6 +239,8 @@ def load_run(settings: RunSettings, keep_text_encoder: bool) -> Run:
     if not keep_text_encoder:
         generator.release_text_encoder()
     state = begin(generator, settings.finetune_settings())
+    if processes.count() > 1 and wants_zero():
+        state.optimizer = ZeroOptimizer(state.optimizer)
     if shards and settings.full is None:
         shard(generator.transformer, trained_parameters(generator.transformer))
     return Run(settings, generator, rewards, prompts, embeddings, state, shown, held_out)
@@ -291,7 +296,7 @@ def train(run: Run) -> Generator[StepReport]:
                 show_samples(run, report.step, trackers)
             yield report
             saver.begin_update()
-        if main or saver.of_parts:
+        if main or policies_of(run.generator.transformer).split:
             save_result(run.generator, run.output)
         if main:
             write_card(run.result, settings, run.state, len(run.prompts))
@@ -326,7 +331,8 @@ class Saver:
         self.run = run
         self.snapshot: Snapshot | None = None
         self.last: tuple[dict[str, float], list[Any]] | None = None
-        self.of_parts = bool(policies_of(run.generator.transformer).split)
+        in_parts = isinstance(run.state.optimizer, ZeroOptimizer)
+        self.of_parts = in_parts or bool(policies_of(run.generator.transformer).split)
         """Whether all processes must copy together."""
 
     def is_due(self, step: int) -> bool:

@@ -17,7 +17,8 @@ from diffusion_rl.full_policies import REFERENCE, FullPolicies
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.lora import tuner_layers
 from diffusion_rl.optimizers import STATE_BYTES
-from diffusion_rl.policies import full_policies
+from diffusion_rl.policies import full_policies, policies_of
+from diffusion_rl.processes import team_size
 from diffusion_rl.progress import FinetuneSettings
 
 GIGABYTE = 1e9
@@ -92,8 +93,10 @@ def savings(
         share = 1 - 1 / blocks - blocks / max(1, len(list(_linears(generator))))
         if share > 0:
             found.append(Saving("generator.execution.gradient_checkpointing=true", kept * share))
-    learners = [parameter.numel() for parameter in _learning(generator)]
-    if settings.optimizer.name in ("adamw", "muon"):
+    # Of weights that are split over processes, this one's part.
+    learning_here = policies_of(generator.transformer)
+    learners = [parameter.numel() for parameter in learning_here.parameters()]
+    if settings.optimizer.name in ("adamw", "muon") and not learning_here.split:
         saved = STATE_BYTES[settings.optimizer.name] - STATE_BYTES["adamw_8bit"]
         found.append(Saving("optimizer.name=adamw_8bit", saved * sum(learners)))
     if (policies := full_policies(generator.transformer)) is not None:
@@ -163,12 +166,12 @@ def _smaller_passes(
 
 
 def _tokens(generator: AbstractVideoGenerator) -> float:
-    """Tokens of a video in the transformer: latent positions by the patch's size."""
+    """Tokens of a video that pass here: latent positions by the patch's size, by the team's."""
     config: Any = getattr(_all(generator)[0], "config", None)
     patch = getattr(config, "patch_size", None) or 1
     if isinstance(patch, int):
         patch = (getattr(config, "patch_size_t", None) or 1, patch, patch)
-    return math.prod(generator.latent_shape[1:]) / math.prod(patch)
+    return math.prod(generator.latent_shape[1:]) / math.prod(patch) / team_size()
 
 
 def _all(generator: AbstractVideoGenerator) -> list[nn.Module]:
@@ -188,13 +191,9 @@ def _linears(generator: AbstractVideoGenerator) -> Iterator[nn.Linear]:
             yield part
 
 
-def _learning(generator: AbstractVideoGenerator) -> Iterator[nn.Parameter]:
-    return (one for one in generator.transformer.parameters() if one.requires_grad)
-
-
 def _masters(policies: FullPolicies) -> list[nn.Parameter]:
     """The float32 masters of weights of half precision."""
-    return [one for name, one in policies.trained.items() if one is not policies.places[name]]
+    return [one for name, one in policies.trained.items() if one is not policies.parts[name]]
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -74,6 +74,11 @@ def start(device: str) -> None:
     distributed.init_process_group(backend, timeout=PATIENCE)
 
 
+def own_gpu() -> int | None:
+    """Number of the GPU that "cuda" means here, where each of several processes has its own."""
+    return torch.cuda.current_device() if count() > 1 and torch.cuda.is_available() else None
+
+
 def form_teams(size: int) -> None:
     """Let every `size` neighbours work on the same videos; all processes call it, once.
 

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from diffusion_rl.processes import environment_alone
+from diffusion_rl.processes import environment_alone, own_gpu
 from diffusion_rl.reward_contract import (
     TIMEOUT_SECONDS,
     RewardFailed,
@@ -107,7 +107,8 @@ class ProcessReward:
         self._reader = threading.Thread(target=self._listen, args=(self._process,), daemon=True)
         self._reader.start()
         own = self._settings
-        self._ask({"name": own.name, "target": own.target, "options": own.options}, {})
+        settings = {"name": own.name, "target": own.target, "options": own.options}
+        self._ask({"settings": settings, "gpu": own_gpu()}, {})
 
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
         """Keep the last lines that the process writes, so that it is never held up by them."""

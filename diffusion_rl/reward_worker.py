@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from typing import IO, Any
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -62,7 +63,9 @@ def main() -> None:
     first = read_message(sys.stdin.buffer)
     if first is None:
         return
-    settings = RewardSettings(**first[0])
+    settings, gpu = RewardSettings(**first[0]["settings"]), first[0]["gpu"]
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     function = build_function(settings)
     write_message(answers, {"ready": True}, {})
     while (message := read_message(sys.stdin.buffer)) is not None:

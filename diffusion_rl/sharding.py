@@ -37,11 +37,6 @@ def wants_shards(launcher: Mapping[str, str] = os.environ) -> bool:
     Raises:
         ValueError: it was told to do so in a way that does not exist here.
     """
-    if launcher.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise ValueError(
-            "distributed_type must be MULTI_GPU or FSDP, got DEEPSPEED, which would have to own "
-            "optimiser and backward pass; configs/accelerate/fsdp2_8gpu.yaml shards weights too"
-        )
     if launcher.get("ACCELERATE_USE_FSDP") != "true":
         return False
     if launcher.get("FSDP_VERSION") != "2":

@@ -4,11 +4,12 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 
 from cac_reward.training import learning
 from cac_reward.training.learning import LearningMixin
@@ -45,7 +46,11 @@ def die_before_the_mark(updates: int) -> None:
 
 
 def train_apart(
-    stage: StageSettings, *, processes: int = 1, prepare: Callable[[], None] = lambda: None
+    stage: StageSettings,
+    *,
+    processes: int = 1,
+    prepare: Callable[[], None] = lambda: None,
+    launcher: Mapping[str, str] | None = None,
 ) -> list[int]:
     """Run a stage in forked processes of a group of their own.
 
@@ -53,6 +58,7 @@ def train_apart(
         stage: to run.
         processes: of the group.
         prepare: called first, in the last of them alone.
+        launcher: variables of `accelerate launch` for them.
 
     Returns:
         Exit status of each; minus the signal for one that was killed.
@@ -62,7 +68,7 @@ def train_apart(
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
     group = [
-        context.Process(target=_train, args=(stage, rank, processes, port, prepare))
+        context.Process(target=_train, args=(stage, rank, processes, port, prepare, launcher or {}))
         for rank in range(processes)
     ]
     for one in group:
@@ -77,7 +83,12 @@ def train_apart(
 
 
 def _train(
-    stage: StageSettings, rank: int, processes: int, port: int, prepare: Callable[[], None]
+    stage: StageSettings,
+    rank: int,
+    processes: int,
+    port: int,
+    prepare: Callable[[], None],
+    launcher: Mapping[str, str],
 ) -> None:
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -90,8 +101,22 @@ def _train(
             "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
         }
+        os.environ |= launcher or {"ACCELERATE_USE_CPU": "true"}
+        if "FSDP_VERSION" in launcher:
+            _shard_on_cpus()
     if rank == processes - 1:
         prepare()
     run_stage(stage)
+
+
+def _shard_on_cpus() -> None:
+    """Let accelerate take CPUs for GPUs where it decides on FSDP, which it keeps from CPUs."""
+    start = PartialState.__init__
+
+    def start_as_gpus(self: Any, *arguments: Any, **more: Any) -> None:
+        start(self, *arguments, **more)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = start_as_gpus  # type: ignore[method-assign]

@@ -81,7 +81,7 @@ LAYERS = {
         "generators/pipeline",
         *("generators/wan", "generators/", "lora", "full_policies", "sharded_policies", "policies"),
         *("lora_files", "weight_files", "rollout", "memory"),
-        *("optimizers", "step_losses", "updates"),
+        *("optimizers", "zero", "step_losses", "updates"),
         *(
             "self_check",
             "progress",

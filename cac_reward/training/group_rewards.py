@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate.utils import gather_object
 from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
@@ -84,15 +85,18 @@ def tied(rewards: Sequence[float]) -> bool:
 def only_moving(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A pass of TRL's without the answers of advantage 0, which have no gradient in SUMMED_LOSSES.
 
-    One is passed all the same where all are such: a gradient of 0 is none that is missing, and
-    processes with sharded weights pass together.
+    Every process passes as many, some of advantage 0 where it must: TRL gathers a number of each.
+    One is passed where all are such: a gradient of 0 is none that is missing, and processes with
+    sharded weights pass together. All processes call it together.
 
     Args:
         inputs: of `GRPOTrainer.compute_loss`: tensors [B ...], pictures of all answers one after
             the other, and numbers of the whole batch.
     """
     moving = inputs["advantages"] != 0
-    moving[:1] |= ~moving.any()
+    count = max(1, *gather_object([int(moving.sum())]))
+    idle = (~moving).nonzero().flatten()
+    moving[idle[: count - int(moving.sum())]] = True
     if bool(moving.all()):
         return dict(inputs)
     rows = moving.nonzero().flatten()

@@ -149,6 +149,13 @@ def attach_heads(model: Any, caption_tokens: int = 0) -> ClassifierHeads:
         # Within the judge's own pass, and by calling its module: where FSDP or ZeRO shard the
         # weights, they are whole there and nowhere else.
         heads._along(output.last_hidden_state, model.get_output_embeddings())
+        if heads._read is not None and not output.last_hidden_state.requires_grad:
+            # Where heads alone learn: FSDP adds up the gradients of a pass from whose output it
+            # is gone back through, and of no other.
+            nothing = sum((one.sum() for one in heads._read), torch.zeros(())) * 0
+            output.last_hidden_state = output.last_hidden_state + nothing.to(
+                output.last_hidden_state
+            )
 
     model.model.register_forward_hook(read)
     return heads

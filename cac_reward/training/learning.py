@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
 
 from cac_reward.training.checkpoints import keep_latest, mark_whole
@@ -220,7 +223,8 @@ class LearningMixin:
         # Sharded weights come together layer by layer, so that all processes must walk in step.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # type: ignore[attr-defined]
         model = self.accelerator.unwrap_model(self.model)
-        measured = self.held_out.measure(model, self.pupil, spread=not sharded)
+        with whole_beneath_adapter(model):
+            measured = self.held_out.measure(model, self.pupil, spread=not sharded)
         metrics = {f"eval_{name}": value for name, value in measured.items()}
         # Not TRL's, which would put what it has gathered of training into this line.
         Trainer.log(self, metrics)  # type: ignore[arg-type]
@@ -234,6 +238,23 @@ class LearningMixin:
         if self.args.metric_for_best_model not in metrics:
             return False
         return bool(super()._determine_best_metric(metrics, trial))  # type: ignore[misc]
+
+
+@contextmanager
+def whole_beneath_adapter(model: Any) -> Iterator[None]:
+    """Let the model beneath an adapter be asked by itself where FSDP shares out their weights.
+
+    What is in no layer of its own then comes together when the adapter's model is passed, which
+    stands around it and is not asked.
+    """
+    split = isinstance(model, PeftModel) and isinstance(model, FSDPModule)
+    if split:
+        model.unshard()
+    try:
+        yield
+    finally:
+        if split:
+            model.reshard()
 
 
 def training_arguments(stage: StageSettings, has_held_out: bool) -> dict[str, Any]:

@@ -89,6 +89,9 @@ def save_judge(model: Any, pupil: Pupil, folder: Path, state: dict[str, Tensor])
         state: all weights of the model, whole, heads included.
     """
     judge, heads = split_heads(state)
+    # Weights that two layers share come together once from whole models, twice from split ones.
+    shared = getattr(model, "all_tied_weights_keys", None) or {}
+    judge = {name: one for name, one in judge.items() if name not in shared}
     folder.mkdir(parents=True)
     # The reference that TRL keeps beside an adapter that goes on learning is no part of it.
     chosen = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}

@@ -21,7 +21,7 @@ from cac_reward.training.grpo import JudgeGRPOTrainer, count_questions
 from cac_reward.training.lessons import LessonOptions, View
 from cac_reward.training.measuring import HeldOut
 from cac_reward.training.models import Pupil, load_pupil, save_judge
-from cac_reward.training.processes import processes
+from cac_reward.training.processes import check_launcher, processes
 from cac_reward.training.settings import StageSettings, to_tree
 from cac_reward.training.sft import JudgeSFTTrainer
 from cac_reward.training.source import LessonPlan, LessonSource
@@ -65,6 +65,7 @@ def run_stage(stage: StageSettings) -> StageResult:
     done = _finished(output, stage)
     if done is not None:
         return done
+    check_launcher(stage.optimizer.name)
     state = processes()
     if state.is_main_process:
         _claim(output, stage, state.num_processes)
@@ -93,7 +94,7 @@ def run_stage(stage: StageSettings) -> StageResult:
         trainer.skipped.summary(),
     )
     # Sharded weights come together on the first process, with the others' help.
-    weights = trainer.accelerator.get_state_dict(trainer.model)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if state.is_main_process:
         model = trainer.accelerator.unwrap_model(trainer.model)
         _write_judge(result, stage, replace(pupil, model=model), weights, len(source.store))

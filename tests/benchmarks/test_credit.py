@@ -13,7 +13,7 @@ from benchmarks import credit, credit_gaussian, runs
 from diffusion_rl.tracking import METRICS_FILE
 
 OPTIONS = argparse.Namespace(
-    config=credit.CONFIG, set=["rollout.prompts_per_update=2"], mix=0.5, clip="video", updates=6
+    row=credit.ROW, set=["rollout.prompts_per_update=2"], mix=0.5, clip="video", updates=6
 )
 
 
@@ -69,6 +69,7 @@ def test_every_arm_is_the_recipe_with_other_credit(tmp_path: Path) -> None:
     for arm, settings in of_arms.items():
         assert settings.credit.name == arm
         assert settings.credit.mix == (None if arm == "uniform" else 0.5)
+        assert settings.algorithm.name == credit.ROW
         assert settings.seed == 3
         assert settings.rollout.prompts_per_update == 2
         assert settings.rewards[0].options["mode"] == "full"

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from diffusion_rl import out_of_memory
 from diffusion_rl.finetune import FinetuneSettings, finetune
 from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.generators.wan import WanGenerator
@@ -21,6 +22,8 @@ from diffusion_rl.out_of_memory import (
 from diffusion_rl.policies import attach_policies, trained_parameters
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings
+from diffusion_rl.sharding import shard
+from tests.several import run_on
 from tests.tiny_wan import SIZE, build_tiny_wan
 
 LARGER = {**SIZE, "height": 64, "width": 64, "num_frames": 9}
@@ -94,6 +97,32 @@ def test_full_fine_tuning_may_be_left_for_a_lora(dtype: torch.dtype) -> None:
     found = dict(savings(other, SETTINGS, learning=True))
     assert "full.copies=cpu" not in found
     assert found["lora instead of full"] == count * (4 + 8 + (4 if own == 2 else 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_process_saves_what_it_holds_of_split_weights(dtype: torch.dtype) -> None:
+    whole = dict(savings(build(FullSettings(), dtype), SETTINGS, learning=True))
+
+    def of_a_part() -> dict[str, float]:
+        generator = WanGenerator(build_tiny_wan(layers=4, heads=4).to(dtype), **LARGER)
+        shard(generator.transformer)
+        attach_policies(generator.transformer, FullSettings(), average=True)
+        return dict(savings(generator, SETTINGS, learning=True))
+
+    first, second = run_on(2, of_a_part)
+    for name in ("lora instead of full", "full.copies=cpu"):
+        assert first[name] + second[name] == pytest.approx(whole[name])
+        assert 0.4 < first[name] / whole[name] < 0.6
+    # Its state in 8 bits would not come together again.
+    assert "optimizer.name=adamw_8bit" not in first
+    assert "optimizer.name=adamw_8bit" in whole
+
+
+def test_a_team_shares_out_what_a_pass_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = build(LoraSettings(rank=2))
+    alone = kept_for_backward(generator, 4)
+    monkeypatch.setattr(out_of_memory, "team_size", lambda: 2)
+    assert kept_for_backward(generator, 4) == pytest.approx(alone / 2)
 
 
 def test_drawing_has_advice_of_its_own() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cac_reward.client import RewardClient
+from diffusion_rl import processes
 from diffusion_rl.remote_rewards import HttpReward, ProcessReward
 from diffusion_rl.reward_contract import RewardFailed, RewardRefused
 from diffusion_rl.rewards import Reward, RewardSettings, ask_rewards, build_reward, judge_videos
@@ -109,6 +110,18 @@ def test_a_process_that_hangs_is_ended_and_one_that_is_closed_is_not_asked() -> 
 def test_a_process_that_does_not_start_says_why() -> None:
     with pytest.raises(RewardFailed, match="(?s)ended with status 1; .*has no 'acct'; near"):
         build_reward(settings(target=f"{__name__}:acct"))
+
+
+def test_each_of_several_processes_gives_its_reward_its_own_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert processes.own_gpu() is None
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 987)
+    # There is no such GPU; that the worker looks for it is what is to be seen.
+    with pytest.raises(RewardFailed, match=r"(?s)ended with status 1; .*set_device"):
+        build_reward(settings())
 
 
 def test_the_server_gets_the_documented_schema_and_its_words_come_back(

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from diffusion_rl import processes
 from diffusion_rl.checkpoint import read_checkpoint
-from diffusion_rl.configuration import RunSettings, build
 from diffusion_rl.full_policies import REFERENCE, FullPolicies, FullSettings
 from diffusion_rl.launch import CHECKPOINTS, TUNED, prepare, train
 from diffusion_rl.lora import AVERAGE, OLD, TRAINED
@@ -21,16 +20,13 @@ from diffusion_rl.row_settings import GrpoSettings
 from diffusion_rl.sharded_policies import ShardedPolicies
 from diffusion_rl.sharding import gathered, shard
 from diffusion_rl.weight_files import read_transformer
+from tests.full_run import full_run
 from tests.several import run_on
-from tests.tiny_wan import build_tiny_wan, save_tiny_wan
+from tests.tiny_wan import build_tiny_wan
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 KEPT = {"FSDP_RESHARD_AFTER_FORWARD": "false"}
 ADAM = OptimizerSettings(learning_rate=2e-3, max_grad_norm=0.5)
-
-
-def redness(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
-    return videos[:, :, 0].mean((1, 2, 3))
 
 
 def attached(
@@ -188,34 +184,12 @@ def test_a_gradient_that_is_not_finite_on_one_process_stops_the_step_of_all() ->
         assert str(found) == "(nan, True)", found
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> RunSettings:
-    (tmp_path / "prompts.txt").write_text("a red circle\nthe blue square\n")
-    size = {"height": 16, "width": 16, "num_frames": 5, "fps": 8.0, "max_sequence_length": 12}
-    return build(
-        {
-            "generator": {"path": str(save_tiny_wan(tmp_path / "wan")), **size},
-            "full": {},
-            "algorithm": {"name": "nft", "kl_weight": 0.1},
-            "rollout": {
-                **{"num_inference_steps": 3, "prompts_per_update": 1, "videos_per_prompt": 5},
-                "micro_batch": 1,
-            },
-            "optimizer": {"learning_rate": 3e-4, "average_decay": 0.9},
-            "rewards": [{"name": "red", "target": f"{__name__}:redness"}],
-            "prompts": str(tmp_path / "prompts.txt"),
-            "updates": 3,
-            "save_every": 2,
-            "output": str(tmp_path / "run"),
-        }
-    )
-
-
 @pytest.mark.parametrize("row", ["grpo", "nft"])
 def test_a_run_in_parts_is_the_run_in_one_piece(
-    settings: RunSettings, row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes, then one, then two again; 5 videos, 3 for one process."""
+    settings = full_run(tmp_path)
     if row == "grpo":
         rollout = dataclasses.replace(settings.rollout, stochastic_steps=1)
         algorithm = GrpoSettings(kl_weight=0.1, inner_steps=2)

@@ -152,7 +152,12 @@ def test_what_teams_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         check_processes(dataclasses.replace(own, samples=shown))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(ValueError, match="context_parallel must be left out where the launcher"):
+    refused = pytest.raises(ValueError, match="context_parallel must be left out where the launch")
+    with refused:
+        check_processes(own)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with refused:
         check_processes(own)
 
 

@@ -6,9 +6,10 @@
 
 Every run is that of a row of `benchmarks.algorithms` with another seed and another `credit.name`;
 the judge looks in full mode, so that its blame has boxes. The oracle only watches: a reward of
-weight 0 whose score of every update's own videos stands in metrics.jsonl. What is finished is not
-run again and what was stopped goes on from its last checkpoint, so that arms may run in several
-processes. Writes credit.json and credit.md (also printed) into the folder.
+weight 0 whose score of every update's own videos stands in metrics.jsonl. A run ends when it has
+halved the base's rate. What is finished is not run again and what was stopped goes on from its last
+checkpoint, so that arms may run in several processes. Writes credit.json and credit.md (also
+printed) into the folder.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,8 @@ ORACLE = {
     "target": "examples.toy_world.demo_evaluation:judge_by_oracle",
     "weight": 0.0,
 }
-WINDOW = 5
-"""Updates whose videos make one measurement of the rate."""
+WINDOW = 320
+"""Training videos that make one measurement of the rate; whole updates."""
 DRAWS = 10_000
 """Of the bootstrap."""
 
@@ -112,12 +114,12 @@ def half_width(rate: float, count: int) -> float:
 
 
 def read_curve(options: argparse.Namespace, arm: str, seed: int) -> Curve | None:
-    """What a run has written so far; None if nothing."""
+    """What a run has written so far; None before its second update."""
     lines = read_metrics(options.output / f"{arm}_{seed}" / METRICS_FILE)
-    if not lines:
+    if len(lines) < 2:
         return None
     first = lines[0]["videos_generated"]
-    each = lines[1]["videos_generated"] - first if len(lines) > 1 else 0
+    each = lines[1]["videos_generated"] - first
     areas = [line["focus_area"] for line in lines if line["focus_area"] is not None]
     return Curve(
         arm,
@@ -131,18 +133,30 @@ def read_curve(options: argparse.Namespace, arm: str, seed: int) -> Curve | None
 
 
 def videos_to_halve(curve: Curve, base: float) -> float:
-    """Videos up to the end of the first WINDOW updates with a mean rate of half the base's.
+    """Videos up to the end of the first WINDOW videos with a mean rate of half the base's.
 
     Infinity where the run ended before.
 
     Example:
-        >>> videos_to_halve(Curve("uniform", 0, range(1, 8), [0.6] * 2 + [0.2] * 5, 0, 0), 0.6)
-        6.0
+        >>> videos_to_halve(Curve("uniform", 0, [320, 640, 960], [0.6, 0.4, 0.2], 0, 0), 0.5)
+        960.0
     """
-    for last in range(WINDOW, len(curve.rates) + 1):
-        if np.mean(curve.rates[last - WINDOW : last]) <= base / 2:
+    window = updates_of_window(curve)
+    for last in range(window, len(curve.rates) + 1):
+        if np.mean(curve.rates[last - window : last]) <= base / 2:
             return float(curve.videos[last - 1])
     return math.inf
+
+
+def updates_of_window(curve: Curve) -> int:
+    """Updates that draw WINDOW videos, at least."""
+    return math.ceil(WINDOW / curve.videos[0])
+
+
+def has_halved(options: argparse.Namespace, arm: str, seed: int) -> bool:
+    """Whether a run has come to what is asked of it."""
+    curve = read_curve(options, arm, seed)
+    return curve is not None and math.isfinite(videos_to_halve(curve, base_rate(options)["rate"]))
 
 
 def compare(
@@ -182,10 +196,10 @@ def summarise(options: argparse.Namespace) -> dict[str, Any]:
     shared = min((len(curve.rates) for curve in curves), default=0)
     for curve in curves:
         videos = needed[curve.arm][curve.seed] = videos_to_halve(curve, base["rate"])
-        each = curve.videos[0]
+        each, window = curve.videos[0], updates_of_window(curve)
         parts = {
-            "first": curve.rates[:WINDOW],
-            "last": curve.rates[max(0, shared - WINDOW) : shared],
+            "first": curve.rates[:window],
+            "last": curve.rates[max(0, shared - window) : shared],
             "all": curve.rates[:shared],
         }
         rates = {
@@ -213,7 +227,7 @@ def write_table(figures: Mapping[str, Any]) -> str:
     base, window, shared = figures["base"], figures["window"], figures["compared"]
     lines = [
         f"Base generator: {base['rate']:.3f} +- {base['half_width']:.3f} broken "
-        f"({base['videos']} videos, exploring). Rates are means over {window} updates; all runs "
+        f"({base['videos']} videos, exploring). Rates are means over {window} videos; all runs "
         f"are compared up to update {shared}.",
         "",
         "| credit | seed | updates | videos to halve | broken, first | broken, last | broken, mean "
@@ -258,7 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for seed in [] if options.only_table else options.seeds:
         for arm in options.arms:
-            train_to_end(run_settings(options, arm, seed), said_of)
+            enough = partial(has_halved, options, arm, seed)
+            train_to_end(run_settings(options, arm, seed), said_of, enough)
     figures = summarise(options)
     with whole_file(options.output / "credit.json") as file:
         file.write(json.dumps(figures, indent=1))

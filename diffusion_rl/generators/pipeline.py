@@ -9,6 +9,7 @@ import copy
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -197,9 +198,9 @@ class AbstractPipelineGenerator(AbstractVideoGenerator):
             self.width // pixels,
         )
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """Of the transformer's inputs."""
+        """Of the transformer's inputs; kept, since diffusers walks every module to find it."""
         return self.pipeline.transformer.dtype
 
     @torch.no_grad()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,12 +21,12 @@ OPTIONS = argparse.Namespace(
 
 
 def write_run(folder: Path, rates: list[float], area: float | None = 0.5) -> None:
-    """Metrics of a run of 16 videos an update, which drew 40 before the first."""
+    """Metrics of a run of 64 videos an update, which drew 40 before the first."""
     folder.mkdir(parents=True)
     lines = [
         {
             "step": step + 1,
-            "videos_generated": 40 + 16 * (step + 1),
+            "videos_generated": 40 + 64 * (step + 1),
             "rewards/oracle": 1 - rate,
             "focused_share": 0.25,
             "focus_area": area,
@@ -34,14 +37,16 @@ def write_run(folder: Path, rates: list[float], area: float | None = 0.5) -> Non
     (folder / METRICS_FILE).write_text(text)
 
 
-def curve(rates: list[float]) -> credit.Curve:
-    videos = [16 * (step + 1) for step in range(len(rates))]
+def curve(rates: list[float], each: int = 64) -> credit.Curve:
+    videos = [each * (step + 1) for step in range(len(rates))]
     return credit.Curve("uniform", 0, videos, rates, 0.0, math.nan)
 
 
-def test_a_rate_is_halved_when_the_mean_of_five_updates_is() -> None:
-    assert credit.videos_to_halve(curve([0.8] * 3 + [0.4] * 5), 0.8) == 8 * 16
-    assert credit.videos_to_halve(curve([0.4] * 5), 0.8) == 5 * 16
+def test_a_rate_is_halved_when_the_mean_of_320_videos_is() -> None:
+    assert credit.videos_to_halve(curve([0.8] * 3 + [0.4] * 5), 0.8) == 8 * 64
+    assert credit.videos_to_halve(curve([0.4] * 5), 0.8) == 5 * 64
+    assert credit.videos_to_halve(curve([0.8] * 3 + [0.4] * 10, each=32), 0.8) == 13 * 32
+    assert credit.videos_to_halve(curve([0.8] + [0.4] * 2, each=300), 0.8) == 3 * 300
     assert credit.videos_to_halve(curve([0.8] * 3 + [0.4] * 4), 0.8) == math.inf
     assert credit.videos_to_halve(curve([0.0] * 4), 0.8) == math.inf
 
@@ -90,6 +95,27 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
     assert [Path(output).name for output in asked] == ["uniform_0", "random_0"]
 
 
+def test_a_run_ends_when_it_has_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base.json").write_text('{"rate": 0.8, "videos": 512, "half_width": 0.03}')
+    reached: list[int] = []
+
+    def train(run: None) -> Iterator[SimpleNamespace]:
+        for step in range(1, 11):
+            shutil.rmtree(tmp_path / "uniform_0", ignore_errors=True)
+            write_run(tmp_path / "uniform_0", ([0.8] * 2 + [0.4] * 8)[:step])
+            reached.append(step)
+            yield SimpleNamespace(step=step)
+
+    monkeypatch.setattr(runs, "prepare", lambda settings: None)
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(credit, "said_of", lambda report: None)
+    arguments = ["--output", str(tmp_path), "--seeds", "0", "--arms", "uniform"]
+    credit.main(arguments)
+    assert reached[-1] == 7
+    credit.main(arguments)
+    assert reached[-1] == len(reached) == 7
+
+
 def test_the_table_says_what_was_and_was_not_reached(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,13 +126,13 @@ def test_the_table_says_what_was_and_was_not_reached(
     credit.main(["--only-table", "--output", str(tmp_path), "--seeds", "0", "1"])
     table = capsys.readouterr().out
     assert "all runs are compared up to update 7" in table
-    assert "| uniform | 0 | 10 | 160 | 0.800 +- 0.088 | 0.640" in table
-    assert "| grounded | 0 | 7 | 80 | 0.400" in table
-    assert "| random | 0 | 8 | not in 128 |" in table
+    assert "| uniform | 0 | 10 | 640 | 0.800 +- 0.044 | 0.640" in table
+    assert "| grounded | 0 | 7 | 320 | 0.400" in table
+    assert "| random | 0 | 8 | not in 512 |" in table
     assert "grounded against uniform: 0.50 times the videos, 1 seed(s)" in table
     assert "random against uniform: no seed in which both halved the rate" in table
     figures = json.loads((tmp_path / "credit.json").read_text())
-    assert [row["videos_to_halve"] for row in figures["runs"]] == [160.0, 80.0, None]
+    assert [row["videos_to_halve"] for row in figures["runs"]] == [640.0, 320.0, None]
     assert (tmp_path / "credit.md").read_text() + "\n" == table
 
 

@@ -2,12 +2,12 @@
 
     python -m examples.toy_world.annotated_clips --sets mixed reflected rendered held_out \\
         held_out_small held_out_colours held_out_sizes held_out_speeds held_out_faults
-    python benchmarks/judge_ablation.py --seeds 0 1 2
+    python -m benchmarks.judge_ablation --seeds 0 1 2
 
     python -m examples.toy_world.annotated_clips --scale large --output runs/toy_clips_large \\
         --sets mixed reflected rendered held_out held_out_small held_out_colours held_out_sizes \\
         held_out_speeds held_out_faults
-    python benchmarks/judge_ablation.py --scale large --device cuda --batch 32
+    python -m benchmarks.judge_ablation --scale large --device cuda --batch 32
 
 Every variant starts from the same judge that has learnt what single frames show, learns from the
 same clips for as many updates, and is measured on the same held-out clips. What is finished is not
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from benchmarks.judge_verdicts import Verdict, write_verdicts
 from cac_reward.answers import AnswerError, parse_findings
 from cac_reward.evaluation.grounding import mean_box_iou, temporal_iou
 from cac_reward.judges.local import LocalJudge
@@ -45,7 +45,6 @@ from cac_reward.training.lessons import ClipInView, LessonOptions, View
 from cac_reward.training.settings import build_stage
 from cac_reward.training.stages import run_stage
 from cac_reward.training.task_answers import Task, parse_task_answer
-from cac_reward.whole_files import whole_file
 from examples.toy_world.base_judge import build_base
 from examples.toy_world.scales import SCALES, Scale
 
@@ -221,17 +220,6 @@ def train(name: str, table: Mapping[str, Variant], seed: int, bench: Bench) -> t
     return result.judge, result.seconds
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a judge made of one clip."""
-
-    clip: str
-    anomalous: bool
-    p_clean: float
-    time_iou: float
-    box_iou: float
-
-
 def judge_set(folder: Path, reads: str, name: str, count: int, bench: Bench) -> list[Verdict]:
     """Judge the first clips of a held-out set."""
     store = ClipStore([bench.clips / f"{name}.jsonl"], split=None)
@@ -335,7 +323,6 @@ def _verdict(clip: Any, p_clean: float, findings: Sequence[Any]) -> Verdict:
     broken = bool(clip.findings)
     located = broken and not math.isnan(p_clean)
     return Verdict(
-        clip.name,
         broken,
         p_clean,
         temporal_iou(findings, clip.findings) if located else math.nan,
@@ -353,13 +340,7 @@ def measure(name: str, table: Mapping[str, Variant], seed: int, count: int, benc
             continue
         began = time.perf_counter()
         verdicts = judge_set(judge, variant.reads, one, count, bench)
-        record = {
-            "train_seconds": seconds,
-            "judge_seconds": time.perf_counter() - began,
-            "verdicts": [vars(verdict) for verdict in verdicts],
-        }
-        with whole_file(file) as opened:
-            json.dump(record, opened)
+        write_verdicts(file, verdicts, seconds, time.perf_counter() - began)
         right = [(v.p_clean < 0.5) == v.anomalous for v in verdicts]
         print(f"{name} seed {seed} {one}: accuracy {np.mean(right):.3f}", flush=True)
 

@@ -1,6 +1,7 @@
-"""The table of benchmarks/judge_ablation.py from what it has left in its folder.
+"""The table of benchmarks/judge_ablation.py from what it has left in its folders.
 
-    python benchmarks/judge_ablation_table.py [--folder runs/judge_ablation_large] > table.md
+    python -m benchmarks.judge_ablation_table > table.md
+    python -m benchmarks.judge_ablation_table --folders runs/judge_ablation docs/results/ablation
 
 Intervals are 95% bootstrap over seeds and clips together: each draw takes seeds with replacement,
 and, since all judges saw the same clips, the same clips with replacement for all of them.
@@ -9,29 +10,54 @@ and, since all judges saw the same clips, the same clips with replacement for al
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.judge_verdicts import Verdicts, read_verdicts
+
 OUTPUT = Path("runs/judge_ablation")
 DRAWS = 2000
-Verdicts = Mapping[str, np.ndarray]
-"""Of one judge on one set: `anomalous`, `p_clean`, `time_iou`, `box_iou`, each [clips]."""
+ORDER = (
+    "yes_no",
+    "yes_no_captions",
+    "classifier",
+    "one_turn",
+    "two_turns",
+    "no_single_frame",
+    "no_frame_head",
+    "thinking_free",
+    "grounding",
+    "reflection",
+    "grpo",
+    "grpo_no_temporal",
+    "grpo_no_spatial",
+    "grpo_accuracy",
+    "grpo_at_one",
+)
+"""Of the rows; what is not in it comes last."""
 
 
-def read(folder: Path, name: str) -> dict[int, Verdicts]:
-    """By seed, what a variant made of a set."""
-    found = {}
-    for file in sorted(folder.glob(f"seed_*/{name}.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        keys = ("anomalous", "p_clean", "time_iou", "box_iou")
-        columns = {key: np.array([one[key] for one in record["verdicts"]], float) for key in keys}
-        columns["seconds"] = np.array([record["train_seconds"], record["judge_seconds"]])
-        found[int(file.parent.name.removeprefix("seed_"))] = columns
-    return found
+def check_paired(judged: Mapping[str, Mapping[int, Verdicts]], name: str) -> None:
+    """Refuse judges that were not asked about the same clips, by what is true of those.
+
+    Raises:
+        ValueError: of two variants whose clips differ.
+    """
+    truths = {
+        f"{variant} seed {seed}": one["anomalous"]
+        for variant, judges in judged.items()
+        for seed, one in judges.items()
+    }
+    (first, truth), *others = truths.items()
+    for other, own in others:
+        if not np.array_equal(truth, own):
+            raise ValueError(
+                f"{name}: {first} and {other} were asked about other clips; "
+                "compare runs of one set of clips (--clips, --scale), in folders of their own"
+            )
 
 
 def accuracy(one: Verdicts, rows: np.ndarray) -> float:
@@ -103,22 +129,20 @@ def show(numbers: tuple[float, float, float], signed: bool = False) -> str:
     return form.format(*(100 * one for one in numbers))
 
 
-def table(folder: Path, name: str, variants: Sequence[str], against: str) -> list[str]:
+def table(judged: Mapping[str, Mapping[int, Verdicts]], name: str, against: str) -> list[str]:
     """Rows of a set: every measure of every variant, and accuracy against one of them."""
-    base = read(folder / against, name)
+    check_paired(judged, name)
+    base = judged.get(against, {})
     head = ["variant", "seeds", *MEASURES, f"accuracy against {against}", "unjudged", "training s"]
     lines = [f"### {name}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for variant in variants:
-        judges = read(folder / variant, name)
-        if not judges:
-            continue
+    for variant, judges in judged.items():
         located = any(np.nansum(one["time_iou"]) > 0 for one in judges.values())
         cells = [variant, str(len(judges))]
         for measure, function in MEASURES.items():
             shown = located or "IoU" not in measure
             cells.append(show(estimate(judges, function)) if shown else "-")
-        gain = estimate(judges, accuracy, base) if base and variant != against else None
-        cells.append("" if gain is None else show(gain, signed=True))
+        paired = variant != against and judges.keys() & base.keys()
+        cells.append(show(estimate(judges, accuracy, base), signed=True) if paired else "")
         lost = np.mean([np.isnan(one["p_clean"]).mean() for one in judges.values()])
         seconds = np.mean([one["seconds"][0] for one in judges.values()])
         cells += [f"{100 * lost:.1f}%", f"{seconds:.0f}"]
@@ -130,23 +154,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table for every set that was judged."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--against", default="yes_no", help="variant to compare with (yes_no)")
-    parser.add_argument("--folder", type=Path, default=OUTPUT)
+    parser.add_argument(
+        "--folders",
+        type=Path,
+        nargs="+",
+        default=[OUTPUT],
+        help="of runs, or of what was kept of them; a seed that is in two is that of the first",
+    )
     options = parser.parse_args(arguments)
-    folder = options.folder
-    variants = [one.name for one in sorted(folder.iterdir()) if one.is_dir()]
-    order = [
-        "yes_no",
-        "yes_no_captions",
-        "classifier",
-        "one_turn",
-        "two_turns",
-        "grpo",
-        "grpo_at_one",
-    ]
-    variants.sort(key=lambda one: (order.index(one) if one in order else len(order), one))
-    names = sorted({file.stem for file in folder.glob("*/seed_*/held_out*.json")})
-    for name in names:
-        print("\n".join(table(folder, name, variants, options.against)))
+    files = [file for one in options.folders for file in one.glob("*/seed_*/held_out*.json")]
+    if not files:
+        parser.error(f"--folders: no verdicts in {', '.join(map(str, options.folders))}")
+    variants = {file.parent.parent.name for file in files}
+    known = [*(one for one in ORDER if one in variants), *sorted(variants.difference(ORDER))]
+    for name in sorted({file.stem for file in files}):
+        judged = {one: read_verdicts(options.folders, one, name) for one in known}
+        judged = {one: judges for one, judges in judged.items() if judges}
+        print("\n".join(table(judged, name, options.against)))
 
 
 if __name__ == "__main__":

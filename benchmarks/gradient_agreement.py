@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.algorithms import ROWS, run_settings
-from diffusion_rl.collect import collect, update_source
+from diffusion_rl.collect import Batch, collect, update_source
 from diffusion_rl.configuration import build, to_tree
+from diffusion_rl.credit import Credit
 from diffusion_rl.finetune import compare, judge, measure_base, place
+from diffusion_rl.guards import GuardReport
 from diffusion_rl.launch import Run, prepare
 from diffusion_rl.policies import trained_parameters
+from diffusion_rl.reward_contract import JudgedBatch
 from diffusion_rl.rewards import ask_rewards
 from diffusion_rl.step_losses import StepInputs, optimizer_steps
 from diffusion_rl.updates import accumulate
@@ -33,8 +37,20 @@ DRAWS = 2_000
 """Of the bootstrap."""
 
 
-def gradient_of(run: Run, step: int) -> Tensor:
-    """The gradient of update `step` at the weights as they are, flat; no step is taken."""
+@dataclass(frozen=True)
+class JudgedUpdate:
+    """One update's videos and what was said of them."""
+
+    step: int
+    batch: Batch
+    judged: JudgedBatch
+    guarded: GuardReport
+    advantages: Tensor
+    """[N]"""
+
+
+def judge_update(run: Run, step: int) -> JudgedUpdate:
+    """Draw and judge the videos of update `step` with the weights as they are."""
     settings, state, generator = run.settings.finetune_settings(), run.state, run.generator
     batch = collect(generator, run.embeddings, settings, step=step)
     texts = [run.prompts[index] for index in batch.trajectory.prompt_index.tolist()]
@@ -42,18 +58,29 @@ def gradient_of(run: Run, step: int) -> Tensor:
     judged, guarded = judge(run.rewards, asked, batch, settings, state)
     score = judged.score - guarded.penalty
     advantages = compare(score, run.rewards, judged, guarded, batch, settings, state)
-    credit = place(advantages, generator, run.rewards, judged, guarded, batch, settings)
-    known = ~score.isnan()
+    return JudgedUpdate(step, batch, judged, guarded, advantages)
+
+
+def gradient_of(run: Run, update: JudgedUpdate, credit: Credit) -> Tensor:
+    """The gradient of an update at the weights as they are, flat; no step is taken."""
+    settings, generator, batch = run.settings.finetune_settings(), run.generator, update.batch
+    known = ~(update.judged.score - update.guarded.penalty).isnan()
     trajectory, credit = batch.trajectory.keep(known), credit[known[batch.trajectory.rows]]
     parameters = trained_parameters(generator.transformer)
     own = (settings.algorithm, settings.rollout)
-    source = update_source(settings.seed, step, purpose=1)
+    source = update_source(settings.seed, update.step, purpose=1)
     for one in optimizer_steps(generator, trajectory, *own, source):
         accumulate(generator, StepInputs(trajectory, credit, *own, one))
     found = [torch.zeros_like(one) if one.grad is None else one.grad.clone() for one in parameters]
     for parameter in parameters:
         parameter.grad = None
     return torch.cat([one.flatten() for one in found])
+
+
+def own_credit(run: Run, update: JudgedUpdate) -> Credit:
+    """As the run itself would lay the advantages."""
+    said = (run.rewards, update.judged, update.guarded, update.batch)
+    return place(update.advantages, run.generator, *said, run.settings.finetune_settings())
 
 
 def agreement(gradients: Sequence[Tensor]) -> tuple[float, float, float]:
@@ -94,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = prepare(build({**tree, "output": str(options.output / row)}))
         settings = run.settings.finetune_settings()
         measure_base(run.generator, run.embeddings, settings, run.state)
-        gradients = [gradient_of(run, step) for step in range(1, options.updates + 1)]
+        updates = (judge_update(run, step) for step in range(1, options.updates + 1))
+        gradients = [gradient_of(run, one, own_credit(run, one)) for one in updates]
         mean, low, high = agreement(gradients)
         print(f"| {row} | {len(gradients)} | {mean:.3f} | {low:.3f} to {high:.3f} |", flush=True)
 

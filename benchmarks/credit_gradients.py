@@ -1,0 +1,208 @@
+"""Why grounded credit helps or does not: where the blame lies, and what it makes of a gradient.
+
+    python -m benchmarks.credit_gradients --updates 20
+
+At the untrained generator, draws and judges the videos of some updates once and computes their
+gradients with every credit; no step is taken. Beside `uniform`, `grounded` and `random`, `true
+places` is grounded with the oracle's own windows and boxes in place of the judge's: what a perfect
+judge of places would give. Three measurements:
+
+- places: how much of the judge's focus lies where the oracle's does, 1 - total variation of both
+  sets of weights, against the same of the focus moved at random;
+- agreement: the mean cosine of two updates' gradients (see `benchmarks.gradient_agreement`);
+- direction: the mean cosine of an update's gradient with that of other updates whose advantages
+  are of the oracle's verdicts alone, uniform. The latter are noisy and the same for all credits, so
+  that cosines are small and their ratios are what counts: videos needed to know the direction
+  equally well go with one over the ratio's square.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import credit as runs
+from benchmarks.gradient_agreement import JudgedUpdate, gradient_of, judge_update
+from cac_reward.frames import blame_map
+from cac_reward.report import Box, Finding, TimeWindow
+from diffusion_rl.algorithms import algorithm
+from diffusion_rl.configuration import build, to_tree
+from diffusion_rl.credit import (
+    Credit,
+    CreditSettings,
+    LatentGrid,
+    blame_weights,
+    move_at_random,
+    pool_blame,
+)
+from diffusion_rl.finetune import measure_base, place
+from diffusion_rl.launch import Run, prepare
+from examples.toy_world import oracle
+from examples.toy_world.annotated_clips import snap
+
+TRUE = "true places"
+REFERENCE = "reference"
+JUDGE = "cac"
+"""The reward that has blame."""
+DRAWS = 2_000
+"""Of the bootstrap."""
+
+
+def true_blame(run: Run, update: JudgedUpdate) -> Tensor:
+    """[B F H W] positive where the oracle sees a fault, and 0 elsewhere."""
+    videos = update.batch.trajectory.videos
+    texts = [run.prompts[index] for index in update.batch.trajectory.prompt_index.tolist()]
+    size = (videos.shape[1], *videos.shape[3:])
+    fps = run.generator.fps
+    maps = []
+    for report in oracle.judge_videos(videos, texts, fps):
+        findings = [
+            Finding(
+                one.type,
+                TimeWindow(*one.window),
+                tuple(Box(time, *snap(box, videos.shape[-1])) for time, box in one.boxes),
+            )
+            for one in report.findings
+        ]
+        maps.append(blame_map(findings, *size, fps, 1.0))
+    return torch.stack(maps)
+
+
+def credits_of(run: Run, update: JudgedUpdate, truth: Tensor, mix: float) -> dict[str, Credit]:
+    """The same videos and advantages with every credit, and the oracle's own advantages."""
+    settings = run.settings.finetune_settings()
+
+    def laid(judged: JudgedUpdate, name: str) -> Credit:
+        focus = CreditSettings(name=name, mix=None if name == "uniform" else mix)
+        said = (run.rewards, judged.judged, judged.guarded, judged.batch)
+        return place(judged.advantages, run.generator, *said, replace(settings, credit=focus))
+
+    own = {name: laid(update, name) for name in ("uniform", "grounded", "random")}
+    judgements = dict(update.judged.judgements)
+    judgements[JUDGE] = replace(judgements[JUDGE], blame=truth)
+    known = replace(update, judged=replace(update.judged, judgements=judgements))
+    row, options = algorithm(settings.algorithm.name), settings.algorithm.advantage_options
+    score = judgements[runs.ORACLE["name"]].score
+    advantages = row.advantages(score, update.batch.group, **options)
+    return {**own, TRUE: laid(known, "grounded"), REFERENCE: Credit(advantages)}
+
+
+def shared_focus(run: Run, update: JudgedUpdate, truth: Tensor) -> list[tuple[float, float, float]]:
+    """Of each video with blame by both: overlap, overlap when moved, and area of the truth."""
+    blame = update.judged.judgements[JUDGE].blame
+    if blame is None:
+        return []
+    grid = LatentGrid(run.generator.frame_groups, *run.generator.latent_shape[2:])
+    judge, true = (blame_weights(pool_blame(one, grid), grid) for one in (blame, truth))
+    moved = move_at_random(judge, grid, update.batch.seeds)
+    found = []
+    for own, other, random in zip(judge, true, moved, strict=True):
+        # All ones where nothing is blamed.
+        if (own != 1).any() and (other != 1).any():
+            shares = [torch.minimum(one, other).mean().item() for one in (own, random)]
+            found.append((*shares, (other > 0).double().mean().item()))
+    return found
+
+
+def direction(gradients: Tensor, reference: Tensor) -> Tensor:
+    """[U U] cosines of every update's gradient [U P] with every reference [U P].
+
+    NaN where one is zero, as in an update in which all videos of a prompt are alike.
+    """
+    unit = [one / one.norm(dim=1, keepdim=True) for one in (gradients, reference)]
+    return (unit[0] @ unit[1].T).double()
+
+
+def mean_of_pairs(cosines: np.ndarray, updates: Sequence[int]) -> float:
+    """Mean over known pairs of two different updates; one drawn twice is no pair with itself.
+
+    Example:
+        >>> mean_of_pairs(np.array([[1.0, 0.5], [0.25, 1.0]]), [0, 1])
+        0.375
+    """
+    chosen = np.asarray(updates)
+    own = cosines[np.ix_(chosen, chosen)]
+    pairs = (chosen[:, None] != chosen[None, :]) & ~np.isnan(own)
+    return float(own[pairs].mean()) if pairs.any() else math.nan
+
+
+def compare(cosines: Mapping[str, np.ndarray], against: str) -> dict[str, list[float]]:
+    """By credit, the mean of pairs and its ratio to another's, each with its 95% bootstrap."""
+    count = len(cosines[against])
+    random = np.random.default_rng(0)
+    draws = [random.integers(count, size=count) for _ in range(DRAWS)]
+    figures = {}
+    base = mean_of_pairs(cosines[against], range(count))
+    for name, own in cosines.items():
+        mean = mean_of_pairs(own, range(count))
+        drawn = [(mean_of_pairs(own, d), mean_of_pairs(cosines[against], d)) for d in draws]
+        spread = np.nanquantile([one for one, _ in drawn], (0.025, 0.975))
+        ratios = np.nanquantile([one / other for one, other in drawn], (0.025, 0.975))
+        figures[name] = [mean, *map(float, spread), mean / base, *map(float, ratios)]
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print two tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--row", choices=runs.ROWS, default=runs.ROW)
+    parser.add_argument("--updates", type=int, default=20, help="at least 3 (20)")
+    parser.add_argument("--mix", type=float, default=1.0)
+    parser.add_argument("--output", type=Path, default=Path("runs/credit_gradients"))
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the row's config"
+    )
+    options = parser.parse_args(arguments)
+    if options.updates < 3:
+        parser.error(f"--updates must be at least 3, got {options.updates}")
+    own = argparse.Namespace(**vars(options), clip="video")
+    run = prepare(build(to_tree(runs.run_settings(own, "grounded", seed=0))))
+    measure_base(run.generator, run.embeddings, run.settings.finetune_settings(), run.state)
+    gradients: dict[str, list[Tensor]] = {}
+    places: list[tuple[float, float, float]] = []
+    broken: list[bool] = []
+    for step in range(1, options.updates + 1):
+        update = judge_update(run, step)
+        truth = true_blame(run, update)
+        broken += (update.judged.judgements[runs.ORACLE["name"]].score < 1).tolist()
+        places += shared_focus(run, update, truth)
+        for name, credit in credits_of(run, update, truth, options.mix).items():
+            gradients.setdefault(name, []).append(gradient_of(run, update, credit))
+        print(f"update {step}/{options.updates}", flush=True)
+    show(gradients, places, broken)
+
+
+def show(
+    gradients: Mapping[str, Sequence[Tensor]],
+    places: Sequence[tuple[float, float, float]],
+    broken: Sequence[bool],
+) -> None:
+    """Print what was measured."""
+    stacked = {name: torch.stack(list(own)) for name, own in gradients.items()}
+    reference = stacked.pop(REFERENCE)
+    overlap, moved, area = np.mean(places, axis=0) if places else (math.nan,) * 3
+    print(
+        f"\n{len(broken)} videos, {100 * np.mean(broken):.1f}% broken by the oracle; of the "
+        f"{len(places)} that both blame somewhere, focus in common {overlap:.3f}, moved at random "
+        f"{moved:.3f}; the oracle's faults cover {area:.3f} of the latent\n"
+    )
+    for title, others in (("agreement", stacked), ("direction", dict.fromkeys(stacked, reference))):
+        cosines = {name: direction(own, others[name]).numpy() for name, own in stacked.items()}
+        print(f"| credit | {title} | against uniform |\n|---|---|---|")
+        for name, (mean, low, high, *ratio) in compare(cosines, "uniform").items():
+            print(
+                f"| {name} | {mean:.4f} ({low:.4f} to {high:.4f}) "
+                f"| {ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f}) |"
+            )
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -160,7 +160,7 @@ def _settings(settings: RunSettings) -> list[tuple[str, str]]:
     for part in ("algorithm", "credit", "rollout", "optimizer"):
         for name, value in dataclasses.asdict(getattr(settings, part)).items():
             found.append((f"`{part}.{name}`", _cell(value)))
-    for guard in settings.guards:
+    for guard in settings.guards or ():
         found.append((f"`guards` {guard.statistic}", f"weight {guard.weight:g}"))
     return [*found, ("`seed`", str(settings.seed))]
 

@@ -90,18 +90,18 @@ def judged_clip(video: Tensor, fps: float, report: Any = None, note: str = "") -
         report: A mapping, or an object whose to_dict() gives one, with `score`, `windows`
             [[start, end], ...] and `findings` [{"type", "window": [start, end],
             "boxes": [{"time", "box": [x1, y1, x2, y2]}], "why"}]; any may be absent. None where
-            there is no report.
+            there is no report; anything else is written below the video as text.
         note: Anything else to write below the video.
 
     Raises:
-        ValueError: The report has another form.
+        ValueError: The findings of the report have another form.
     """
     if hasattr(report, "to_dict"):
         report = report.to_dict()
     if report is None:
         return Clip(video, fps, note=note)
     if not isinstance(report, Mapping):
-        raise ValueError(f"report must be a mapping or have to_dict(), got {type(report).__name__}")
+        return Clip(video, fps, note="; ".join(text for text in (str(report), note) if text))
     try:
         marks = tuple(_mark(finding) for finding in report.get("findings") or ())
         windows = tuple(_window(window) for window in report.get("windows") or ())

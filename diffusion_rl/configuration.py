@@ -20,7 +20,7 @@ from diffusion_rl.finetune import FinetuneSettings, StepReport
 from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.generators.families import FAMILIES, check_options
 from diffusion_rl.generators.settings import ExecutionSettings
-from diffusion_rl.guards import GuardSettings
+from diffusion_rl.guards import GuardSettings, default_guards
 from diffusion_rl.held_out import EvaluationSettings
 from diffusion_rl.lora import LoraSettings
 from diffusion_rl.optimizers import OptimizerSettings
@@ -111,8 +111,8 @@ class RunSettings:
     """How the adapter moves."""
     rewards: tuple[RewardSettings, ...]
     """What is rewarded; at least one."""
-    guards: tuple[GuardSettings, ...] = ()
-    """What must not get lost."""
+    guards: tuple[GuardSettings, ...] | None = None
+    """What must not get lost; without it `default_guards`, with an empty list nothing."""
     missing_limit: float = 0.5
     """Share of videos a reward may leave unjudged before the run stops, in [0, 1)."""
     staleness: int = 0
@@ -151,6 +151,9 @@ class RunSettings:
         names = [reward.name for reward in self.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"rewards must have different names, got {names}")
+        if self.guards is None:
+            object.__setattr__(self, "guards", default_guards(self.generator.num_frames))
+        assert self.guards is not None
         watched = [guard.statistic for guard in self.guards]
         if len(set(watched)) != len(watched):
             raise ValueError(f"guards must watch different statistics, got {watched}")
@@ -190,7 +193,8 @@ class RunSettings:
         """Refuse a name that no report of this run has."""
         keys = {
             "rewards": [reward.name for reward in self.rewards],
-            "guards": [guard.statistic for guard in self.guards],
+            "guards": [guard.statistic for guard in self.guards or ()],
+            "evaluation": [one.name for one in self.evaluation.rewards] if self.evaluation else [],
         }
         known = []
         for entry in dataclasses.fields(StepReport):

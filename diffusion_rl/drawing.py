@@ -117,13 +117,36 @@ class Draws:
             together("drawing videos"),
             explain_out_of_memory(generator, settings, learning=False),
         ):
-            return collect(generator, self._embeddings, settings, step=step, prompts=chosen)
+            batch = collect(generator, self._embeddings, settings, step=step, prompts=chosen)
+            check_finite(batch.trajectory.videos, step)
+        return batch
 
     def _ask(self, drawn: Drawn) -> AskedRewards | None:
         trajectory = drawn.batch.trajectory
         texts = [self._prompts[index] for index in trajectory.prompt_index.tolist()]
         with together("sending videos to rewards"):
             return ask_for_team(self._rewards, trajectory.videos, texts, fps=self._generator.fps)
+
+
+def check_finite(videos: Tensor, step: int) -> None:
+    """Refuse videos [B F C H W] of an update that no reward could judge.
+
+    Raises:
+        ValueError: says whose fault it is and what to change.
+    """
+    broken = int((~videos.isfinite()).flatten(1).any(dim=1).sum())
+    if not broken:
+        return
+    remedy = (
+        "the generator overflows by itself: set generator.dtype=float32 or bfloat16"
+        if step == 1
+        else f"the policy of update {step - 1} has diverged: delete the newest checkpoints and go "
+        "on with a lower optimizer.learning_rate"
+    )
+    raise ValueError(
+        f"videos of update {step} must be finite, got NaN or infinity in {broken} of "
+        f"{len(videos)}; {remedy}"
+    )
 
 
 @contextmanager

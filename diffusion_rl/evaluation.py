@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -83,12 +83,13 @@ class Measured:
 
 def measure_generator(
     sample: Callable[[Sequence[str], Sequence[int]], Tensor],
-    measures: Mapping[str, RewardFunction],
+    measures: Mapping[str, RewardFunction | Reward],
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
     fps: float,
     batch_size: int = 32,
+    missing_limit: float = 0.5,
 ) -> Iterator[Measured]:
     """Sample videos and measure them, batch by batch.
 
@@ -96,12 +97,14 @@ def measure_generator(
 
     Args:
         sample: (prompts, seeds) -> videos [B F C H W] in [0, 1]; equal seeds, equal noise.
-        measures: Name to a callable that honours the reward contract.
+        measures: Name to a callable that honours the reward contract, or to a reward that is asked
+            its own way.
         prompts: N texts; equal ones must follow each other and share a batch, so that diversity
             can be measured.
         seeds: N integers.
         fps: Frames per second of the videos.
         batch_size: Videos per batch, at least 1; more where one prompt alone has more.
+        missing_limit: Largest share of a batch, in [0, 1), that a measure may leave unjudged.
 
     Yields:
         One `Measured` per batch, with its videos.
@@ -116,17 +119,20 @@ def measure_generator(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    rewards = [Reward(name, function) for name, function in measures.items()]
+    rewards = [_as_reward(name, measure) for name, measure in measures.items()]
     for batch in prompt_batches(prompts, batch_size):
         texts, numbers = tuple(prompts[batch]), tuple(seeds[batch])
         videos = sample(texts, numbers)
-        judged = judge_videos(rewards, videos, texts, fps=fps).judgements
+        judged = judge_videos(rewards, videos, texts, fps=fps, missing_limit=missing_limit)
+        judgements = judged.judgements
         yield Measured(
             prompts=texts,
             seeds=numbers,
-            values={name: one.score for name, one in judged.items()},
+            values={name: one.score for name, one in judgements.items()},
             reports={
-                name: list(one.reports) for name, one in judged.items() if one.reports is not None
+                name: list(one.reports)
+                for name, one in judgements.items()
+                if one.reports is not None
             },
             videos=(videos * 255).round().to(torch.uint8).cpu(),
         )
@@ -212,12 +218,14 @@ class AuditRow:
 
 
 def audit_judge(
-    judge: RewardFunction,
+    judge: RewardFunction | Reward,
     videos: Tensor,
     prompts: Sequence[str],
     *,
     fps: float,
     threshold: float = 0.5,
+    batch_size: int = 32,
+    missing_limit: float = 0.5,
 ) -> list[AuditRow]:
     """Ask a judge about a frozen, a blurred and a darkened copy of every clip.
 
@@ -225,20 +233,31 @@ def audit_judge(
     and contrast guards.
 
     Args:
-        judge: Honours the reward contract.
-        videos: [N F C H W] in [0, 1].
+        judge: Honours the reward contract, or a reward that is asked its own way.
+        videos: [N F C H W], float in [0, 1] or uint8 in [0, 255].
         prompts: N texts.
         fps: Frames per second.
         threshold: Score from which a clip passes.
+        batch_size: Videos copied and judged at once, at least 1.
+        missing_limit: Largest share of such a batch, in [0, 1), that may stay unjudged.
 
     Returns:
         Rows for the original, the frozen, the blurred and the darkened copies.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     scores = {}
     for name, make in {"original": Tensor.clone, **COPIES}.items():
-        reward = Reward(f"{name} copies", judge)
-        batch = judge_videos([reward], make(videos), prompts, fps=fps)
-        scores[name] = batch.score
+        reward = _as_reward(f"{name} copies", judge)
+        parts = []
+        for at in range(0, len(prompts), batch_size):
+            part = slice(at, at + batch_size)
+            own = videos[part] if videos.is_floating_point() else videos[part].float() / 255
+            batch = judge_videos(
+                [reward], make(own), prompts[part], fps=fps, missing_limit=missing_limit
+            )
+            parts.append(batch.judgements[reward.name].score)
+        scores[name] = torch.cat(parts)
     rows = []
     for name, score in scores.items():
         judged = score[~score.isnan()]
@@ -306,6 +325,13 @@ COPIES: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 def _measure_statistic(name: str, videos: Tensor, prompts: Sequence[str], *, fps: float) -> Tensor:
     return STATISTICS[name](videos, prompt_groups(prompts).to(videos.device))
+
+
+def _as_reward(name: str, measure: RewardFunction | Reward) -> Reward:
+    """A measure under its name, asked its own way where it has one."""
+    if isinstance(measure, Reward):
+        return replace(measure, name=name)
+    return Reward(name, measure)
 
 
 def _share(values: Tensor) -> float:

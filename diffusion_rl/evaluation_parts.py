@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_rl.evaluation import Measured, measure_generator, prompt_batches
-from diffusion_rl.rewards import RewardFunction
+from diffusion_rl.reward_contract import Reward, RewardFunction, plain_report
 from diffusion_rl.vbench import VBenchFolder
 
 PARTS = "parts"
@@ -35,10 +35,13 @@ class EvaluationTask:
     """N texts; equal ones follow each other."""
     seeds: Sequence[int]
     """N seeds."""
-    measures: Mapping[str, RewardFunction]
-    """Name to a callable that honours the reward contract."""
+    measures: Mapping[str, RewardFunction | Reward]
+    """Name to a callable that honours the reward contract, or to a reward with its own way to be
+    asked."""
     fps: float
     """Of the videos."""
+    missing_limit: float = 0.5
+    """Share of a batch, in [0, 1), that a measure may leave unjudged."""
     batch_size: int
     """Videos measured, and kept on disk, at once; more where one prompt alone has more."""
     keep: Collection[int]
@@ -88,11 +91,7 @@ class EvaluationParts:
         return measured, about["seconds"]
 
     def save(self, side: str, first: int, measured: Measured, seconds: float) -> None:
-        """Keep a batch.
-
-        Raises:
-            ValueError: a report is neither a mapping nor has a to_dict().
-        """
+        """Keep a batch, its reports as JSON has them."""
         about = {
             "prompts": measured.prompts,
             "seeds": measured.seeds,
@@ -138,7 +137,13 @@ class EvaluationParts:
             if known is None or (vbench is not None and not vbench.has(prompts)):
                 started = time.monotonic()
                 (whole,) = measure_generator(
-                    sample, task.measures, prompts, seeds, fps=task.fps, batch_size=len(prompts)
+                    sample,
+                    task.measures,
+                    prompts,
+                    seeds,
+                    fps=task.fps,
+                    batch_size=len(prompts),
+                    missing_limit=task.missing_limit,
                 )
                 if vbench is not None:
                     vbench.add(prompts, whole.videos.float() / 255, task.fps)
@@ -151,18 +156,6 @@ class EvaluationParts:
 
     def _path(self, side: str, first: int) -> Path:
         return self.folder / f"{side}-{first:06d}.safetensors"
-
-
-def plain_report(report: Any) -> Any:
-    """A judge's report as JSON can hold it; None stays None.
-
-    Raises:
-        ValueError: it is neither a mapping nor has a to_dict().
-    """
-    found = report.to_dict() if hasattr(report, "to_dict") else report
-    if found is None or isinstance(found, Mapping):
-        return found
-    raise ValueError(f"report must be a mapping or have to_dict(), got {type(report).__name__}")
 
 
 def fingerprint(folder: str | Path) -> list[tuple[str, int, int]]:

@@ -94,13 +94,7 @@ def finetune(
         raise ValueError("prompts must be at least one text, got none")
     state = begin(generator, settings) if state is None else state
     embeddings = generator.encode_prompts(prompts) if embeddings is None else embeddings
-    own = (settings.algorithm, settings.rollout, settings.credit.clip)
-    check = self_check(generator, embeddings, *own)
-    if check.videos:
-        logger.info("self-check: ratio 1 within %.1e on replay", check.ratio_deviation)
-    state.videos_generated += check.videos if state.step == 0 else 0
-    if settings.guards and not state.reference_levels:
-        measure_base(generator, embeddings, settings, state)
+    look_at_base(generator, embeddings, settings, state)
     draws = Draws(generator, embeddings, rewards, prompts, settings, state)
     while state.step < settings.updates:
         started = time.monotonic()
@@ -204,6 +198,23 @@ def watch(
     falling = falling_beside(state.series, own)
     state.warned = warn_of(falling, state.warned, state.step, state.series, own)
     return falling
+
+
+def look_at_base(
+    generator: AbstractVideoGenerator,
+    embeddings: PromptEmbeddings,
+    settings: FinetuneSettings,
+    state: FinetuneState,
+) -> None:
+    """Check that replay repeats what was drawn, and measure what the guards hold the policy to."""
+    own = (settings.algorithm, settings.rollout, settings.credit.clip)
+    with explain_out_of_memory(generator, settings, learning=False):
+        check = self_check(generator, embeddings, *own)
+        if check.videos:
+            logger.info("self-check: ratio 1 within %.1e on replay", check.ratio_deviation)
+        state.videos_generated += check.videos if state.step == 0 else 0
+        if settings.guards and not state.reference_levels:
+            measure_base(generator, embeddings, settings, state)
 
 
 def measure_base(

@@ -162,6 +162,24 @@ class GuardSettings:
             raise ValueError(f"floor must be in (0, 1], got {self.floor}")
 
 
+def default_guards(num_frames: int) -> tuple[GuardSettings, ...]:
+    """The guards of a run that names none: all that its videos can be measured by.
+
+    Weights and floors are those of the toy recipes, where runs without them were hacked and runs
+    with them were not (docs/rewards.md).
+
+    Args:
+        num_frames: of a video; one frame alone has no motion.
+    """
+    guards = (
+        GuardSettings(statistic="motion", weight=0.5),
+        GuardSettings(statistic="sharpness", weight=0.25),
+        GuardSettings(statistic="contrast", weight=0.25),
+        GuardSettings(statistic="diversity", weight=0.5, floor=0.95),
+    )
+    return guards if num_frames > 1 else guards[1:]
+
+
 @dataclass(frozen=True)
 class GuardReport:
     """What the guards found in a batch."""

@@ -8,13 +8,12 @@ faults, where losses were not finite.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_rl import processes, sharded_policies
+from diffusion_rl import processes
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.card import write_card
 from diffusion_rl.checkpoint import (
@@ -40,19 +39,20 @@ from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbedding
 from diffusion_rl.generators.families import FAMILIES
 from diffusion_rl.held_out import HeldOut, build_held_out
 from diffusion_rl.policies import attach_policies, policies_of, trained_parameters
-from diffusion_rl.prompt_sampling import write_statistics
+from diffusion_rl.preflight import check_run
+from diffusion_rl.prompt_sampling import check_same_prompts, write_statistics
 from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import Reward, build_reward, load_callable
 from diffusion_rl.run_folder import CHECKPOINTS as CHECKPOINTS  # For callers who look for them.
 from diffusion_rl.run_folder import claim
 from diffusion_rl.run_lock import release_lock
 from diffusion_rl.samples import step_folder, write_samples
-from diffusion_rl.sharding import check_precision, shard, wants_shards
+from diffusion_rl.sharding import shard, wants_shards
 from diffusion_rl.tracking import AccelerateTracker, MetricsFile, flatten
 from diffusion_rl.updates import NotFiniteError
 from diffusion_rl.weight_files import LORA as LORA  # For callers who look for the result.
 from diffusion_rl.weight_files import TUNED, load_result, save_result
-from diffusion_rl.zero import ZeroOptimizer, check_zero, wants_zero
+from diffusion_rl.zero import ZeroOptimizer, wants_zero
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def prepare(
             it, or its newest checkpoint is damaged.
     """
     processes.start(settings.generator.device)
-    check_processes(settings)
+    check_run(settings)
     try:
         with processes.together("taking the output folder"):
             if processes.is_main():
@@ -154,67 +154,6 @@ def prepare(
         release_lock(settings.output)
         raise
     return run
-
-
-def check_processes(settings: RunSettings) -> None:
-    """Refuse settings that would not do in the processes of this run what they say.
-
-    Raises:
-        ValueError: names the setting and the way out.
-    """
-    check_precision(settings.generator.dtype)
-    if processes.count() > 1 and wants_zero():
-        check_zero(settings.optimizer.name)
-    execution = settings.generator.execution
-    if execution.context_parallel is not None and (wants_shards() or wants_zero()):
-        raise ValueError(
-            "generator.execution.context_parallel must be left out where the launcher shards "
-            "weights (FSDP) or DeepSpeed runs, got both, which never ran together; launch with "
-            "configs/accelerate/ddp_8gpu.yaml"
-        )
-    shards = processes.count() > 1 and wants_shards()
-    if settings.samples is not None and (shards or execution.context_parallel is not None):
-        where = "where the launcher shards weights (FSDP)"
-        raise ValueError(
-            "samples must be left out "
-            f"{where if shards else 'with generator.execution.context_parallel'}, got it; one "
-            "process alone cannot draw: sample from the LoRA of a checkpoint instead"
-        )
-    if not shards:
-        return
-    if settings.full is not None:
-        check_split(settings)
-    if execution.offload is not None and "transformer" in execution.offload.parts:
-        raise ValueError(
-            "execution.offload.parts must be without the transformer where the launcher shards it "
-            "(FSDP), got both; fsdp_offload_params of the launcher's config does that"
-        )
-
-
-def check_split(settings: RunSettings) -> None:
-    """Refuse what full fine-tuning cannot do where each process moves its own part of the weights.
-
-    Raises:
-        ValueError: names the setting and the way out.
-    """
-    if settings.optimizer.name not in sharded_policies.OPTIMIZERS:
-        raise ValueError(
-            f"optimizer.name must be one of {', '.join(sharded_policies.OPTIMIZERS)} with full "
-            f"where the launcher shards weights (FSDP), got {settings.optimizer.name}, which "
-            "needs whole matrices or keeps a state of its own; or launch with "
-            "configs/accelerate/ddp_8gpu.yaml"
-        )
-    if settings.staleness:
-        raise ValueError(
-            "staleness must be 0 with full where the launcher shards weights (FSDP), got "
-            f"{settings.staleness}, for which every process would hold all weights once more; or "
-            "let a lora learn"
-        )
-    if os.environ.get("FSDP_OFFLOAD_PARAMS") == "true":
-        raise ValueError(
-            "fsdp_offload_params must be false with full, got true, which was never run; set "
-            "full.copies=cpu, which keeps all policies but the trained one in the computer's memory"
-        )
 
 
 def load_run(settings: RunSettings, keep_text_encoder: bool) -> Run:
@@ -252,6 +191,7 @@ def go_on(run: Run) -> None:
     if newest is None:
         processes.part_ways(run.settings.seed)
     else:
+        check_same_prompts(run.output / PROMPTS_FILE, run.prompts)
         restore(run.generator, run.state, read_checkpoint(newest))
         logger.info("going on from %s", newest)
     steps = processes.gather_objects(run.state.step)
@@ -275,14 +215,15 @@ def train(run: Run) -> Generator[StepReport]:
             last are in `faults`, for `replay_fault`.
     """
     settings, main = run.settings, processes.is_main()
-    trackers = build_trackers(settings) if main else []
-    sinks: list[MetricsFile | AccelerateTracker] = [*trackers]
-    if main:
-        sinks.insert(0, MetricsFile(run.output, step=run.state.step))
+    trackers: list[AccelerateTracker] = []
+    sinks: list[MetricsFile | AccelerateTracker] = []
     saver = Saver(run)
     loop = (run.generator, run.rewards, run.prompts, settings.finetune_settings())
     reports = finetune(*loop, run.state, run.embeddings, run.held_out)
     try:
+        if main:
+            trackers += build_trackers(settings)
+            sinks += [MetricsFile(run.output, step=run.state.step), *trackers]
         for report in reports:
             dice = processes.gather_objects(random_state())
             with processes.together("copying what learns"):

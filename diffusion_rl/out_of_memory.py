@@ -80,10 +80,15 @@ def savings(
     Of the update what passes with gradient keep for their backward pass, and what belongs to the
     weights that learn; of drawing what a pass and the decoder hold at once.
     """
+    drawn = settings.rollout.prompts_per_update * settings.rollout.videos_per_prompt
     if not learning:
-        name, batch = "rollout.micro_batch", settings.rollout.micro_batch
-        return _smaller_passes(generator, name, batch, drawing_bytes(generator, batch))
-    batch = settings.rollout.learning_micro_batch
+        name, batch = "rollout.micro_batch", min(settings.rollout.micro_batch, drawn)
+        needed = drawing_bytes(generator, batch)
+        found = _smaller_passes(generator, name, batch, needed)
+        if (tiled := drawing_bytes(generator, batch, tiled=True)) < needed:
+            found.append(Saving("generator.execution.vae_tiling=true", needed - tiled))
+        return found
+    batch = min(settings.rollout.learning_micro_batch, drawn)
     guided = settings.rollout.learning_guidance != 1
     kept = kept_for_backward(generator, batch * (2 if guided else 1))
     found = _smaller_passes(generator, "rollout.update_micro_batch", batch, kept)
@@ -129,14 +134,24 @@ def kept_for_backward(generator: AbstractVideoGenerator, batch: int) -> float:
     return batch * _tokens(generator) * widths / len(_all(generator))
 
 
-def drawing_bytes(generator: AbstractVideoGenerator, batch: int) -> float:
-    """About the bytes at once of drawing: the widest layer of a pass, or the decoder's last."""
+def drawing_bytes(generator: AbstractVideoGenerator, batch: int, *, tiled: bool = False) -> float:
+    """About the bytes at once of drawing: the widest layer of a pass, or the decoder's last.
+
+    Args:
+        generator: whose shapes are asked.
+        batch: videos of a pass.
+        tiled: as if the decoder worked tile by tile, where it can.
+    """
     widest = max(
         (one.in_features + one.out_features) * one.weight.dtype.itemsize
         for one in _linears(generator)
     )
-    pixels = generator.num_frames * generator.height * generator.width
     vae: Any = getattr(getattr(generator, "pipeline", None), "vae", None)
+    height, width = generator.height, generator.width
+    if tiled or getattr(vae, "use_tiling", False):
+        height = min(height, getattr(vae, "tile_sample_min_height", height))
+        width = min(width, getattr(vae, "tile_sample_min_width", width))
+    pixels = generator.num_frames * height * width
     channels = 3
     if vae is not None:
         last = [part for part in vae.decoder.modules() if isinstance(part, nn.Conv2d | nn.Conv3d)]

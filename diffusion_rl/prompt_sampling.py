@@ -5,6 +5,7 @@ A group whose scores tie teaches nothing, but costs as much as any other. Axes: 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -156,6 +157,31 @@ def write_statistics(path: str | Path, prompts: Sequence[str], statistics: Stati
     text = json.dumps(describe_prompts(prompts, statistics), indent=1, allow_nan=False)
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def check_same_prompts(path: str | Path, prompts: Sequence[str]) -> None:
+    """Refuse to go on with other prompts: groups and history are kept by their numbers.
+
+    Args:
+        path: what `write_statistics` wrote of the run; nothing is said where there is none.
+        prompts: as they are now.
+
+    Raises:
+        ValueError: names the first prompt that differs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return
+    earlier = [one["prompt"] for one in json.loads(path.read_text(encoding="utf-8"))]
+    pairs = enumerate(itertools.zip_longest(earlier, prompts), start=1)
+    for number, (before, now) in pairs:
+        if before != now:
+            raise ValueError(
+                f"prompts must be those that the run began with, got {len(prompts)} where it had "
+                f"{len(earlier)}, the first that differs number {number}: {now!r}, was {before!r}; "
+                f"put them back (they are in {path}), choose another output, or --restart to set "
+                "the earlier run aside"
+            )
 
 
 def describe_prompts(prompts: Sequence[str], statistics: Statistics) -> list[dict[str, Any]]:

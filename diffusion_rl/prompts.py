@@ -65,7 +65,8 @@ def _of_text(path: Path, column: str) -> Iterator[str]:
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise ValueError(_not_utf8(path, line, error)) from error
-    lines = enumerate(text.splitlines(), start=1)
+    # Not str.splitlines, which also ends a line at a form feed or U+2028 within a prompt.
+    lines = enumerate(text.split("\n"), start=1)
     return (_check(line, f"{path}, line {number}") for number, line in lines if line.strip())
 
 

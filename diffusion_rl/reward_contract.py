@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,8 @@ RewardFunction = Callable[..., Any]
 """reward(videos, prompts, *, fps) -> Tensor[B] or a dict with score, blame and reports."""
 
 RESUME = (
-    "nothing saved so far is lost: mend it and run the same command again to go on from the last "
-    "checkpoint"
+    "nothing saved so far is lost: mend it and run the same command again, which goes on from what "
+    "is saved"
 )
 WHERE = ("here", "process", "http")
 ON_ERROR = ("stop", "missing")
@@ -317,6 +318,16 @@ def _check_score(name: str, score: Any, count: int) -> Tensor:
             f"got {found}; {RESUME}"
         )
     return score.detach().float().cpu()
+
+
+def plain_report(report: Any) -> Any:
+    """A report as JSON has it: what its `to_dict` says where it has one, else its text."""
+    if hasattr(report, "to_dict"):
+        return report.to_dict()
+    try:
+        return json.loads(json.dumps(report))
+    except TypeError:
+        return str(report)
 
 
 def _check_blame(name: str, blame: Any, videos: Tensor) -> Tensor | None:

@@ -26,6 +26,7 @@ from diffusion_rl.reward_contract import (
     RewardSettings,
     ask_once,
     build_function,
+    plain_report,
 )
 
 _LENGTHS = struct.Struct("!QQ")
@@ -87,16 +88,6 @@ def answer(
     reports = found.reports
     plain = None if reports is None else [plain_report(report) for report in reports]
     return {"reports": plain}, {key: one for key, one in kept.items() if one is not None}
-
-
-def plain_report(report: Any) -> Any:
-    """A report as JSON has it: what its `to_dict` says where it has one, else its text."""
-    if hasattr(report, "to_dict"):
-        return report.to_dict()
-    try:
-        return json.loads(json.dumps(report))
-    except TypeError:
-        return str(report)
 
 
 if __name__ == "__main__":

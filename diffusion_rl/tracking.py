@@ -90,6 +90,25 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that are not installed.
+
+    Raises:
+        ImportError: names the first and what is there.
+    """
+    if not names:
+        return
+    from accelerate.tracking import get_available_trackers
+
+    available = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in available:
+            raise ImportError(
+                f"trackers must be installed, got {name!r}; install it with: pip install {name} "
+                f"(there is: {', '.join(available) or 'none'})"
+            )
+
+
 class AccelerateTracker:
     """The same numbers to tensorboard, wandb, ... through accelerate's trackers.
 
@@ -104,15 +123,8 @@ class AccelerateTracker:
         self, trackers: Sequence[Any], folder: str | Path, project: str, settings: Mapping[str, Any]
     ) -> None:
         from accelerate import Accelerator
-        from accelerate.tracking import get_available_trackers
 
-        available = [str(name) for name in get_available_trackers()]
-        for name in trackers:
-            if isinstance(name, str) and name not in available:
-                raise ImportError(
-                    f"trackers must be installed, got {name!r}; install it with: pip install "
-                    f"{name} (there is: {', '.join(available) or 'none'})"
-                )
+        check_trackers([name for name in trackers if isinstance(name, str)])
         self._accelerator = Accelerator(log_with=list(trackers), project_dir=str(folder))
         self._accelerator.init_trackers(project, config=dict(settings))
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from diffusion_rl.configuration import RunSettings
 from diffusion_rl.rewards import RewardSettings
@@ -34,15 +38,25 @@ def with_local_path(settings: RunSettings, local_path: str | None) -> RunSetting
 
 
 def measures_named(texts: Sequence[str]) -> list[RewardSettings]:
-    """Every --measure NAME=MODULE:CALLABLE.
+    """Every --measure NAME=MODULE:CALLABLE, with options in braces where it takes any.
 
     Raises:
         ValueError: One has another form.
     """
     found = []
     for text in texts:
-        name, equals, target = text.partition("=")
+        name, equals, rest = text.partition("=")
+        target, brace, options = rest.partition("{")
+        try:
+            given = OmegaConf.to_container(OmegaConf.create(brace + options)) if brace else {}
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(
+                f"--measure must have options as YAML, got {text!r}: {error}"
+            ) from error
         if not (name and equals and target):
-            raise ValueError(f"--measure must be NAME=MODULE:CALLABLE, got {text!r}")
-        found.append(RewardSettings(name=name, target=target))
+            raise ValueError(
+                "--measure must be NAME=MODULE:CALLABLE, or NAME=MODULE:CALLABLE{option: value}, "
+                f"got {text!r}"
+            )
+        found.append(RewardSettings(name=name, target=target, options=cast(Any, given)))
     return found

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_rl.best_of_n import BestOfNSettings, best_of_n, write_summary
 from diffusion_rl.commands.base import Subparsers, with_local_path
-from diffusion_rl.configuration import load_config
+from diffusion_rl.configuration import RunSettings, load_config, to_tree
+from diffusion_rl.evaluation_parts import fingerprint
 from diffusion_rl.launch import build_generator
 from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import build_reward
@@ -33,6 +35,29 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
     best.add_argument("--seed", type=int, default=0, help="of the first video")
     best.add_argument("--format", choices=["mp4", "webp"], default="mp4")
     best.set_defaults(command=best_of_n_command)
+
+
+def identity_of(options: argparse.Namespace, settings: RunSettings) -> dict[str, Any]:
+    """What the scores depend on, by the names of a config: others are not taken for them."""
+    tree = to_tree(settings)
+    tree["generator"].pop("device")
+    weights = options.lora or options.transformer
+    return {
+        "n": options.n,
+        "seed": options.seed,
+        "weights": fingerprint(weights) if weights else "those of the base",
+        **dict(_leaves({name: tree[name] for name in ("generator", "rollout", "rewards")})),
+    }
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Path and value of everything in a tree that is neither a mapping nor a list."""
+    if not isinstance(tree, dict | list):
+        yield path, tree
+        return
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in pairs:
+        yield from _leaves(value, f"{path}.{key}" if path else str(key))
 
 
 def best_of_n_command(options: argparse.Namespace) -> int:
@@ -64,7 +89,7 @@ def best_of_n_command(options: argparse.Namespace) -> int:
         format=options.format,
     )
     try:
-        found = best_of_n(sample, rewards, prompts, wanted)
+        found = best_of_n(sample, rewards, prompts, wanted, identity_of(options, settings))
         records = list(tqdm(found, total=len(prompts), desc="best-of-n"))
     finally:
         for reward in rewards:

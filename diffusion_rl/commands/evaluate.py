@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from diffusion_rl.before_after import (
     AUDITED,
+    RATE,
     SIDES,
     Sampler,
     build_samplers,
@@ -34,7 +35,7 @@ from diffusion_rl.evaluation_parts import EvaluationParts, EvaluationTask, finge
 from diffusion_rl.guards import STATISTICS
 from diffusion_rl.launch import CONFIG_FILE, build_generator
 from diffusion_rl.prompts import read_prompts
-from diffusion_rl.rewards import RewardSettings, build_reward
+from diffusion_rl.rewards import Reward, RewardFunction, RewardSettings, build_reward
 from diffusion_rl.vbench import VBenchFolder
 from diffusion_rl.weight_files import COMPONENTS
 
@@ -62,7 +63,8 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=MODULE:CALLABLE",
-        help="another reward callable to measure with, e.g. a judge that took no part in training",
+        help="another reward callable to measure with, e.g. a judge that took no part in training; "
+        "its options go in braces: NAME=MODULE:CALLABLE{path_or_hub_id: FOLDER}",
     )
     evaluation.add_argument(
         "--clean",
@@ -97,8 +99,24 @@ def evaluate_command(options: argparse.Namespace) -> int:
     config = options.base or Path(options.lora or options.transformer).parent / CONFIG_FILE
     settings = with_local_path(load_config(config, options.overrides), options.local_path)
     others = further_sides(options.also)
-    rewards = [*settings.rewards, *measures_named(options.measure)]
-    task = build_task(options, settings, rewards)
+    rewards = measuring_rewards(options, settings)
+    built = [build_reward(reward) for reward in rewards]
+    try:
+        return evaluate(options, settings, others, rewards, built)
+    finally:
+        for reward in built:
+            reward.close()
+
+
+def evaluate(
+    options: argparse.Namespace,
+    settings: RunSettings,
+    others: dict[str, dict[str, Any]],
+    rewards: Sequence[RewardSettings],
+    built: Sequence[Reward],
+) -> int:
+    """Measure with rewards that are at hand; the status of the command."""
+    task = build_task(options, settings, built)
     clean = options.clean or [rewards[0].name]
     parts = EvaluationParts(
         options.output, identity_of(options, settings, rewards, others) | {"keep": list(task.keep)}
@@ -118,9 +136,11 @@ def evaluate_command(options: argparse.Namespace) -> int:
     audits = {
         name: audit_judge(
             task.measures[name],
-            sides["base"].videos[some].float() / 255,
+            sides["base"].videos[some],
             task.prompts[some],
             fps=task.fps,
+            batch_size=task.batch_size,
+            missing_limit=task.missing_limit,
         )
         for name in clean
     }
@@ -146,21 +166,42 @@ def summary_note(task: EvaluationTask) -> str:
     )
 
 
+def measuring_rewards(options: argparse.Namespace, settings: RunSettings) -> list[RewardSettings]:
+    """The run's rewards, those that took no part in training, and what --measure names.
+
+    Raises:
+        ValueError: two measures have one name.
+    """
+    held_out = settings.evaluation.rewards if settings.evaluation else ()
+    found = [*settings.rewards, *held_out, *measures_named(options.measure)]
+    taken = set(STATISTICS)
+    for reward in found:
+        if reward.name in taken or reward.name.endswith(RATE):
+            raise ValueError(
+                f"measures must have names of their own, got {reward.name} twice or taken by "
+                f"{', '.join(STATISTICS)} or *{RATE}; rename the --measure, or the reward "
+                "in evaluation.rewards"
+            )
+        taken.add(reward.name)
+    return found
+
+
 def build_task(
-    options: argparse.Namespace, settings: RunSettings, rewards: Sequence[RewardSettings]
+    options: argparse.Namespace, settings: RunSettings, rewards: Sequence[Reward]
 ) -> EvaluationTask:
     """What is drawn and measured, from the command line."""
     each = options.videos_per_prompt
     prompts = [
         text for text in read_prompts(options.prompts, settings.prompt_column) for _ in range(each)
     ]
-    judges = {reward.name: build_reward(reward).function for reward in rewards}
+    judges: dict[str, RewardFunction | Reward] = {reward.name: reward for reward in rewards}
     return EvaluationTask(
         prompts=prompts,
         seeds=range(options.seed, options.seed + len(prompts)),
-        measures=judges | statistic_measures(*(STATISTICS if each > 1 else STILL)),
+        measures={**judges, **statistic_measures(*(STATISTICS if each > 1 else STILL))},
         fps=settings.generator.fps,
         batch_size=options.batch_size,
+        missing_limit=settings.missing_limit,
         keep=kept_videos(len(prompts)),
     )
 

@@ -112,6 +112,16 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         list(best_of_n(sample, REWARDS, ["a"], settings(tmp_path / "cut")))
 
 
+def test_scores_of_something_else_are_not_taken_for_these(tmp_path: Path) -> None:
+    rest = (sample, REWARDS, ["a"], settings(tmp_path))
+    first = list(best_of_n(*rest, {"weights": [1, 2], "rewards.0.target": "one"}))
+    assert list(best_of_n(*rest, {"weights": (1, 2), "rewards.0.target": "one"})) == first
+    with pytest.raises(ValueError, match=r"same rewards.0.target, got .* with one, now other; cho"):
+        list(best_of_n(*rest, {"weights": [1, 2], "rewards.0.target": "other"}))
+    with pytest.raises(ValueError, match="scores of the same weights, got .* now None"):
+        list(best_of_n(*rest))
+
+
 def test_a_prompt_without_a_judged_video_has_no_best(tmp_path: Path) -> None:
     nothing = Reward("nothing", lambda v, p, *, fps: torch.full((len(v),), NAN), 0.0)
     unsure = Reward("unsure", lambda v, p, *, fps: torch.tensor([NAN, 1.0, NAN, 1.0]))
@@ -161,3 +171,7 @@ def test_the_command_draws_judges_and_writes(
     assert curve[0] < curve[2]
     assert {path.name for path in output.glob("*.mp4")} == {"0000.mp4", "0001.mp4"}
     assert str(output) in capsys.readouterr().out
+    words += ["--prompts", str(tmp_path / "prompts.txt")]
+    assert main(words) == 0
+    assert main([*words, "rewards.0.weight=-1"]) == 1
+    assert "scores of the same rewards.0.weight, got" in capsys.readouterr().err

@@ -141,6 +141,12 @@ def test_a_large_clip_is_an_mp4(monkeypatch):
         assert len(list(container.decode(video=0))) == 5
 
 
+def test_what_is_no_mapping_is_written_below() -> None:
+    assert judged_clip(black(), 8.0, "could not decode").note == "could not decode"
+    assert judged_clip(black(), 8.0, ["dark"], note="seed 3").note == "['dark']; seed 3"
+    assert judged_clip(black(), 8.0, "dark").marks == ()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -148,7 +154,6 @@ def test_a_large_clip_is_an_mp4(monkeypatch):
         (lambda: Clip(torch.zeros(3, 1, 32, 32), 8.0), "3 channels and at least one frame"),
         (lambda: Clip(torch.zeros(0, 3, 32, 32), 8.0), "3 channels and at least one frame"),
         (lambda: Clip(black(), 0.0), "fps must be above 0, got 0.0"),
-        (lambda: judged_clip(black(), 8.0, "clean"), r"report must be a mapping .*, got str"),
         (
             lambda: judged_clip(black(), 8.0, {"findings": [{"type": "vanish"}]}),
             "report must hold findings with type, window and boxes, got",

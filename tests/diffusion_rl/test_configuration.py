@@ -42,6 +42,23 @@ def test_what_is_left_out_takes_its_default(config: Path) -> None:
     assert settings.rewards[0].weight == 1.0
 
 
+def test_guards_are_on_unless_they_are_switched_off(config: Path) -> None:
+    recipe = load_config("configs/rl/toy_nft.yaml")
+    assert load_config(config).guards == recipe.guards
+    assert load_config(config, ["guards=[]"]).guards == ()
+    one_frame = load_config(config, ["generator.num_frames=1"]).guards
+    assert one_frame == recipe.guards[1:]
+    assert "motion" not in {guard.statistic for guard in one_frame}
+
+
+def test_a_held_out_judge_may_choose_the_best(config: Path) -> None:
+    held_out = "evaluation={rewards: [{name: other, target: 'a:b'}]}"
+    best = "best_by=evaluation/other"
+    assert load_config(config, [held_out, best]).best_by == "evaluation/other"
+    with pytest.raises(ValueError, match="best_by must be a metric of the run, got evaluation/oth"):
+        load_config(config, [best])
+
+
 def test_overrides_reach_every_depth(config: Path) -> None:
     settings = load_config(
         config,

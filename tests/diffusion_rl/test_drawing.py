@@ -191,3 +191,27 @@ def test_rows_without_ratios_to_the_drawer_refuse_it(name: str) -> None:
         settings_for(SETTINGS[name](), staleness=1)
     with pytest.raises(ValueError, match="staleness must be 0 or 1, got 2"):
         settings_for(GrpoSettings(), staleness=2)
+
+
+def test_videos_that_are_not_finite_are_said_to_be_whose_fault_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = settings_for(GrpoSettings(), updates=3)
+    generator, state = prepare(settings)
+    decode = generator.decode
+    monkeypatch.setattr(generator, "decode", lambda latent: decode(latent) * torch.nan)
+    with pytest.raises(ValueError, match=r"videos of update 1 must be finite, .*generator.dtype="):
+        next(finetune(generator, [RED], PROMPTS, settings, state))
+    monkeypatch.setattr(generator, "decode", decode)
+    loop = finetune(generator, [RED], PROMPTS, settings, state)
+    next(loop)
+
+    def broken(latent: Tensor) -> Tensor:
+        videos = decode(latent)
+        videos[0, 0] = torch.inf
+        return videos
+
+    monkeypatch.setattr(generator, "decode", broken)
+    message = r"videos of update 2 must be .* in \d+ of \d+; the policy of update 1 has diverged"
+    with pytest.raises(ValueError, match=message):
+        next(loop)

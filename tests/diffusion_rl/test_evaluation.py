@@ -22,6 +22,7 @@ from diffusion_rl.evaluation import (
     summarise,
 )
 from diffusion_rl.guards import diversity, motion, sharpness
+from diffusion_rl.rewards import Calls, Reward
 
 NAN = float("nan")
 PROMPTS = ["a", "a", "b", "b", "b", "c", "c"]
@@ -54,6 +55,52 @@ def measured(dim: float = 1.0, batch_size: int = 4):
             batch_size=batch_size,
         )
     )
+
+
+def test_a_reward_is_asked_its_own_way():
+    """Batches, repeats and the share that may be missing are those of the run."""
+    asked = []
+
+    def busy(videos, prompts, *, fps):
+        asked.append(len(videos))
+        if len(asked) == 2:
+            raise OSError("busy")
+        score = videos.flatten(1).mean(1)
+        score[0] = NAN
+        return score
+
+    calls = Calls(retries=1, retry_seconds=0.0, videos_per_call=1)
+    reward = Reward("busy", busy, calls=calls)
+    with pytest.raises(RuntimeError, match="'own' returned NaN for 2 of 2 videos"):
+        list(measure_generator(sample, {"own": reward}, ["a", "a"], [1, 2], fps=8.0))
+    assert asked == [1, 1, 1]
+    ways = {"fps": 8.0, "missing_limit": 0.99}
+    reward = Reward("busy", busy, calls=Calls(videos_per_call=2))
+    (found,) = measure_generator(sample, {"own": reward}, ["a"] * 3, [1, 2, 3], **ways)
+    assert asked[3:] == [2, 1]
+    assert found.values["own"].isnan().tolist() == [True, False, True]
+
+
+def test_the_audit_asks_about_as_many_at_once_as_it_is_told():
+    asked = []
+
+    def judge(videos, prompts, *, fps):
+        asked.append((len(videos), tuple(prompts)))
+        return videos.flatten(1).mean(1)
+
+    videos = sample(PROMPTS, SEEDS)
+    whole = audit_judge(judge, videos, PROMPTS, fps=8.0)
+    assert [count for count, _ in asked] == [7] * 4
+    asked.clear()
+    parts = audit_judge(judge, videos, PROMPTS, fps=8.0, batch_size=3)
+    assert parts == whole
+    assert asked[:3] == [(3, ("a", "a", "b")), (3, ("b", "b", "c")), (1, ("c",))]
+    assert len(asked) == 4 * 3
+    whole_numbers = audit_judge(judge, (videos * 255).round().to(torch.uint8), PROMPTS, fps=8.0)
+    for one, other in zip(whole_numbers, whole, strict=True):
+        assert one.mean_score == pytest.approx(other.mean_score, abs=0.003)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        audit_judge(judge, videos, PROMPTS, fps=8.0, batch_size=0)
 
 
 def test_batches_join_to_what_one_call_measures():

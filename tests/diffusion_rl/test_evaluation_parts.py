@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from diffusion_rl.evaluation_parts import (
     EvaluationParts,
     EvaluationTask,
     fingerprint,
-    plain_report,
 )
 from diffusion_rl.vbench import VBenchFolder
 
@@ -110,11 +110,18 @@ def test_a_missing_video_for_vbench_is_drawn_again(tmp_path: Path) -> None:
     assert len(list((tmp_path / "vbench" / "base").iterdir())) == 6
 
 
-def test_reports_are_kept_as_mappings() -> None:
-    assert plain_report(None) is None
-    assert plain_report({"a": 1}) == {"a": 1}
-    with pytest.raises(ValueError, match="report must be a mapping or have to_dict.., got str"):
-        plain_report("fine")
+def test_reports_of_any_kind_are_kept(tmp_path: Path) -> None:
+    said = [Report(), "could not decode", None, {"a": [1]}, {1, 2}, "fine"]
+
+    def odd(videos: Tensor, prompts: Sequence[str], *, fps: float) -> dict:
+        first = int(round(videos[0, 0, 0, 0, 0].item() / 0.19))
+        return {"score": videos.mean((1, 2, 3, 4)), "reports": said[first : first + len(videos)]}
+
+    task = replace(TASK, measures={"odd": odd})
+    list(EvaluationParts(tmp_path, {}).measure("base", Sampler(), task))
+    again = EvaluationParts(tmp_path, {})
+    kept = [again.load("base", first)[0].reports["odd"] for first in (0, 2, 4)]
+    assert kept == [[{"score": 0.5}, "could not decode"], [None, {"a": [1]}], ["{1, 2}", "fine"]]
 
 
 def test_the_fingerprint_follows_weights_and_settings_alone(tmp_path: Path) -> None:

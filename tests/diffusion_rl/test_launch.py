@@ -29,17 +29,17 @@ from diffusion_rl.launch import (
     CONFIG_FILE,
     LORA,
     build_generator,
-    check_processes,
     prepare,
     train,
 )
 from diffusion_rl.lora import AVERAGE, TRAINED, lora_state
 from diffusion_rl.optimizers import OptimizerSettings
+from diffusion_rl.preflight import check_processes, check_run
 from diffusion_rl.reward_contract import RewardSettings
 from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import SETTINGS, GrpoSettings
 from diffusion_rl.run_folder import check_same_run, differences, set_aside
-from diffusion_rl.run_lock import LOCK_FILE
+from diffusion_rl.run_lock import LOCK_FILE, release_lock
 from diffusion_rl.samples import SampleSettings
 from diffusion_rl.tracking import read_metrics
 from tests.several import run_on
@@ -235,6 +235,57 @@ def test_a_run_that_could_not_be_prepared_gives_its_folder_free(settings: RunSet
     with pytest.raises(FileNotFoundError):
         prepare(missing)
     assert run_on(1, lambda: prepare(settings).state.step) == [0]
+
+
+def test_a_run_does_not_go_on_with_other_prompts(settings: RunSettings) -> None:
+    finish(settings)
+    file = Path(settings.prompts)
+    file.write_text("a red circle\nthe blue square \n")
+    longer = dataclasses.replace(settings, updates=5)
+    assert prepare(longer).state.step == 4
+    release_lock(Path(settings.output))
+    file.write_text("a red circle\na green star\nthe blue square\n")
+    message = (
+        "prompts must be those that the run began with, got 3 where it had 2, the first that "
+        "differs number 2: 'a green star', was 'the blue square'; put them back .*prompts.json"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(longer)
+    file.write_text("a red circle\n")
+    with pytest.raises(ValueError, match="number 2: None, was 'the blue square'"):
+        prepare(longer)
+
+
+def test_a_tracker_that_is_not_there_is_said_before_anything_is_loaded(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    monkeypatch.setattr("diffusion_rl.launch.load_run", lambda *own: loaded.append(own))
+    with pytest.raises(ImportError, match="trackers must be installed, got 'nowhere'; install it"):
+        prepare(dataclasses.replace(settings, trackers=("nowhere",)))
+    assert loaded == []
+    assert not Path(settings.output).exists()
+
+
+def test_a_tracker_that_fails_leaves_the_folder_free(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(own: RunSettings) -> list:
+        raise OSError("no such project")
+
+    monkeypatch.setattr("diffusion_rl.launch.build_trackers", fail)
+    with pytest.raises(OSError, match="no such project"):
+        list(train(prepare(settings)))
+    assert not (Path(settings.output) / LOCK_FILE).exists()
+
+
+def test_a_run_without_guards_is_warned_of(
+    settings: RunSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_run(settings)
+    assert caplog.text == ""
+    check_run(dataclasses.replace(settings, guards=()))
+    assert "guards is empty: nothing keeps the policy from still" in caplog.text
 
 
 def test_a_killed_run_goes_on_bit_for_bit(settings: RunSettings, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_server_that_dies_mid_run_stops_it_with_the_last_update_kept(
 
         server.reply = until_it_dies
         settings = build(tree(wan, tmp_path, rewards=[remote(server, retries=1)]))
-        with pytest.raises(RewardFailed, match="answered 500: .*no GPU.* the last checkpoint"):
+        with pytest.raises(RewardFailed, match="answered 500: .*no GPU.* from what is saved"):
             finish(settings)
         assert len(answered) == 4  # The third request was tried again.
         assert latest_checkpoint(tmp_path / "run" / CHECKPOINTS).name == "step-000002"

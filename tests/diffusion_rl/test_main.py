@@ -34,6 +34,13 @@ def clean(videos, prompts, *, fps):
 
 def loud(videos, prompts, *, fps):
     return 5 * red(videos, prompts, fps=fps)
+
+class Faded:
+    def __init__(self, share):
+        self.share = share
+
+    def __call__(self, videos, prompts, *, fps):
+        return self.share * red(videos, prompts, fps=fps)
 """
 CONFIG = """
 generator:
@@ -191,6 +198,17 @@ def test_evaluate_compares_and_writes_a_report(
     assert "Can the judge be fooled? (held_out)" in page
 
 
+def test_evaluate_asks_held_out_judges_of_the_run_and_measures_with_options(place: Path) -> None:
+    judge = "evaluation={rewards: [{name: other, target: 'tiny_rewards:clean'}]}"
+    main(["train", "tiny.yaml", "updates=1", judge])
+    words = ["evaluate", "--lora", "run/lora", "--prompts", "prompts.txt"]
+    words += ["--measure", "faded=tiny_rewards:Faded{share: 0.25}", "--clean", "red"]
+    assert main([*words, "--videos-per-prompt", "1"]) == 0
+    base = json.loads((place / "evaluation" / "summary.json").read_text())["base"]
+    assert base["faded"] == pytest.approx(0.25 * base["red"], abs=1e-5)
+    assert "other" in base
+
+
 def test_evaluate_takes_further_generators_and_writes_for_vbench(
     place: Path, pipeline: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,7 +272,17 @@ def test_an_interrupted_evaluation_goes_on(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--measure", "held_out"], "--measure must be NAME=MODULE:CALLABLE, got 'held_out'"),
+        (
+            ["--measure", "held_out"],
+            "--measure must be NAME=MODULE:CALLABLE, or .*, got 'held_o",
+        ),
+        (["--measure", "m=a:b{c: [}"], "--measure must have options as YAML, got 'm=a:b{c: "),
+        (
+            ["--measure", "red=tiny_rewards:clean"],
+            "measures must have names of their own, got red twice",
+        ),
+        (["--measure", "motion=tiny_rewards:clean"], "names of their own, got motion twice"),
+        (["--measure", "a_anomaly_rate=tiny_rewards:clean"], "own, got a_anomaly_rate twice"),
         (["--clean", "other"], "--clean must name measures, got other; there are"),
         (
             ["--measure", "loud=tiny_rewards:loud", "--clean", "loud"],

@@ -10,6 +10,7 @@ from diffusion_rl import out_of_memory
 from diffusion_rl.finetune import FinetuneSettings, finetune
 from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.generators.wan import WanGenerator
+from diffusion_rl.guards import GuardSettings
 from diffusion_rl.lora import LoraSettings, tuner_layers
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.out_of_memory import (
@@ -123,6 +124,50 @@ def test_a_team_shares_out_what_a_pass_keeps(monkeypatch: pytest.MonkeyPatch) ->
     alone = kept_for_backward(generator, 4)
     monkeypatch.setattr(out_of_memory, "team_size", lambda: 2)
     assert kept_for_backward(generator, 4) == pytest.approx(alone / 2)
+
+
+def test_a_decoder_may_work_tile_by_tile() -> None:
+    generator = build(LoraSettings(rank=2))
+    vae = generator.pipeline.vae
+    vae.tile_sample_min_height, vae.tile_sample_min_width = 32, 64
+    needed, tiled = (drawing_bytes(generator, 8, tiled=one) for one in (False, True))
+    assert tiled == pytest.approx(needed / 2)
+    found = dict(savings(generator, SETTINGS, learning=False))
+    assert found["generator.execution.vae_tiling=true"] == pytest.approx(needed - tiled)
+    vae.enable_tiling()
+    vae.tile_sample_min_height, vae.tile_sample_min_width = 32, 64
+    assert drawing_bytes(generator, 8) == tiled
+    found = dict(savings(generator, SETTINGS, learning=False))
+    assert "generator.execution.vae_tiling=true" not in found
+
+
+@pytest.mark.parametrize("learning", [True, False])
+def test_a_pass_holds_no_more_videos_than_an_update_has(learning: bool) -> None:
+    few = dataclasses.replace(
+        SETTINGS.rollout, prompts_per_update=1, videos_per_prompt=2, micro_batch=16
+    )
+    few = dataclasses.replace(few, update_micro_batch=16)
+    settings = dataclasses.replace(SETTINGS, rollout=few)
+    found = dict(savings(build(LoraSettings(rank=2)), settings, learning=learning))
+    name = "rollout.update_micro_batch=1" if learning else "rollout.micro_batch=1"
+    assert found[name] > 0
+
+
+@pytest.mark.parametrize("guards", [(), (GuardSettings(statistic="motion"),)])
+def test_the_first_drawing_of_a_run_is_explained(
+    guards: tuple[GuardSettings, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = build(LoraSettings(rank=2), layers=1)
+
+    def exhausted(*inputs: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(generator, "predict", exhausted)
+    rollout = dataclasses.replace(SETTINGS.rollout, prompts_per_update=1, videos_per_prompt=2)
+    settings = dataclasses.replace(SETTINGS, rollout=rollout, guards=guards, updates=1)
+    red = Reward("red", lambda videos, prompts, *, fps: videos[:, :, 0].mean((1, 2, 3)))
+    with pytest.raises(OutOfMemoryError, match="in drawing videos .*rollout.micro_batch=1 saves"):
+        next(finetune(generator, [red], ["a red circle"], settings))
 
 
 def test_drawing_has_advice_of_its_own() -> None:

@@ -231,7 +231,7 @@ def test_a_reward_that_fails_on_one_process_stops_all() -> None:
     first, second = run_on(2, run_failing)
     assert str(second) == (
         "RewardFailed: reward 'red' raised OSError: the judge is gone; nothing saved so far is "
-        "lost: mend it and run the same command again to go on from the last checkpoint"
+        "lost: mend it and run the same command again, which goes on from what is saved"
     )
     assert "process 1 of 2 failed while judging videos: RewardFailed: reward 'red'" in str(first)
 

@@ -23,6 +23,8 @@ def test_text_has_a_prompt_a_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\ufeffa red circle\n\n  caf\u00e9 \r\n", encoding="utf-8")
     assert read_prompts(path) == ["a red circle", "caf\u00e9"]
+    path.write_bytes("a\u2028b\nc\x0cd\r\ne\rf".encode())
+    assert read_prompts(path) == ["a\u2028b", "c\x0cd", "e", "f"]
     path.write_text(" \n\n")
     with pytest.raises(ValueError, match="prompts must be at least one line of text, got an empty"):
         read_prompts(path)

@@ -122,7 +122,7 @@ def test_a_reward_that_raises_is_named_and_the_cause_kept():
         raise KeyError("lens")
 
     with pytest.raises(
-        RuntimeError, match="'reward0' raised KeyError: 'lens'; .* last checkpoint"
+        RuntimeError, match="'reward0' raised KeyError: 'lens'; .* what is saved"
     ) as caught:
         judge(broken)
     assert isinstance(caught.value.__cause__, KeyError)

@@ -14,8 +14,9 @@ from diffusion_rl.configuration import RunSettings, build
 from diffusion_rl.full_policies import REFERENCE
 from diffusion_rl.generators.execution import share_tokens
 from diffusion_rl.generators.settings import ContextParallelSettings, ExecutionSettings
-from diffusion_rl.launch import check_processes, prepare, train
+from diffusion_rl.launch import prepare, train
 from diffusion_rl.policies import policies_of
+from diffusion_rl.preflight import check_processes
 from diffusion_rl.reward_contract import Judgement
 from diffusion_rl.rewards import gather_judgement
 from diffusion_rl.samples import SampleSettings

@@ -1,0 +1,91 @@
+"""What is asked of a run's settings before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from diffusion_rl import processes, sharded_policies
+from diffusion_rl.configuration import RunSettings
+from diffusion_rl.sharding import check_precision, wants_shards
+from diffusion_rl.tracking import check_trackers
+from diffusion_rl.zero import check_zero, wants_zero
+
+logger = logging.getLogger(__name__)
+
+
+def check_run(settings: RunSettings) -> None:
+    """Refuse what could not run here, and warn of a run that nothing guards.
+
+    Raises:
+        ValueError: names the setting and the way out.
+        ImportError: a tracker is not installed.
+    """
+    check_processes(settings)
+    check_trackers(settings.trackers)
+    if not settings.guards:
+        logger.warning(
+            "guards is empty: nothing keeps the policy from still, blurred or grey videos, and the "
+            "alarm for hacking watches evaluation rewards alone"
+        )
+
+
+def check_processes(settings: RunSettings) -> None:
+    """Refuse settings that would not do in the processes of this run what they say.
+
+    Raises:
+        ValueError: names the setting and the way out.
+    """
+    check_precision(settings.generator.dtype)
+    if processes.count() > 1 and wants_zero():
+        check_zero(settings.optimizer.name)
+    execution = settings.generator.execution
+    if execution.context_parallel is not None and (wants_shards() or wants_zero()):
+        raise ValueError(
+            "generator.execution.context_parallel must be left out where the launcher shards "
+            "weights (FSDP) or DeepSpeed runs, got both, which never ran together; launch with "
+            "configs/accelerate/ddp_8gpu.yaml"
+        )
+    shards = processes.count() > 1 and wants_shards()
+    if settings.samples is not None and (shards or execution.context_parallel is not None):
+        where = "where the launcher shards weights (FSDP)"
+        raise ValueError(
+            "samples must be left out "
+            f"{where if shards else 'with generator.execution.context_parallel'}, got it; one "
+            "process alone cannot draw: sample from the LoRA of a checkpoint instead"
+        )
+    if not shards:
+        return
+    if settings.full is not None:
+        check_split(settings)
+    if execution.offload is not None and "transformer" in execution.offload.parts:
+        raise ValueError(
+            "execution.offload.parts must be without the transformer where the launcher shards it "
+            "(FSDP), got both; fsdp_offload_params of the launcher's config does that"
+        )
+
+
+def check_split(settings: RunSettings) -> None:
+    """Refuse what full fine-tuning cannot do where each process moves its own part of the weights.
+
+    Raises:
+        ValueError: names the setting and the way out.
+    """
+    if settings.optimizer.name not in sharded_policies.OPTIMIZERS:
+        raise ValueError(
+            f"optimizer.name must be one of {', '.join(sharded_policies.OPTIMIZERS)} with full "
+            f"where the launcher shards weights (FSDP), got {settings.optimizer.name}, which "
+            "needs whole matrices or keeps a state of its own; or launch with "
+            "configs/accelerate/ddp_8gpu.yaml"
+        )
+    if settings.staleness:
+        raise ValueError(
+            "staleness must be 0 with full where the launcher shards weights (FSDP), got "
+            f"{settings.staleness}, for which every process would hold all weights once more; or "
+            "let a lora learn"
+        )
+    if os.environ.get("FSDP_OFFLOAD_PARAMS") == "true":
+        raise ValueError(
+            "fsdp_offload_params must be false with full, got true, which was never run; set "
+            "full.copies=cpu, which keeps all policies but the trained one in the computer's memory"
+        )

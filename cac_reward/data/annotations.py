@@ -6,6 +6,7 @@ not known is left out, never made up.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -311,7 +312,8 @@ def conversion_hint(version: int, path: str) -> str:
         return "a newer cac_reward wrote it; update with: pip install --upgrade cac-reward"
     place = PurePosixPath(path)
     converted = place.with_name(f"{place.stem}.v{SCHEMA_VERSION}{place.suffix or '.jsonl'}")
-    return f"convert it with: cac-reward annotate convert {path} --output {converted}"
+    source, output = shlex.quote(path), shlex.quote(str(converted))
+    return f"convert it with: cac-reward annotate convert {source} --output {output}"
 
 
 def _check_text(name: str, value: object) -> str:

@@ -1,6 +1,7 @@
 """The commands below `cac-reward annotate`, from the command line's own entry."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -53,13 +54,15 @@ def test_the_command_that_a_refusal_names_exists_and_works(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = LabelledClip(path="a.mp4", width=64, height=48, fps=8.0, num_frames=16)
-    export_clips([old], "findings", tmp_path / "f.jsonl")
-    assert main(["annotate", "check", str(tmp_path / "f.jsonl"), "--no-files"]) == 2
+    (tmp_path / "my clips").mkdir()
+    file = tmp_path / "my clips" / "f.jsonl"
+    export_clips([old], "findings", file)
+    assert main(["annotate", "check", str(file), "--no-files"]) == 2
     said = capsys.readouterr().err
     assert "schema_version must be 1, got 0; convert it with: cac-reward annotate convert" in said
     command = said.strip().rpartition("cac-reward ")[2]
-    assert main(command.split()) == 0
-    assert main(["annotate", "check", str(tmp_path / "f.v1.jsonl"), "--no-files"]) == 0
+    assert main(shlex.split(command)) == 0
+    assert main(["annotate", "check", str(file.with_name("f.v1.jsonl")), "--no-files"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -107,9 +107,9 @@ def _import(options: argparse.Namespace) -> int:
             write(outcome)
             counts.update(_features(outcome))
     words = ", ".join(f"{counts[name]:,} {name}" for name in _FEATURES if counts[name])
-    print(f"{counts['clips']:,} clips ({words}): {options.output}")
+    print(f"{counts['clips']:,} clips{f' ({words})' if words else ''}: {options.output}")
     if counts["left out"]:
-        print(f"{counts['left out']:,} entries left out, named above", file=sys.stderr)
+        print(f"{counts['left out']:,} left out, named above", file=sys.stderr)
     return FAULTS if counts["left out"] else 0
 
 

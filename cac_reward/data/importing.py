@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from cac_reward.data.importers.base import ImportSettings, Outcome
+from cac_reward.data.importers.base import ImportSettings, Outcome, Problem
 from cac_reward.data.importers.deeptrace_reward import read_deeptrace_reward
 from cac_reward.data.importers.labelled import read_coco_json, read_cvat_xml
 from cac_reward.data.importers.shanghaitech import read_shanghaitech
@@ -86,7 +86,12 @@ def import_annotations(
 
 def _outcomes(kind: str, paths: Sequence[Path], settings: ImportSettings) -> Iterator[Outcome]:
     for path in paths:
+        found = False
         try:
-            yield from IMPORTERS[kind].read(path, settings)
+            for outcome in IMPORTERS[kind].read(path, settings):
+                found = True
+                yield outcome
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        if not found:
+            yield Problem(str(path), None, None, "file must hold at least one entry, got none")

@@ -30,6 +30,8 @@ QUANTIZATIONS = ("8bit", "4bit")
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_PATH_STARTS = ("/", "./", "../", "~")
+"""Of what can only be a path; ids on the hub begin with a letter or a digit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +169,11 @@ def locate(path_or_hub_id: str | Path, revision: str | None) -> tuple[Path, str 
                 f"{ADAPTER_FILE}, got {folder}"
             )
         return folder, None
+    if str(path_or_hub_id).startswith(_PATH_STARTS):
+        raise FileNotFoundError(
+            f"judge must be an existing folder where a path is given, got {str(path_or_hub_id)!r}; "
+            "correct the path, or give the id of a judge on the hub"
+        )
     try:
         snapshot = Path(snapshot_download(str(path_or_hub_id), revision=revision))
     except (HfHubHTTPError, HFValidationError, OSError) as error:

@@ -86,6 +86,14 @@ def test_a_judge_that_cannot_be_fetched_names_the_way_out(name: str) -> None:
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["/nonexistent", "./nonexistent", "../nonexistent", "~/none"])
+def test_a_path_without_a_folder_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="judge must be an existing folder") as caught:
+        LocalJudge.from_pretrained(name)
+    assert repr(name) in str(caught.value)
+    assert "hf download" not in str(caught.value)
+
+
 def test_a_folder_must_hold_a_judge(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match="with a config.json, or with a LoRA adapter's .*, got"

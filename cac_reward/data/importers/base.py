@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from cac_reward.batch import SUFFIXES
 from cac_reward.data.annotations import AnnotatedClip
+from cac_reward.plain import read_number
 from cac_reward.report import TimeWindow
 from cac_reward.video import VideoHeader
 
@@ -134,6 +135,10 @@ class ImportSettings:
     """Video of a file that CVAT wrote."""
     empty_is_clean: bool = False
     """Whether a clip on which nothing is marked is clean; else it has no verdict."""
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and read_number("fps", self.fps) <= 0:
+            raise ValueError(f"fps must be above 0, got {self.fps}; leave it out if not known")
 
     def clip(self, *names: str) -> dict[str, Any]:
         """Fields of a clip from its video: path, fps, duration_seconds, width, height.

@@ -80,6 +80,8 @@ def _clip(
         raise ValueError(f"row must have {max(columns.values()) + 1} cells, got {len(row)}")
     cells = {name: row[place].strip() for name, place in columns.items()}
     with in_column("'Video Name'"):
+        if not cells["Video Name"]:
+            raise ValueError("name must be that of a video, got ''; fill it in")
         origin, own_name = _origin(cells["Video Name"], path)
         fields = settings.clip(cells["Video Name"], own_name)
     given = {name: None if one in ("", MISSING) else one for name, one in cells.items()}

@@ -8,6 +8,7 @@ import pytest
 
 from cac_reward.__main__ import main
 from cac_reward.data.__main__ import main as data_main
+from cac_reward.data.importers.vau_bench import COLUMNS
 from cac_reward.data.storage import read_annotations
 from cac_reward.exporting import export_clips
 from cac_reward.exports.base import LabelledClip
@@ -25,7 +26,7 @@ def test_import_check_and_convert(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert said.err.splitlines() == [
         f"left out: {tmp_path}/t.txt: line 2, column 4 (character 29): frame must be a number from "
         "0 on, got '42x'",
-        "1 entries left out, named above",
+        "1 left out, named above",
     ]
     assert main(["annotate", "check", str(out), "--no-files"]) == 0
     assert "1 clips" in capsys.readouterr().out
@@ -48,6 +49,20 @@ def test_import_check_and_convert(tmp_path: Path, capsys: pytest.CaptureFixture[
     # A shard carries its videos, so none are looked for beside it.
     assert main(["annotate", "check", str(tmp_path / "s")]) == 0
     assert "videos were not looked for" in capsys.readouterr().out
+
+
+def test_a_file_without_entries_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, out = tmp_path / "t.csv", tmp_path / "o.jsonl"
+    table.write_text(",".join(COLUMNS) + "\n")
+    assert main(["annotate", "import", "vau_bench", str(table), "--output", str(out)]) == 3
+    said = capsys.readouterr()
+    assert said.out == f"0 clips: {out}\n"
+    assert said.err.splitlines() == [
+        f"left out: {table}: file must hold at least one entry, got none",
+        "1 left out, named above",
+    ]
 
 
 def test_the_command_that_a_refusal_names_exists_and_works(
@@ -74,6 +89,14 @@ def test_the_command_that_a_refusal_names_exists_and_works(
         ("import vau_bench {0}/t.txt --output {0}/a.jsonl", "line 1 must have the column"),
         ("import coco {0}/t.txt --output {0}/a.jsonl --fps 3", "fps must be left out for coco"),
         ("import vau_bench {0}/t.txt --output {0}/a.jsonl --videos {0}/x", "an existing folder"),
+        (
+            "import ucf_crime {0}/t.txt --output {0}/a.jsonl --fps -3",
+            "fps must be above 0, got -3.0; leave it out",
+        ),
+        (
+            "import ucf_crime {0}/t.txt --output {0}/a.jsonl --fps nan",
+            "fps must be finite, got nan",
+        ),
         ("check {0}/gone.jsonl", "annotations must be an existing file or folder"),
         ("check {0}/t.jsonl --show -1", "show must be at least 0, got -1"),
         ("convert {0}/t.jsonl --output {0}/t.jsonl", "output must be another file"),

@@ -128,7 +128,7 @@ def test_vau_bench_times(cells: dict[str, str], verdict: str, windows: int, tmp_
             "'Correct Option'",
             "must be the option of its letter",
         ),
-        ({"Video_Name": ""}, None, "path must name a file"),
+        ({"Video_Name": " "}, "'Video Name'", "name must be that of a video, got ''"),
     ],
 )
 def test_vau_bench_faults_name_line_and_column(

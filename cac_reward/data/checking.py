@@ -10,16 +10,17 @@ import os
 import sqlite3
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from reprlib import repr as short
 from types import MappingProxyType
 
 from cac_reward.data.annotations import AnnotatedClip, SchemaError
 from cac_reward.data.shards import read_shard
 from cac_reward.data.storage import Record, iterate_records, refusal
-from cac_reward.report import TIME_TOLERANCE, UNSPECIFIED, Box, TimeWindow
+from cac_reward.report import TIME_TOLERANCE, UNSPECIFIED, Box, Finding, TimeWindow
 from cac_reward.taxonomy import EVENT_TYPES, LEAF_TYPES
 
 RULES: Mapping[str, str] = MappingProxyType(
@@ -33,6 +34,14 @@ RULES: Mapping[str, str] = MappingProxyType(
         "leak": "clips of one source video are in one split",
     }
 )
+_NAMED = ("schema_version", "path", "key", "source_video", "split")
+_CORES = (
+    (*_NAMED, "duration_seconds", "findings", "fps"),
+    (*_NAMED, "duration_seconds", "findings"),
+    (*_NAMED, "findings"),
+    _NAMED[:3],
+)
+"""Fields by which a clip is checked where others of it are wrong; as many as can be read."""
 KNOWN_TYPES = frozenset({*LEAF_TYPES, *EVENT_TYPES, UNSPECIFIED})
 UNKNOWN_RATE_TOLERANCE = 0.05
 """Seconds past the end of a clip that are rounding where the rate is not known; else one frame."""
@@ -193,34 +202,47 @@ def _faults(
     if record.fault is not None:
         yield Fault("form", record.place, "", record.fault)
         return
+    name = record.plain.get("path") if isinstance(record.plain, Mapping) else None
+    found: list[tuple[str, str]] = []
     try:
-        clip = AnnotatedClip.from_dict(record.plain)
+        clip: AnnotatedClip | None = AnnotatedClip.from_dict(record.plain)
     except SchemaError:
         raise
     except ValueError as error:
-        name = record.plain.get("path") if isinstance(record.plain, Mapping) else None
-        for rule, why in _located(record.plain) or [("form", str(error))]:
-            yield Fault(rule, record.place, name if isinstance(name, str) else "", why)
-        return
-    _count(clip, report)
-    for rule, why in (*_content_faults(clip), *_file_faults(clip, videos)):
-        yield Fault(rule, record.place, clip.name, why)
-    key = f"{clip.name}\0{clip.question or ''}"
-    twin = memory.first("names", key, record.place, clip.split or "")
+        found, clip, numbers = _mended(record.plain, str(error))
+    else:
+        assert clip is not None
+        numbers = list(range(len(clip.findings)))
+        _count(clip, report)
+    if clip is not None:
+        name = clip.name
+        found += [*_content_faults(clip, numbers), *_file_faults(clip, videos)]
+        found += _meeting_faults(clip, record.place, memory, videos)
+    for rule, why in found:
+        yield Fault(rule, record.place, name if isinstance(name, str) else "", why)
+
+
+def _meeting_faults(
+    clip: AnnotatedClip, place: str, memory: _Memory, videos: Path | None
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with a clip beside those before it, however their paths are spelt."""
+    key = "\0".join((_spelt(clip.path, videos), clip.key or "", clip.question or ""))
+    twin = memory.first("names", key, place, clip.split or "")
     if twin is not None:
-        yield Fault(
-            "duplicate", record.place, clip.name, f"clip must be there once, first {twin[0]}"
-        )
+        yield "duplicate", f"clip must be there once, first {twin[0]}"
     if clip.split is not None:
-        kin = memory.first("origins", clip.origin, record.place, clip.split)
+        kin = memory.first("origins", _spelt(clip.origin, videos), place, clip.split)
         if kin is not None and kin[1] != clip.split:
-            yield Fault(
+            yield (
                 "leak",
-                record.place,
-                clip.name,
                 f"source video {clip.origin!r} must be in one split, got {clip.split!r} and "
                 f"{kin[1]!r} in {kin[0]}",
             )
+
+
+def _spelt(path: str, videos: Path | None) -> str:
+    """The one spelling of a path: where its file is, or without looking."""
+    return os.path.normpath(path) if videos is None else os.path.realpath(videos / path)
 
 
 def _count(clip: AnnotatedClip, report: CheckReport) -> None:
@@ -235,15 +257,17 @@ def _count(clip: AnnotatedClip, report: CheckReport) -> None:
     report.unknown_length += clip.duration_seconds is None
 
 
-def _content_faults(clip: AnnotatedClip) -> Iterator[tuple[str, str]]:
+def _content_faults(clip: AnnotatedClip, numbers: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """Of times and types; `numbers` are those of its findings in the file."""
     length = clip.duration_seconds
     allowed = UNKNOWN_RATE_TOLERANCE if clip.fps is None else 1 / clip.fps + TIME_TOLERANCE
-    windows = [(f"findings[{n}]", one.window) for n, one in enumerate(clip.findings)]
+    findings = list(zip(numbers, clip.findings, strict=False))
+    windows = [(f"findings[{n}]", one.window) for n, one in findings]
     windows += [(f"captions[{n}]", one.window) for n, one in enumerate(clip.captions)]
     for where, window in windows:
         if length is not None and window.end_seconds > length + allowed:
             yield "time", f"{where} must end in the clip of {length:g} s, got {window.to_json()}"
-    for number, finding in enumerate(clip.findings):
+    for number, finding in findings:
         if finding.type not in KNOWN_TYPES:
             yield "type", f"findings[{number}] must have a known type, got {finding.type!r}"
 
@@ -269,30 +293,69 @@ def _keys(shard: Path) -> frozenset[str]:
     return frozenset(sample.key for sample in read_shard(shard, set()))
 
 
-def _located(plain: object) -> list[tuple[str, str]]:
-    """Each bad window and box of an entry that is no clip."""
-    found = []
-    findings = plain.get("findings") if isinstance(plain, Mapping) else None
-    for number, finding in enumerate(findings if isinstance(findings, list) else []):
-        if not isinstance(finding, Mapping):
-            continue
+def _mended(
+    plain: object, why: str
+) -> tuple[list[tuple[str, str]], AnnotatedClip | None, list[int]]:
+    """Faults of an entry that is no clip; what can be read of it; its findings' numbers in it."""
+    if not isinstance(plain, Mapping):
+        return [("form", why)], None, []
+    listed = plain.get("findings")
+    faults, kept = _located(listed) if isinstance(listed, list) else ([], {})
+    whole = {**plain, "findings": list(kept.values())} if isinstance(listed, list) else plain
+    for number, names in enumerate((tuple(whole), *_CORES)):
+        try:
+            clip = AnnotatedClip.from_dict({name: whole[name] for name in names if name in whole})
+        except ValueError as error:
+            faults += [("form", str(error))] if number == 0 else []
+        else:
+            return faults, clip, list(kept)
+    return faults, None, []
+
+
+def _located(listed: Sequence[object]) -> tuple[list[tuple[str, str]], dict[int, object]]:
+    """Each fault of findings, and by number those that can be read, without their bad boxes."""
+    faults: list[tuple[str, str]] = []
+    kept: dict[int, object] = {}
+    for number, finding in enumerate(listed):
         where = f"findings[{number}]"
+        if not isinstance(finding, Mapping):
+            faults.append(("form", f"{where} must be an object, got {short(finding)}"))
+            continue
         window = None
         try:
             window = TimeWindow.from_json(finding.get("window"))
         except ValueError as error:
-            found.append(("time", f"{where}: {error}"))
-        boxes = finding.get("boxes")
+            faults.append(("time", f"{where}: {error}"))
+        boxes, good = finding.get("boxes"), []
         for index, one in enumerate(boxes if isinstance(boxes, list) else []):
-            try:
-                box = Box.from_json(one)
-            except ValueError as error:
-                found.append(("box", f"{where}.boxes[{index}]: {error}"))
-                continue
-            if window is not None and not window.holds(box.time_seconds):
-                why = f"box time must be inside its window {window.to_json()}"
-                found.append(("time", f"{where}.boxes[{index}]: {why}, got {box.time_seconds}"))
-    return found
+            fault = _box_fault(one, window)
+            if fault is None:
+                good.append(one)
+            else:
+                faults.append((fault[0], f"{where}.boxes[{index}]: {fault[1]}"))
+        mended = {**finding, "boxes": good} if isinstance(boxes, list) else {**finding}
+        try:
+            # Any window does to see whether the rest can be read.
+            rest = mended if window is not None else {**mended, "window": [0, 1], "boxes": []}
+            Finding.from_json(rest)
+        except ValueError as error:
+            faults.append(("form", f"{where}: {error}"))
+        else:
+            kept |= {} if window is None else {number: mended}
+    return faults, kept
+
+
+def _box_fault(plain: object, window: TimeWindow | None) -> tuple[str, str] | None:
+    try:
+        box = Box.from_json(plain)
+    except ValueError as error:
+        return "box", str(error)
+    if window is None or window.holds(box.time_seconds):
+        return None
+    return (
+        "time",
+        f"box time must be inside its window {window.to_json()}, got {box.time_seconds}",
+    )
 
 
 def _aligned(rows: list[list[str]], right: set[int] | None = None) -> list[str]:

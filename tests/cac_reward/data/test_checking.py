@@ -86,13 +86,55 @@ def test_every_bad_window_and_box_of_a_line_is_named() -> None:
     assert "0 <= x1 < x2 <= 1" in report.first[1].why
 
 
+def test_a_bad_box_hides_no_other_fault_of_its_line(tmp_path: Path) -> None:
+    plain = clip("gone.mp4", end=3.0, kind="wobble", duration_seconds=1.0, split="val").to_dict()
+    good: dict[str, Any] = plain["findings"][0]  # type: ignore[index]
+    outside = good | {"boxes": [{"time": 9, "box": [0, 0, 1, 1]}]}
+    plain["findings"] = [good | {"window": [2, 1]}, outside, good | {"severity": 9}, 3]
+    first = clip("gone.mp4", split="train", duration_seconds=1.0)
+    report = check(first, plain, plain | {"width": 5}, videos=tmp_path)
+    assert [(one.rule, one.place, one.why[:30]) for one in report.first][1:8] == [
+        ("time", "line 2", "findings[0]: window must have "),
+        ("time", "line 2", "findings[1].boxes[0]: box time"),
+        ("form", "line 2", "findings[2]: severity must be "),
+        ("form", "line 2", "findings[3] must be an object,"),
+        ("time", "line 2", "findings[1] must end in the cl"),
+        ("type", "line 2", "findings[1] must have a known "),
+        ("file", "line 2", "video must be an existing file"),
+    ]
+    assert found(report)[8:10] == [("duplicate", "line 2"), ("leak", "line 2")]
+    # A field that is wrong by itself is one fault more.
+    assert report.first[14].why == "width and height must be known together, got 5 and None"
+    assert report.counts == Counter(form=5, time=6, type=2, file=3, duplicate=2, leak=2)
+    # Nobody counts what is no clip.
+    assert list(report.splits) == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("values", "rules"),
+    [
+        ({"fps": -1}, {"form": 1, "time": 1, "file": 1}),
+        ({"duration_seconds": "1"}, {"form": 1, "file": 1}),
+        ({"findings": 3}, {"form": 1, "file": 1}),
+        ({"path": ""}, {"form": 1}),
+    ],
+)
+def test_what_can_be_read_of_a_bad_line_is_checked(
+    values: dict[str, Any], rules: dict[str, int], tmp_path: Path
+) -> None:
+    plain = clip(end=3.0, duration_seconds=1.0).to_dict() | values
+    assert check(plain, videos=tmp_path).counts == rules
+
+
 def test_form_and_type() -> None:
     report = check_annotations(
         "f.jsonl",
         [
             Record("line 1", fault="clip must be JSON"),
             *records(
-                clip().to_dict() | {"fps": -1}, clip(kind="wobble"), clip("b", kind="unspecified")
+                clip().to_dict() | {"fps": -1},
+                clip("c", kind="wobble"),
+                clip("b", kind="unspecified"),
             ),
             Record("line 5", 3),
         ],
@@ -119,7 +161,7 @@ def test_missing_files_and_samples(tmp_path: Path) -> None:
         shard.addfile(member, io.BytesIO(b"abc"))
     (tmp_path / "broken.tar").write_bytes(b"no tar")
     clips = [
-        *(clip("a.mp4"), clip("b.mp4"), clip(str(tmp_path / "a.mp4"))),
+        *(clip("a.mp4"), clip("b.mp4"), clip(str(tmp_path / "a.mp4"), question="q")),
         *(clip("s.tar", key="7"), clip("s.tar", key="8"), clip("broken.tar", key="1")),
     ]
     report = check(*clips, videos=tmp_path)
@@ -143,6 +185,31 @@ def test_duplicates_and_leaks() -> None:
     assert report.first[1].why == (
         "source video 'tape' must be in one split, got 'test' and 'val' in line 4"
     )
+
+
+def test_another_spelling_is_the_same_video(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.mp4").touch()
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "real" / "a.mp4")
+    spellings = ["real/a.mp4", "./real/a.mp4", "real/../real//a.mp4", "cut.mp4"]
+    clips = [
+        clip(spellings[0], split="train"),
+        clip(spellings[1], split="val"),
+        clip(spellings[2], split="train"),
+        # A shard's samples are apart, whatever the shard is called.
+        clip("real/a.mp4", key="1", split="train"),
+        clip("./real/a.mp4", key="2", split="val"),
+        clip("cut.mp4", source_video="./real/a.mp4", split="val"),
+    ]
+    same = [("duplicate", "line 2"), ("leak", "line 2"), ("duplicate", "line 3")]
+    assert found(check(*clips)) == [*same, ("leak", "line 6")]
+    (tmp_path / "cut.mp4").touch()
+    known = [*clips[:3], clips[5], clip("link.mp4", split="val")]
+    known.append(clip(str(tmp_path / "real" / "a.mp4"), question="q", split="val"))
+    assert found(check(*known, videos=tmp_path)) == [
+        *(*same, ("leak", "line 4"), ("duplicate", "line 5"), ("leak", "line 5")),
+        ("leak", "line 6"),
+    ]
 
 
 def test_duplicates_and_leaks_against_counting_them_all() -> None:

@@ -162,6 +162,8 @@ def _counts(pairing: Pairing, pairs: Sequence[Pair]) -> dict[str, int]:
             one.p_clean is None and one.failure is None for one in answers
         ),
         "judged without findings asked (fast)": sum(not pair.prediction.located for pair in judged),
+        "asked when, not for boxes": sum(one.located and not one.boxes_asked for one in answers),
+        "asked when, not for types": sum(one.located and not one.types_asked for one in answers),
         "judged, length in frames not known": sum(pair.length is None for pair in judged),
         "judged, length not as annotated": sum(_length_differs(pair) for pair in judged),
         "findings left out: window not usable": sum(one.windows_unusable for one in answers),
@@ -270,7 +272,7 @@ def _tokens(prediction: Prediction, kind: str) -> float:
 
 
 def _when_and_where(pairs: Sequence[Pair]) -> dict[str, Mean]:
-    """Over anomalous clips whose windows are annotated and whose judge was asked where."""
+    """Over anomalous clips whose windows are annotated and whose judge was asked when, or where."""
 
     def over(measure: Callable[[Sequence[Finding], Sequence[Finding]], float]) -> list[float]:
         return [
@@ -286,6 +288,9 @@ def _when_and_where(pairs: Sequence[Pair]) -> dict[str, Mean]:
         means[f"time.recall_at_{least}"] = mean_of(reached)
     means["time.effective_f1"] = mean_of(over(grounding.effective_temporal_f1))
     means["time.count_accuracy"] = mean_of(over(grounding.count_is_right))
+    wanted = [
+        asked and pair.prediction.boxes_asked for asked, pair in zip(wanted, pairs, strict=True)
+    ]
     means["space.box_mean_iou"] = mean_of(over(grounding.mean_box_iou))
     tubes = [math.nan] * len(pairs)
     for row, pair in enumerate(pairs):
@@ -310,5 +315,6 @@ def _of_type(kind: str, pairs: Sequence[Pair]) -> dict[str, Mean]:
         alike = [one for one in said if one.type == kind]
         base = every if pair.prediction.located else 0.0
         rows["found"].append((float(sum(grounding.is_found(one, said) for one in faults)), base))
-        rows["named"].append((float(sum(grounding.is_found(one, alike) for one in faults)), base))
+        named = float(sum(grounding.is_found(one, alike) for one in faults))
+        rows["named"].append((named, base) if pair.prediction.types_asked else (0.0, 0.0))
     return {f"type.{kind}.{name}": ratio(parts) for name, parts in rows.items()}

@@ -22,6 +22,10 @@ class Prediction:
     """Why there is no usable answer to something that was asked."""
     located: bool = False
     """Whether it was asked where, and `findings` are the answer; none of them counts as none."""
+    boxes_asked: bool = True
+    """Whether it was asked for boxes too, where it was asked where at all."""
+    types_asked: bool = True
+    """Whether it was asked what the findings are, where it was asked where at all."""
     findings: tuple[Finding, ...] = ()
     fps: float | None = None
     """Frames per second of the clip as it was judged."""

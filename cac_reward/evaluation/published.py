@@ -107,6 +107,8 @@ def _vau_r1(answers: Mapping[str, tuple[str, Path]]) -> Prediction:
         # A verdict beside the interval counts before that of the class.
         verdict = found.p_clean if verdict is None else verdict
         found = replace(found, located=True, findings=findings, p_clean=verdict)
+        # It was asked for one interval, never for a place or for what is wrong there.
+        found = replace(found, boxes_asked=False, types_asked=False)
     if OPTION in answers:
         option = option_letter(answers[OPTION][0])
         failures += [] if option else [f"no option in {answers[OPTION][0][:80]!r}"]

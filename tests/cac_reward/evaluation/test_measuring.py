@@ -133,6 +133,29 @@ def test_a_fault_under_another_name_is_found_but_not_named() -> None:
     assert (values["type.melts.found"], values["type.melts.named"]) == (1, 0)
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_boxes_and_types_that_nobody_asked_for_are_not_measured(asked: bool) -> None:
+    said = Prediction(
+        judge="j",
+        p_clean=0.0,
+        located=True,
+        boxes_asked=asked,
+        types_asked=asked,
+        findings=(finding(0.5, 1.0, kind="unspecified"),),
+        fps=4.0,
+        num_frames=8,
+    )
+    evaluation = evaluate(pair_up(CLIPS[:1], {"a.mp4": said}, ROOT), draws=0)
+    found = {one.name: one for one in evaluation.measurements}
+    assert found["time.mean_iou"].estimate.value == 1
+    assert found["type.melts.found"].estimate.value == 1
+    for name in ("space.box_mean_iou", "space.tube_mean_iou", "type.melts.named"):
+        value, base = found[name].estimate.value, found[name].num_clips
+        assert (value, base) == (0, 1) if asked else (math.isnan(value) and base == 0)
+    for name in ("boxes", "types"):
+        assert evaluation.counts[f"asked when, not for {name}"] == int(not asked)
+
+
 def test_without_any_score_nothing_is_made_up() -> None:
     records = {"a.mp4": record("a.mp4", None)}
     evaluation = evaluate(paired(CLIPS[:1], records), draws=10)

@@ -123,6 +123,8 @@ def test_the_files_of_four_tasks_make_one_prediction(tmp_path: Path) -> None:
     assert [one.window for one in a.findings] == [TimeWindow(1, 2)]
     assert (a.verdict, a.category, a.option, a.located) == ("anomalous", "Normal", "C", True)
     assert a.text == "Description: A man\nruns.\nAnalysis: He flees."
+    # Nobody asked for boxes or for what the fault is.
+    assert (a.boxes_asked, a.types_asked) == (False, False)
     assert (found["b.mp4"].p_clean, found["b.mp4"].findings) == (1.0, ())
     c = found["c.mp4"]
     assert (c.p_clean, c.located, c.findings) == (None, True, ())
@@ -180,6 +182,7 @@ FAKE = (
 def test_inline_findings_are_read_and_what_is_none_is_counted() -> None:
     found = read_inline(FAKE)
     assert (found.p_clean, found.located, found.failure) == (0.0, True, None)
+    assert (found.boxes_asked, found.types_asked) == (True, True)
     assert [one.window for one in found.findings] == [
         TimeWindow(0.5, 1.5),
         TimeWindow(1, 2),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cac_reward.data.importers.base import json_entries, one_line
+from cac_reward.data.importers.base import check_texts, json_entries, one_line
 from cac_reward.evaluation.predictions import Prediction
 from cac_reward.plain import read_record, read_string, read_table, read_text
 from cac_reward.records import read_records
@@ -165,6 +165,7 @@ def read_skyra(paths: Sequence[Path]) -> dict[str, Prediction]:
     for path in paths:
         for line, _, value in json_entries(path):
             try:
+                check_texts(value)
                 record = read_record("answer", value, None)
                 name = read_string("video_id", record.get("video_id"))
                 if not name or name in found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +25,9 @@ from cac_reward.video import VideoHeader
 Entry = TypeVar("Entry")
 
 MAX_LINE_CHARACTERS = 1000
+ANY_BYTES = "surrogateescape"
+"""How files are opened, so that a byte that is not UTF-8 keeps out its own entry only."""
+_NOT_UTF8 = re.compile(r"[\udc80-\udcff]")
 
 
 @dataclass(frozen=True)
@@ -181,13 +184,49 @@ def read_entries(
             yield Problem(str(path), line, None, str(error))
 
 
+def check_utf8(text: str) -> None:
+    """Refuse text of a file opened with `ANY_BYTES` that holds another byte than UTF-8's.
+
+    Raises:
+        ValueError: If it does, with the byte.
+    """
+    bad = None if text.isascii() else _NOT_UTF8.search(text)
+    if bad is not None:
+        raise ValueError(
+            f"text must be UTF-8, got byte {ord(bad.group()) - 0xDC00:#04x} at character "
+            f"{bad.start() + 1}; write it in UTF-8"
+        )
+
+
+def check_texts(value: object) -> None:
+    """Refuse a JSON value whose texts or keys `check_utf8` refuses.
+
+    Raises:
+        ColumnError: If one does; the column is its place, such as 'sentences'[2].
+    """
+    waiting: list[tuple[str, object]] = [("", value)]
+    for where, one in waiting:
+        if isinstance(one, str):
+            with in_column(where or "text"):
+                check_utf8(one)
+        elif isinstance(one, Mapping):
+            for key, inner in one.items():
+                with in_column(f"{where}[{key!r}]" if where else f"{key!r}"):
+                    check_utf8(key)
+                waiting.append((f"{where}[{key!r}]" if where else f"{key!r}", inner))
+        elif isinstance(one, list):
+            waiting += [(f"{where}[{number}]", inner) for number, inner in enumerate(one)]
+
+
 def json_entries(path: Path) -> Iterator[tuple[int, str, Any]]:
     """Line, name (number in a list) and value of each entry of a JSON list or object.
+
+    Bytes that are not UTF-8 stay in the values, for `check_texts`.
 
     Raises:
         ValueError: If it is neither, with line and column.
     """
-    text = path.read_text(encoding="utf-8-sig")
+    text = path.read_text(encoding="utf-8-sig", errors=ANY_BYTES)
     decoder = json.JSONDecoder()
 
     def skip(position: int) -> int:
@@ -229,9 +268,17 @@ def json_entries(path: Path) -> Iterator[tuple[int, str, Any]]:
 
 
 def words_of(line: str) -> list[tuple[str, str]]:
-    """Each word of a line, with its column: 'the third, at character 12'."""
+    """Each word of a line, with its column: 'the third, at character 12'.
+
+    Raises:
+        ColumnError: If a word is not in UTF-8.
+    """
     found = enumerate(re.finditer(r"\S+", line), 1)
-    return [(f"{number} (character {one.start() + 1})", one.group()) for number, one in found]
+    words = [(f"{number} (character {one.start() + 1})", one.group()) for number, one in found]
+    for column, word in words:
+        with in_column(column):
+            check_utf8(word)
+    return words
 
 
 def frame_window(start: tuple[str, str], end: tuple[str, str], fps: float | None) -> TimeWindow:

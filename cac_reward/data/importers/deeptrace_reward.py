@@ -21,6 +21,7 @@ from cac_reward.data.importers.base import (
     ImportSettings,
     Outcome,
     Problem,
+    check_texts,
     in_column,
     json_entries,
     one_line,
@@ -78,6 +79,7 @@ def _outcomes(rows: list[Row], path: Path, settings: ImportSettings) -> Iterator
     findings, bad = [], {}
     for line, row in rows:
         try:
+            check_texts(row)
             with in_column("'video_type'"):
                 kind = row.get("video_type")
                 if kind not in TYPES or kind != rows[0][1].get("video_type"):

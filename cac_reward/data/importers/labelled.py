@@ -7,19 +7,31 @@ from dataclasses import replace
 from pathlib import Path
 
 from cac_reward.data.annotations import AnnotatedClip
-from cac_reward.data.importers.base import ImportSettings, Outcome, read_entries
+from cac_reward.data.importers.base import (
+    ANY_BYTES,
+    ImportSettings,
+    Outcome,
+    Problem,
+    check_utf8,
+    read_entries,
+)
 from cac_reward.exports.base import LabelledClip
 from cac_reward.exports.coco import read_coco
 from cac_reward.exports.cvat import read_cvat
 
 
 def read_cvat_xml(path: Path, settings: ImportSettings) -> Iterator[Outcome]:
-    """The clip of a file, 'CVAT for video 1.1'.
+    """The clip of a file, 'CVAT for video 1.1', which is left out where it is not in UTF-8.
 
     Raises:
         ValueError: If it is no such file, with line and column, or path or rate are not known.
     """
-    text = path.read_text(encoding="utf-8-sig")
+    text = path.read_text(encoding="utf-8-sig", errors=ANY_BYTES)
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            check_utf8(line)
+        except ValueError as error:
+            return iter([Problem(str(path), number, None, str(error))])
     return _outcomes(path, [read_cvat(text, path=settings.path, fps=settings.fps)], settings)
 
 

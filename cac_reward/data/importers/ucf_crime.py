@@ -19,9 +19,12 @@ from typing import Any
 
 from cac_reward.data.annotations import AnnotatedClip, Caption
 from cac_reward.data.importers.base import (
+    ANY_BYTES,
     ImportSettings,
     Outcome,
     Problem,
+    check_texts,
+    check_utf8,
     frame_window,
     in_column,
     json_entries,
@@ -52,7 +55,7 @@ def read_ucf_crime(path: Path, settings: ImportSettings) -> Iterator[Outcome]:
                 raise ValueError(f"sentences must describe a video once, got {outcome.path} twice")
             else:
                 described[outcome.path] = outcome
-    with path.open(encoding="utf-8-sig") as opened:
+    with path.open(encoding="utf-8-sig", errors=ANY_BYTES) as opened:
         lines = ((number, line) for number, line in enumerate(opened, 1) if line.strip())
         yield from read_entries(path, lines, partial(_clip, settings=settings, described=described))
 
@@ -102,6 +105,9 @@ def _clip(
 
 
 def _described(name: str, value: object, path: Path, settings: ImportSettings) -> AnnotatedClip:
+    with in_column("name of the video"):
+        check_utf8(name)
+    check_texts(value)
     record = read_record(name, value, ("duration", "timestamps", "sentences"))
     with in_column("'duration'"):
         duration = read_number("duration", record["duration"])

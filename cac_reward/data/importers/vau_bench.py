@@ -16,8 +16,10 @@ from typing import Any
 
 from cac_reward.data.annotations import LETTERS, AnnotatedClip
 from cac_reward.data.importers.base import (
+    ANY_BYTES,
     ImportSettings,
     Outcome,
+    check_utf8,
     in_column,
     read_entries,
     split_of,
@@ -44,7 +46,7 @@ def read_vau_bench(path: Path, settings: ImportSettings) -> Iterator[Outcome]:
     Raises:
         ValueError: If the header is another one, or the file is no CSV.
     """
-    with path.open(encoding="utf-8-sig", newline="") as opened:
+    with path.open(encoding="utf-8-sig", errors=ANY_BYTES, newline="") as opened:
         table = csv.reader(opened, strict=True)
         try:
             columns = _columns(next(table, []))
@@ -79,6 +81,9 @@ def _clip(
     if len(row) <= max(columns.values()):
         raise ValueError(f"row must have {max(columns.values()) + 1} cells, got {len(row)}")
     cells = {name: row[place].strip() for name, place in columns.items()}
+    for name, cell in cells.items():
+        with in_column(f"{name!r}"):
+            check_utf8(cell)
     with in_column("'Video Name'"):
         if not cells["Video Name"]:
             raise ValueError("name must be that of a video, got ''; fill it in")

@@ -16,6 +16,7 @@ from cac_reward.data.annotations import AnnotatedClip
 from cac_reward.data.importers.base import (
     ImportSettings,
     Outcome,
+    check_utf8,
     in_column,
     json_entries,
     read_entries,
@@ -46,6 +47,8 @@ def read_vif_bench(path: Path, settings: ImportSettings) -> Iterator[Outcome]:
 
 def _clip(generator: str, folder: object, settings: ImportSettings) -> AnnotatedClip:
     with in_column(f"{generator!r}"):
+        check_utf8(generator)
+        check_utf8(str(folder))
         parts = PurePosixPath(read_string("folder", folder)).parts
         if len(parts) < 2:
             raise ValueError(f"folder must be below the one of its generator, got {folder!r}")

@@ -19,6 +19,7 @@ from cac_reward.data.annotations import AnnotatedClip
 from cac_reward.data.importers.base import (
     ImportSettings,
     Outcome,
+    check_texts,
     in_column,
     json_entries,
     one_line,
@@ -54,6 +55,7 @@ def read_vif_cot_4k(path: Path, settings: ImportSettings) -> Iterator[Outcome]:
 def _clip(chat: object, settings: ImportSettings) -> AnnotatedClip:
     if not isinstance(chat, Mapping):
         raise ValueError(f"chat must be an object, got {type(chat).__name__}")
+    check_texts(chat)
     said = _said(chat)
     with in_column("'images'"):
         folder = _folder(chat)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cac_reward.data.annotations import AnnotatedClip
 from cac_reward.data.importers.base import (
+    ANY_BYTES,
     ImportSettings,
     Outcome,
     Problem,
@@ -34,7 +35,7 @@ _CLEAN = "A"
 def read_xd_violence(path: Path, settings: ImportSettings) -> Iterator[Outcome]:
     """Every line of the file, then every video of the folder that it does not list."""
     listed = set()
-    with path.open(encoding="utf-8-sig") as opened:
+    with path.open(encoding="utf-8-sig", errors=ANY_BYTES) as opened:
         lines = ((number, line) for number, line in enumerate(opened, 1) if line.strip())
         for outcome in read_entries(path, lines, lambda line: _clip(line, settings)):
             if isinstance(outcome, AnnotatedClip):

@@ -771,3 +771,77 @@ def test_json_that_is_none(text: str, place: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=place):
         list(json_entries(tmp_path / "a.json"))
+
+
+CHAT = vif_chat(FAULT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain", "bad", "column"),
+    [
+        ("vif_bench", {"real": ["a/b", "a/B@D"]}, "B@D", "'real'"),
+        ("vif_bench", {"real": ["a/b"], "B@D": ["a/c"]}, "B@D", "'B\\udce9D'"),
+        ("vif_cot_4k", [CHAT, {**CHAT, "more": [{"x": "B@D"}]}], "B@D", "'more'[0]['x']"),
+        ("vif_cot_4k", [CHAT, {**CHAT, "B@D": 1}], "B@D", "'B\\udce9D'"),
+        ("deeptrace_reward", [real(), real(video_id="r2", video_prompt="B@D")], "B@D", "'video_"),
+        ("uca", UCA | {"Abuse1B@D": UCA["Abuse028_x264"]}, "B@D", "name of the video"),
+        (
+            "uca",
+            UCA | {"Abuse1": {"duration": 1, "timestamps": [[0, 1]], "sentences": ["B@D"]}},
+            "B@D",
+            "'sentences'[0]",
+        ),
+    ],
+)
+def test_a_byte_that_is_not_utf8_keeps_out_its_json_entry_only(
+    kind: str, plain: Any, bad: str, column: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.json"
+    text = json.dumps(plain, indent=2)
+    path.write_bytes(text.encode().replace(b"@", b"\xe9"))
+    *good, left_out = outcomes(kind, path)
+    assert good
+    assert all(isinstance(one, AnnotatedClip) for one in good)
+    assert isinstance(left_out, Problem)
+    assert (left_out.column or "").startswith(column)
+    assert "text must be UTF-8, got byte 0xe9 at character" in left_out.why
+    assert left_out.line is not None
+    # The same text in UTF-8 is taken whole.
+    path.write_text(text.replace("@", "\u00e9"), encoding="utf-8")
+    assert problems(outcomes(kind, path)) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "column"),
+    [
+        ("ucf_crime", UCF + "Caf@ Normal -1 -1 -1 -1\n" + UCF, "1 (character 1)"),
+        ("xd_violence", "a_label_B1-0-0 1 2\n\n\nCaf@_label_A 1\na_label_B1 1 2\n", "1 (character"),
+        ("vau_bench", "", "'Description'"),
+    ],
+)
+def test_a_byte_that_is_not_utf8_keeps_out_its_line_only(
+    kind: str, text: str, column: str, tmp_path: Path
+) -> None:
+    if kind == "vau_bench":
+        write_vau(
+            tmp_path / "a.txt", [vau_row(), vau_row(), vau_row(Description="Caf@"), vau_row()]
+        )
+        text = (tmp_path / "a.txt").read_text()
+    (tmp_path / "a.txt").write_bytes(text.encode().replace(b"@", b"\xe9"))
+    found = outcomes(kind, tmp_path / "a.txt", ImportSettings(fps=30.0))
+    assert isinstance(found[-1], AnnotatedClip)
+    (bad,) = [one for one in found if isinstance(one, Problem)]
+    assert bad.line == 4
+    assert (bad.column or "").startswith(column)
+    assert bad.why.startswith("text must be UTF-8, got byte 0xe9 at character 4")
+
+
+def test_a_drawn_file_that_is_not_utf8_is_left_out_by_line(tmp_path: Path) -> None:
+    (tmp_path / "a.xml").write_bytes(write_cvat(DRAWN).encode().replace(b"why<", b"\xe9<"))
+    (tmp_path / "b.xml").write_text(write_cvat(EMPTY))
+    bad, good = import_annotations("cvat", [tmp_path / "a.xml", tmp_path / "b.xml"], NONE)
+    assert isinstance(good, AnnotatedClip)
+    assert isinstance(bad, Problem)
+    line = (tmp_path / "a.xml").read_bytes().split(b"\xe9")[0].count(b"\n") + 1
+    assert bad.line == line
+    assert "text must be UTF-8, got byte 0xe9" in bad.why

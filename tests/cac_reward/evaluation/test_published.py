@@ -232,3 +232,11 @@ def test_other_lists_are_refused(tmp_path: Path, rows: list[Any], message: str) 
     file.write_text(json.dumps(rows), "utf-8")
     with pytest.raises(ValueError, match=message):
         read_skyra([file])
+
+
+def test_an_answer_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    text = json.dumps([skyra(), skyra(video_id="b", response="Fake @")], indent=1)
+    file.write_bytes(text.encode().replace(b"@", b"\xe9"))
+    with pytest.raises(ValueError, match=r"line \d+: column 'response': text must be UTF-8, got b"):
+        read_skyra([file])

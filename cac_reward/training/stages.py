@@ -77,8 +77,9 @@ def run_stage(stage: StageSettings) -> StageResult:
     with StopRequest() as stop:
         trainer = _trainer(stage, pupil, source, stop)
         trained = trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    if trainer.state.global_step < stage.updates:
-        raise KeyboardInterrupt
+        # A request may have come in the last update, too.
+        if stop.agreed() or trainer.state.global_step < stage.updates:
+            raise KeyboardInterrupt
     measured = trainer.take_best()
     if measured is None:
         measured = trainer.evaluate()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from cac_reward.__main__ import main
 from cac_reward.scorer import CaCScorer
 from cac_reward.training.clips import ClipStore
 from cac_reward.training.learning import TrainingError
@@ -23,6 +24,7 @@ from cac_reward.training.settings import to_tree
 from cac_reward.training.sft import JudgeSFTTrainer
 from cac_reward.training.stages import run_stage
 from cac_reward.training.stopping import StopRequest
+from tests.killing import train_apart
 from tests.tiny_stage import history, tiny_stage, weights
 from tests.training_clips import write_clips
 
@@ -231,6 +233,55 @@ def test_a_request_to_stop_ends_in_a_checkpoint_and_the_rest_is_the_same(
     run_stage(cut)
     one, other = (weights(tmp_path / name / "judge") for name in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_in_the_last_update_stops_before_the_next_stage(
+    number: int, judge: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command says that it goes on, ends with 130, and does go on."""
+    tree = to_tree(tiny_stage(judge, clips, tmp_path / "unused", updates=2))
+    del tree["output"]
+    later = {**tree, "model": {**tree["model"], "path": "previous"}}
+    config = tmp_path / "stages.yaml"
+    stages = {"output": str(tmp_path / "out"), "stages": [tree, later]}
+    config.write_text(OmegaConf.to_yaml(OmegaConf.create(stages)))
+    step = JudgeSFTTrainer.training_step
+
+    def interrupted(self: Any, *arguments: Any, **more: Any) -> Any:
+        if self.state.global_step == 1:
+            signal.raise_signal(number)
+        return step(self, *arguments, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(JudgeSFTTrainer, "training_step", interrupted)
+        assert main(["train", str(config)]) == 130
+    first, second = tmp_path / "out" / "1_stage", tmp_path / "out" / "2_stage"
+    assert (first / "checkpoint-2" / "whole.json").is_file()
+    assert not (first / "judge").exists()
+    assert not second.exists()
+    assert main(["train", str(config)]) == 0
+    assert (second / "judge").is_dir()
+
+
+def test_a_request_to_one_of_two_processes_in_the_last_update_stops_both(
+    judge: Path, clips: Path, tmp_path: Path
+) -> None:
+    stage = tiny_stage(judge, clips, tmp_path)
+    assert train_apart(stage, processes=2, prepare=_ask_in_the_last_update) == [1, 1]
+    assert (tmp_path / "checkpoint-4" / "whole.json").is_file()
+    assert not (tmp_path / "judge").exists()
+
+
+def _ask_in_the_last_update() -> None:
+    step = JudgeSFTTrainer.training_step
+
+    def asked(self: Any, *arguments: Any, **more: Any) -> Any:
+        if self.state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *arguments, **more)
+
+    JudgeSFTTrainer.training_step = asked  # type: ignore[method-assign]
 
 
 def test_a_second_request_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ LAYERS = {
         *("training/source", "training/pictures", "training/optimizers", "training/heads"),
         *("training/processes", "training/models", "training/measuring", "training/cards"),
         *("training/checkpoints", "training/stopping", "training/learning"),
-        *("training/sft", "training/grpo", "training/stages", "training/"),
+        *("training/sft", "training/answering", "training/grpo", "training/stages", "training/"),
         "__main__",
     ],
     "diffusion_rl": [

@@ -14,20 +14,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from trl import GRPOConfig, GRPOTrainer
 
 from cac_reward.answers import AnswerError, parse_scan_answer, write_tool_call
 from cac_reward.questions import Message
-from cac_reward.report import TimeWindow
+from cac_reward.training.answering import CUT_OFF, Answering
 from cac_reward.training.encoding import Encoder
 from cac_reward.training.group_rewards import (
     SUMMED_LOSSES,
@@ -58,7 +56,6 @@ from cac_reward.training.sft import SKIPPED_FILE
 from cac_reward.training.source import LessonSource
 from cac_reward.training.stage_rewards import measure
 from cac_reward.training.stopping import StopRequest
-from cac_reward.training.task_answers import Task
 
 logging.getLogger("trl.trainer.grpo_trainer").addFilter(
     # It would print the conversation of each group in which nothing can be read; we count them.
@@ -66,47 +63,9 @@ logging.getLogger("trl.trainer.grpo_trainer").addFilter(
 )
 
 
-CUT_OFF = " (cut off)"
-"""Behind a turn that did not end by itself; no form allows it."""
-
-
 def inspect(windows: list[list[float]]) -> str:
     """The tool's name for TRL; its frames are shown by `JudgeGRPOTrainer` itself."""
     raise NotImplementedError(f"windows {windows} are shown by the trainer")
-
-
-@dataclass(eq=False)
-class Answering:
-    """One answer on its way through the turns."""
-
-    seen: ClipInView
-    opening: tuple[Message, ...]
-    task: Task | None
-    """Of a single turn; None for the two turns."""
-    prompt_ids: list[int]
-    frames: list[Tensor]
-    ids: list[int] = field(default_factory=list)
-    """Of everything behind the prompt, the tool's turn included."""
-    mask: list[int] = field(default_factory=list)
-    """1 where the judge itself wrote."""
-    log_probs: list[float] = field(default_factory=list)
-    """Of what it wrote, by the engine that drew it; empty where the model itself did."""
-    texts: list[str] = field(default_factory=list)
-    windows: tuple[TimeWindow, ...] = ()
-
-    def write(self, new: Sequence[int], log_probs: Sequence[float] | None, text: str) -> None:
-        """Append a turn of its own."""
-        self.ids += new
-        self.mask += [1] * len(new)
-        self.log_probs += log_probs or []
-        self.texts.append(text)
-
-    def read(self, new: Sequence[int], frames: Sequence[Tensor], *, by_engine: bool) -> None:
-        """Append what the tool showed."""
-        self.ids += new
-        self.mask += [0] * len(new)
-        self.log_probs += [0.0] * len(new) if by_engine else []
-        self.frames += frames
 
 
 class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
@@ -145,6 +104,7 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
         self._numbers: list[int] = []
         self._rollouts: list[JudgedRollout | TaskRollout] = []
         self._in_failed_group: list[bool] = []
+        self._in_tied_group: list[bool] = []
         rollout, grpo = stage.rollout, stage.grpo
         rows = Dataset.from_dict(
             {
@@ -190,6 +150,8 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
         scored: dict[str, Any] = super()._generate_and_score_completions(inputs)
         # Without an advantage the divergence from the reference would still pull.
         scored["tool_mask"][self._in_failed_group] = 0
+        # Its means in float32 leave 1e-4 of a tie, which the optimiser would make a step of.
+        scored["advantages"][self._in_tied_group] = 0
         return scored
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *more: Any, **named: Any) -> Any:
@@ -343,24 +305,26 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
         everyones = gather_object(list(zip(own, self._rollouts, strict=True)))
         group = self.num_generations if self.model.training else self.num_generations_eval
         rewards: list[float | None] = []
-        failed = ties = 0
+        in_tie: list[bool] = []
+        failed = 0
         for first in range(0, len(everyones), group):
             together = everyones[first : first + group]
             some = [reward for reward, _ in together]
             nothing = all_failed([rollout for _, rollout in together])
             failed += nothing
-            ties += not nothing and tied(some)
+            in_tie += [not nothing and tied(some)] * group
             rewards += [None] * group if nothing else some
         groups = len(everyones) // group
         log = more["log_metric"]
         log("groups/failed", failed / groups)
-        log("groups/tied", ties / groups)
+        log("groups/tied", sum(in_tie) / len(in_tie))
         log("answers/failed", sum(one.failed for one in self._rollouts) / len(own))
         for name in weights:
             present = [one[name] for one in values if not math.isnan(one[name])]
             if present:
                 log(f"rewards/{name}", sum(present) / len(present))
         first = self.accelerator.process_index * len(own)
+        self._in_tied_group = in_tie[first : first + len(own)]
         rewards = rewards[first : first + len(own)]
         self._in_failed_group = [reward is None for reward in rewards]
         return rewards

@@ -1,5 +1,6 @@
 """Learning from rewards: what is read and written, what counts, and that it learns."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from cac_reward.training.grpo import JudgeGRPOTrainer, count_questions
 from cac_reward.training.models import load_pupil
 from cac_reward.training.stages import _source, _trainer, run_stage
 from cac_reward.training.stopping import StopRequest
+from tests.killing import train_apart
 from tests.tiny_judge import build_tiny_judge
 from tests.tiny_stage import CALL, CLEAN, history, tiny_stage, weights
 
@@ -285,6 +287,58 @@ def test_a_group_whose_answers_are_equally_good_is_counted_as_tied(
     run_stage(tiny_stage(judge, clean_clips, tmp_path, **_grpo({"batch": 4, "updates": 1})))
     (line,) = history(tmp_path, key="groups/tied")
     assert (line["groups/tied"], line["groups/failed"], line["grad_norm"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("reward", [1 / 6, 0.7, 0.85])
+def test_a_tie_is_exactly_0_whatever_the_reward(
+    reward: float, judge: Path, clean_clips: Path, tmp_path: Path, monkeypatch: Any, recorded: Any
+) -> None:
+    """TRL's means in float32 leave 1e-4 of it, which a fresh AdamW makes a whole step of."""
+    turns = [[CALL + END] * 8, [FINDINGS + END] * 8]
+    scripted(monkeypatch, *turns)
+    # A clean clip that is called anomalous has its form alone.
+    settings: dict[str, Any] = {"rewards": {"accuracy": 1 - reward, "format": reward}}
+    settings |= {"batch": 8, "updates": 1, "save_every": 1}
+    settings["rollout"] = {"group": 8, "max_call_tokens": 8, "max_answer_tokens": 8}
+    run_stage(tiny_stage(judge, clean_clips, tmp_path, **_grpo(settings)))
+    assert recorded[0]["advantages"].tolist() == [0.0] * 8
+    (line,) = history(tmp_path, key="reward")
+    assert line["reward"] == pytest.approx(reward)
+    assert (line["groups/tied"], line["grad_norm"]) == (1, 0)
+    before, after = weights(judge), weights(tmp_path / "checkpoint-1")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_ties_are_those_of_the_own_answers_on_each_of_two_processes(
+    judge: Path, clean_clips: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Three groups of 8 on two processes of 12 answers; the first and the last are ties."""
+    turns = [[CALL + END] * 8 + [CLEAN + END] * 2 + [CALL + END] * 2, [FINDINGS + END] * 10]
+    score = JudgeGRPOTrainer._generate_and_score_completions
+
+    def play(trainer: Any, ids: Any, *_: Any, **__: Any) -> Any:
+        texts = turns[len(ids) != 12]
+        if trainer.accelerator.process_index:
+            texts = texts[::-1]
+        return [trainer.processing_class.tokenizer(text)["input_ids"] for text in texts], None
+
+    def record(trainer: Any, inputs: Any) -> dict[str, Any]:
+        out = score(trainer, inputs)
+        rank = trainer.accelerator.process_index
+        (tmp_path / f"{rank}.json").write_text(json.dumps(out["advantages"].tolist()))
+        return out
+
+    monkeypatch.setattr(JudgeGRPOTrainer, "_generate_single_turn", play)
+    monkeypatch.setattr(JudgeGRPOTrainer, "_generate_and_score_completions", record)
+    settings: dict[str, Any] = {"rewards": {"accuracy": 0.3, "format": 0.7}, "updates": 1}
+    settings |= {"batch": 12, "rollout": {"group": 8}}
+    stage = tiny_stage(judge, clean_clips, tmp_path / "out", **_grpo(settings))
+    assert train_apart(stage, processes=2) == [0, 0]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first[:8] == [0.0] * 8
+    assert second[4:] == [0.0] * 8
+    assert first[8:] == second[3::-1]
+    assert all(abs(one) > 0.5 for one in first[8:])
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -59,6 +59,7 @@ LAYERS = {
             "training/rules",
             "training/lessons",
             "training/lesson_kinds",
+            "training/grpo_settings",
             "training/settings",
             "training/curricula",
             "training/encoding",

@@ -13,17 +13,15 @@ from yaml import YAMLError
 
 from cac_reward.frames import WORDINGS, InspectSettings, JudgeSettings, ScanSettings
 from cac_reward.training import rules
+from cac_reward.training.grpo_settings import GrpoSettings, RolloutSettings, check_rewards
 from cac_reward.training.lesson_kinds import LESSONS
 from cac_reward.training.lessons import LessonOptions
 from cac_reward.training.rules import above_zero, at_least, check_shares, one_of, within
-from cac_reward.training.stage_rewards import REWARDS
 
 TRAINERS = ("sft", "grpo")
 LEARNS = ("all", "language", "heads")
 OPTIMIZERS = ("adamw", "adamw_8bit", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
-LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "vespo")
-SPREADS = ("group", "batch", "none")
 
 
 @dataclass(kw_only=True)
@@ -139,58 +137,6 @@ class LossSettings:
     def heads(self) -> float:
         """Of everything that heads are needed for."""
         return self.frames + self.clip + self.captions
-
-
-@dataclass(kw_only=True)
-class RolloutSettings:
-    """How GRPO's answers are drawn."""
-
-    group: int = 8
-    """Answers to each question, at least 2."""
-    temperature: float = 1.0
-    """Above 0."""
-    max_call_tokens: int = 128
-    """Most tokens of turn 1."""
-    max_answer_tokens: int = 512
-    """Most tokens of turn 2, or of a single-turn answer."""
-    vllm: bool = False
-    """Draw them with vLLM beside the training (colocate); needs vllm installed."""
-    vllm_memory: float = 0.3
-    """Share of the GPU that vLLM may take, in (0, 1)."""
-
-    def __post_init__(self) -> None:
-        at_least("rollout.group", self.group, 2)
-        above_zero("rollout.temperature", self.temperature)
-        for name in ("max_call_tokens", "max_answer_tokens"):
-            at_least(f"rollout.{name}", getattr(self, name), 1)
-        if not 0 < self.vllm_memory < 1:
-            raise ValueError(f"rollout.vllm_memory must be in (0, 1), got {self.vllm_memory}")
-
-
-@dataclass(kw_only=True)
-class GrpoSettings:
-    """The loss of GRPO, by TRL's names."""
-
-    kl_weight: float = 0.0
-    """beta: of the divergence from where the stage began, at least 0."""
-    loss_type: str = "dapo"
-    """As TRL's: 'grpo', 'dr_grpo', 'dapo', 'bnpo', 'cispo', 'sapo' or 'vespo'."""
-    scale_rewards: str = "group"
-    """'group', 'batch' or 'none': by what spread a reward is divided."""
-    clip_low: float = 0.2
-    """The ratio of new to old chance is clipped below 1 - clip_low."""
-    clip_high: float = 0.2
-    """And above 1 + clip_high."""
-    updates_per_rollout: int = 1
-    """Optimiser steps on each set of answers, at least 1."""
-
-    def __post_init__(self) -> None:
-        at_least("grpo.updates_per_rollout", self.updates_per_rollout, 1)
-        one_of("grpo.loss_type", self.loss_type, LOSSES)
-        one_of("grpo.scale_rewards", self.scale_rewards, SPREADS)
-        within("grpo.clip_low", self.clip_low, 0, 1, closed=True)
-        for name in ("kl_weight", "clip_high"):
-            at_least(f"grpo.{name}", getattr(self, name), 0)
 
 
 @dataclass(kw_only=True)
@@ -334,12 +280,7 @@ class StageSettings:
             at_least(name, getattr(self, name), 1)
         at_least("seed", self.seed, 0)
         if self.trainer == "grpo":
-            check_shares("rewards", self.rewards, REWARDS)
-            silent = [
-                name for name, share in self.lessons.items() if share and not LESSONS[name].answered
-            ]
-            if silent:
-                raise ValueError(f"lessons must be ones that rewards can judge, got {silent[0]!r}")
+            check_rewards(self.lessons, self.options, self.rewards)
             if self.model.learns == "heads":
                 raise ValueError("model.learns must be 'all' or 'language' for 'grpo', got 'heads'")
         elif self.rewards:

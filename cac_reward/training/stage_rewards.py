@@ -278,6 +278,23 @@ REWARDS: Mapping[str, JudgeReward | TaskReward] = {**JUDGE_REWARDS, **TASK_REWAR
 """All of them."""
 
 
+def rewards_of(lesson: str, *, reflects: bool = False) -> tuple[str, ...]:
+    """Names of the rewards that answers to a lesson can earn.
+
+    Args:
+        lesson: 'inspect', or a task of a single turn.
+        reflects: whether any of its answers is looked back at.
+    """
+    if lesson == "inspect":
+        return tuple(JUDGE_REWARDS)
+    return tuple(
+        name
+        for name in TASK_REWARDS
+        if (reflects or not name.startswith("reflection"))
+        and (lesson == "grounding" or name != "grounding_iou")
+    )
+
+
 def measure(rollout: Rollout, names: Sequence[str]) -> dict[str, float]:
     """The named rewards of a rollout; NaN for one of the other kind of rollout, which has none.
 

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from cac_reward.frames import InspectSettings, JudgeSettings, ScanSettings
+from cac_reward.training import grpo_settings
 from cac_reward.training import settings as module
 from cac_reward.training.rules import at_least, within
 from cac_reward.training.settings import (
@@ -85,12 +86,13 @@ def test_settings_come_back_from_their_tree(tree: dict[str, Any], tmp_path: Path
 
 
 def test_every_key_has_a_line_on_it() -> None:
-    source = Path(module.__file__).read_text(encoding="utf-8")
-    for kind in vars(module).values():
-        if is_dataclass(kind) and kind.__module__ == module.__name__:
-            for one in fields(kind):
-                line = source.partition(f"    {one.name}: ")[2].splitlines()[1]
-                assert line.startswith('    """'), one.name
+    for one in (module, grpo_settings):
+        source = Path(one.__file__).read_text(encoding="utf-8")
+        kinds = [kind for kind in vars(one).values() if is_dataclass(kind)]
+        for kind in [kind for kind in kinds if kind.__module__ == one.__name__]:
+            for key in fields(kind):
+                line = source.partition(f"    {key.name}: ")[2].splitlines()[1]
+                assert line.startswith('    """'), key.name
 
 
 REFUSED: list[tuple[str, Any, str]] = [
@@ -174,6 +176,64 @@ def test_rules_of_grpo(key: str, value: Any, message: str) -> None:
     build_stage(changed("lessons.scan", 0, GRPO), "a share of none is as if left out")
     with pytest.raises(ValueError, match=message):
         build_stage(changed(key, value, GRPO), "some.yaml")
+
+
+@pytest.mark.parametrize(
+    ("lessons", "rewards", "message"),
+    [
+        (
+            {"inspect": 1},
+            {"question_answer": 1},
+            r"rewards must have one that lessons.inspect can earn, got question_answer; add one of "
+            r"accuracy, .*, or leave the lesson out",
+        ),
+        (
+            {"inspect": 1, "qa": 1},
+            {"accuracy": 1},
+            r"rewards must have one that lessons.qa can earn, got accuracy; add one of "
+            r"question_answer, format, or",
+        ),
+        (
+            {"qa": 1},
+            {"question_answer": 1, "temporal_iou": 1},
+            r"rewards.temporal_iou must be one that a lesson can earn, got lessons qa; set it to "
+            r"0, or add lessons.inspect",
+        ),
+        (
+            {"qa": 1, "classification": 1},
+            {"format": 1, "grounding_iou": 1},
+            r"rewards.grounding_iou must be .* qa, classification; .* or add lessons.grounding",
+        ),
+        (
+            {"inspect": 1},
+            {"accuracy": 1, "question_answer": 1},
+            r"rewards.question_answer must be one .* got lessons inspect; .* or add lessons.qa",
+        ),
+        (
+            {"grounding": 1},
+            {"grounding_iou": 1, "reflection_length": 1},
+            r"rewards.reflection_length must be .*; set it to 0, or set options.reflection above 0",
+        ),
+    ],
+)
+def test_rewards_that_no_lesson_can_earn_are_refused(
+    lessons: dict[str, float], rewards: dict[str, float], message: str
+) -> None:
+    """And lessons that no reward can judge."""
+    tree = {**GRPO, "lessons": lessons, "rewards": rewards, "classes": ["a", "b"]}
+    with pytest.raises(ValueError, match=f"^some.yaml: {message}"):
+        build_stage(tree, "some.yaml")
+
+
+def test_rewards_that_some_lesson_can_earn_are_taken() -> None:
+    """Those of no weight are only watched, lessons of no share never asked."""
+    lessons = {"inspect": 1, "grounding": 1, "qa": 0}
+    rewards = {"accuracy": 1, "grounding_iou": 1, "reflection_quality": 0}
+    build_stage({**GRPO, "lessons": lessons, "rewards": rewards}, "some.yaml")
+    build_stage({**GRPO, "lessons": lessons, "rewards": {"format": 1}}, "some.yaml")
+    rewards = {"reflection_quality": 1, "reflection_length": 1}
+    reflecting = {**GRPO, "lessons": {"qa": 1}, "options": {"reflection": 0.5}}
+    build_stage({**reflecting, "rewards": rewards}, "some.yaml")
 
 
 @pytest.mark.parametrize(

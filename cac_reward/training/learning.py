@@ -88,7 +88,7 @@ class SkippedClips:
 
 
 class Pace(TrainerCallback):
-    """Saves with every measurement, and when the run is asked to stop.
+    """Saves with every measurement, and when the run is asked to stop; forgets a stale best.
 
     Args:
         stop: who asks.
@@ -98,6 +98,13 @@ class Pace(TrainerCallback):
     def __init__(self, stop: StopRequest, every: int = 1) -> None:
         self.stop = stop
         self.every = every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> Any:
+        """A run that goes on by another measure does not know how good its best was by that."""
+        measured = _measured(state, args.metric_for_best_model) or {}
+        if measured.get(args.metric_for_best_model) != state.best_metric:
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        return control
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> Any:
         """A set of answers is used up before a stop: a checkpoint does not hold it."""
@@ -109,6 +116,15 @@ class Pace(TrainerCallback):
         """The best of the measured judges can only be kept where each is on disk."""
         control.should_save = True
         return control
+
+
+def _measured(state: Any, name: str | None) -> dict[str, float] | None:
+    """What was measured of the best judge, if that by which it is chosen was."""
+    lines = (line for line in state.log_history if line["step"] == state.best_global_step)
+    best = next((line for line in lines if name in line), None)
+    if best is None:
+        return None
+    return {name: value for name, value in best.items() if name.startswith("eval_")}
 
 
 class LearningMixin:
@@ -208,13 +224,10 @@ class LearningMixin:
         """Go back to the best judge that was measured; what was measured of it, None for none."""
         if self.state.best_model_checkpoint is None:
             return None
-        self._load_best_model()
-        return next(
-            {name: value for name, value in line.items() if name.startswith("eval_")}
-            for line in self.state.log_history
-            if line["step"] == self.state.best_global_step
-            and self.args.metric_for_best_model in line
-        )
+        measured = _measured(self.state, self.args.metric_for_best_model)
+        if measured is not None:
+            self._load_best_model()
+        return measured
 
     def evaluate(self, *arguments: Any, **more: Any) -> dict[str, float]:
         """Judge the held-out clips as users will, and log what was measured."""

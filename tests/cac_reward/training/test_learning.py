@@ -141,6 +141,42 @@ def test_the_best_measured_judge_is_what_it_ends_with(
     assert "| clip.balanced_accuracy | 0.9000 |" in card
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("evaluation.every=0", {"clip.f1": 0.3}),
+        ("evaluation.best=clip.f1", {"clip.balanced_accuracy": 0.1, "clip.f1": 0.2}),
+        ("evaluation.clips=3", {"clip.balanced_accuracy": 0.9, "clip.f1": 0.5}),
+    ],
+)
+def test_a_run_goes_on_with_another_evaluation(
+    change: str,
+    expected: dict[str, float],
+    judge: Path,
+    clips: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was best by a measure that chooses no longer is not the best by another."""
+    name = "clip.balanced_accuracy"
+    staged = Staged({name: 0.9, "clip.f1": 0.5}, {name: 0.8, "clip.f1": 0.4})
+    monkeypatch.setattr(HeldOut, "measure", lambda *a, **b: staged.measure(*a, **b))
+    settings = [f"data.held_out=[{clips}]", "evaluation.every=1", "keep=1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(StopRequest, "agreed", lambda self: len(staged.values) < 2)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(tiny_stage(judge, clips, tmp_path, settings))
+    first = tmp_path / "checkpoint-1"
+    assert [first.is_dir(), (tmp_path / "checkpoint-2").is_dir()] == [True, True]
+    staged.values = [{name: 0.1, "clip.f1": 0.2}, {name: 0.2, "clip.f1": 0.1}]
+    if change == "evaluation.every=0":
+        staged.values = [expected]
+    result = run_stage(tiny_stage(judge, clips, tmp_path, [*settings, change]))
+    assert result.measured == expected
+    assert not staged.values
+    assert first.is_dir() == (change == "evaluation.clips=3")
+
+
 def test_measuring_leaves_the_training_as_it_was(judge: Path, clips: Path, tmp_path: Path) -> None:
     """Mode, random generators and checkpointing of activations, and with them all later losses."""
     common = {"model": {"gradient_checkpointing": True, "lora": {"rank": 2, "dropout": 0.3}}}

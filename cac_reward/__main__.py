@@ -45,6 +45,7 @@ def _parser(wanted: str) -> argparse.ArgumentParser:
     _add_annotate(commands, wanted == "annotate")
     _add_synthesize(commands, wanted == "synthesize")
     _add_train(commands, wanted == "train")
+    _add_answer(commands, wanted == "answer")
     _add_evaluate(commands, wanted == "evaluate")
     _add_serve(commands, wanted == "serve")
     return parser
@@ -76,6 +77,16 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser], wa
         from cac_reward.training.command import add_train_arguments
 
         add_train_arguments(train)
+
+
+def _add_answer(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], wanted: bool
+) -> None:
+    answer = commands.add_parser("answer", help="ask a judge the tasks of one turn")
+    if wanted:
+        from cac_reward.training.answer_command import add_answer_arguments
+
+        add_answer_arguments(answer)
 
 
 def _add_evaluate(

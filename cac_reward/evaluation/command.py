@@ -62,7 +62,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser, score: Score) -> Non
     parser.add_argument(
         "--predictions-format",
         choices=FORMATS,
-        help="what score --output writes (reports, the default), VAU-R1's CSVs, Skyra's JSON",
+        help="what score --output writes (reports, the default) or answer --output (answers), "
+        "VAU-R1's CSVs, Skyra's JSON",
     )
     parser.add_argument(
         "--protocol",

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cac_reward.data.importers.base import check_texts, json_entries, one_line
+from cac_reward.evaluation.answered import read_answered
 from cac_reward.evaluation.predictions import Prediction
 from cac_reward.plain import read_record, read_string, read_table, read_text
 from cac_reward.records import read_records
@@ -248,5 +249,6 @@ FORMATS: Mapping[str, Callable[[Sequence[Path]], dict[str, Prediction]]] = {
     "reports": read_reports,
     "vau_r1": read_vau_r1,
     "skyra": read_skyra,
+    "answers": read_answered,
 }
 """Readers by the name of the format."""

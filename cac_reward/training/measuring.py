@@ -21,6 +21,8 @@ from cac_reward.evaluation.predictions import Prediction
 from cac_reward.judges.local import LocalJudge
 from cac_reward.records import ClipRecord
 from cac_reward.scorer import CaCScorer
+from cac_reward.training.asking import Asking, ask, to_prediction, with_answers
+from cac_reward.training.classifier import Classifier
 from cac_reward.training.clips import ClipStore
 from cac_reward.training.models import Pupil
 from cac_reward.training.processes import processes
@@ -31,6 +33,7 @@ LOGGED = (
     *("clip.average_precision", "clip.calibration_error", "frame.roc_auc"),
     *("time.mean_iou", "time.recall_at_0.5", "time.effective_f1"),
     *("space.box_mean_iou", "space.tube_mean_iou", "space.invalid_box_rate"),
+    *("question.accuracy_of_all", "class.accuracy"),
 )
 """Measures worth a line while training; `cac-reward evaluate` has all."""
 LOWER_IS_BETTER = ("clip.calibration_error", "space.invalid_box_rate")
@@ -40,18 +43,26 @@ CHOOSING = tuple(name for name in LOGGED if name not in LOWER_IS_BETTER)
 
 @dataclass(eq=False)
 class HeldOut:
-    """The first clips of held-out annotations.
+    """The first clips of held-out annotations, and how the judge is asked about them.
 
     Args:
         store: the clips.
         count: most of them.
         batch: judged together.
+        mode: of the two turns.
+        turns: whether the two turns are asked.
+        asking: tasks of one turn; their options and classes are measured beside the two turns'
+            verdicts and places, or in place of these.
+        heads: whether the heads answer, without a word.
     """
 
     store: ClipStore
     count: int
     batch: int
     mode: str = "full"
+    turns: bool = True
+    asking: Asking | None = None
+    heads: bool = False
 
     def measure(self, model: Any, pupil: Pupil, *, spread: bool = True) -> dict[str, float]:
         """Judge, and return what was measured by name; 'unjudged' is the share without a score.
@@ -90,43 +101,51 @@ class HeldOut:
     def _judge(self, model: Any, pupil: Pupil, spread: bool) -> list[Pair]:
         core = model.get_base_model() if isinstance(model, PeftModel) else model
         judge = LocalJudge(core, pupil.processor, judge_id=pupil.name, settings=pupil.settings)
-        scorer = CaCScorer(judge, mode=self.mode, clips_at_once=self.batch)
+        classifier = None
+        if self.heads and pupil.heads is not None:
+            own = (core, pupil.processor, pupil.heads, pupil.settings, pupil.name)
+            classifier = Classifier(*own)
         state = processes()
         part = slice(state.process_index, None, state.num_processes) if spread else slice(None)
         numbers = list(range(min(self.count, len(self.store))))[part]
         judged: list[tuple[int, Pair]] = []
         for first in range(0, len(numbers), self.batch):
             some = numbers[first : first + self.batch]
-            judged += zip(some, self._judge_some(scorer, some), strict=True)
+            judged += zip(some, self._judge_some(judge, classifier, some), strict=True)
         if spread:
             judged = gather_object(judged)
         return [pair for _, pair in sorted(judged, key=itemgetter(0))]
 
-    def _judge_some(self, scorer: CaCScorer, numbers: Sequence[int]) -> list[Pair]:
+    def _judge_some(
+        self, judge: LocalJudge, classifier: Classifier | None, numbers: Sequence[int]
+    ) -> list[Pair]:
         clips: list[AnnotatedClip] = [self.store.annotation(number) for number in numbers]
-        videos: list[Video | None] = []
-        reasons: list[str] = []
-        for number, clip in zip(numbers, clips, strict=True):
+        videos: dict[int, Video] = {}
+        found: dict[int, Prediction] = {}
+        for row, (number, clip) in enumerate(zip(numbers, clips, strict=True)):
             try:
-                videos.append(self.store.video(number, clip))
-                reasons.append("")
+                videos[row] = self.store.video(number, clip)
             except (ValueError, OSError) as error:
-                videos.append(None)
-                reasons.append(str(error))
-        readable = [video for video in videos if video is not None]
-        reports = iter(scorer.inspect(readable))
-        records = [
-            ClipRecord(path=clip.name, error=reason)
-            if video is None
-            else ClipRecord(
-                path=clip.name, width=video.width, height=video.height, report=next(reports)
-            )
-            for clip, video, reason in zip(clips, videos, reasons, strict=True)
-        ]
-        return [
-            Pair(clip, Prediction.from_record(record))
-            for clip, record in zip(clips, records, strict=True)
-        ]
+                found[row] = Prediction(failure=str(error))
+        rows, shown = list(videos), list(videos.values())
+        said: list[Prediction] = []
+        if classifier is not None or self.turns:
+            asked = classifier or CaCScorer(judge, mode=self.mode, clips_at_once=self.batch)
+            for row, report in zip(rows, asked.inspect(shown), strict=True):
+                name, video = clips[row].name, videos[row]
+                record = ClipRecord(
+                    path=name, width=video.width, height=video.height, report=report
+                )
+                said.append(Prediction.from_record(record))
+        if self.asking is not None:
+            answers = ask(judge, self.asking, [clips[row] for row in rows], shown)
+            more = [
+                to_prediction(one, judge.name, video)
+                for one, video in zip(answers, shown, strict=True)
+            ]
+            said = [with_answers(*pair) for pair in zip(said, more, strict=True)] if said else more
+        found |= zip(rows, said, strict=True)
+        return [Pair(clip, found[row]) for row, clip in enumerate(clips)]
 
 
 def _gpus(model: Any) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import set_seed
 
+from cac_reward.training.asking import Asking
 from cac_reward.training.cards import write_card
 from cac_reward.training.checkpoints import last_checkpoint, processes_of, remove_partial
 from cac_reward.training.clips import ClipStore
@@ -26,6 +27,7 @@ from cac_reward.training.settings import StageSettings, to_tree
 from cac_reward.training.sft import JudgeSFTTrainer
 from cac_reward.training.source import LessonPlan, LessonSource
 from cac_reward.training.stopping import StopRequest
+from cac_reward.training.task_answers import KINDS
 from cac_reward.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
@@ -131,9 +133,37 @@ def _trainer(stage: StageSettings, pupil: Pupil, source: LessonSource, stop: Sto
     data, held_out = stage.data, None
     if data.held_out:
         clips = ClipStore(data.held_out, videos=data.videos, split=data.held_out_split)
-        held_out = HeldOut(clips, stage.evaluation.clips, stage.evaluation.batch)
+        held_out = measured_as(stage, clips)
     kind = JudgeSFTTrainer if stage.trainer == "sft" else JudgeGRPOTrainer
     return kind(stage, pupil, source, held_out, stop)
+
+
+def measured_as(stage: StageSettings, store: ClipStore) -> HeldOut:
+    """Held-out clips asked about in the ways that a stage teaches.
+
+    Heads alone answer for themselves; tasks of one turn are asked as they are, and the two turns
+    wherever any other lesson is taught.
+    """
+    taught = [kind for kind, share in stage.lessons.items() if share > 0]
+    heads = stage.loss.words == 0 and stage.loss.clip > 0 and stage.trainer == "sft"
+    # Prose is measured by a judge of its own: `evaluate --vau-eval`.
+    tasks = tuple(kind for kind in KINDS if kind in taught and kind != "description")
+    asking = None
+    if tasks and not heads:
+        asking = Asking(
+            kinds=tasks,
+            options=LessonOptions.build(stage.options, written=stage.trainer == "sft"),
+            classes=tuple(stage.classes) if "classification" in tasks else (),
+            max_new_tokens=stage.rollout.max_answer_tokens,
+        )
+    return HeldOut(
+        store,
+        stage.evaluation.clips,
+        stage.evaluation.batch,
+        turns=not heads and any(kind not in KINDS for kind in taught),
+        asking=asking,
+        heads=heads,
+    )
 
 
 def _patch_factor(processor: Any) -> int:

@@ -95,8 +95,13 @@ def read_clips(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is of another form; the message begins with its name.
+        ValueError: If a file is of another form, with its name in front, or several have one path.
     """
+    if path is not None and len(paths) > 1:
+        raise ValueError(
+            f"path must be left out for several files, got {path!r} for {len(paths)}; export them "
+            "one by one"
+        )
     clips: list[LabelledClip] = []
     for one in paths:
         try:

@@ -78,6 +78,11 @@ def import_annotations(
     for one in fields(ImportSettings):
         if getattr(settings, one.name) != one.default and one.name not in IMPORTERS[kind].uses:
             raise ValueError(f"{one.name} must be left out for {kind}, got one; it is not used")
+    if settings.path is not None and len(paths) > 1:
+        raise ValueError(
+            f"path must be left out for several files, got {settings.path!r} for {len(paths)}; "
+            "import them one by one"
+        )
     for path in (*paths, *settings.sentences):
         if not path.exists():
             raise FileNotFoundError(f"file must exist to be imported, got {path}")

@@ -23,6 +23,14 @@ PIXEL_TOLERANCE = 0.01
 """Tools write two decimals of a pixel; a box that is off by less has not been moved."""
 
 
+class EntryError(ValueError):
+    """An entry that breaks a rule, in a file that is of the right form as a whole."""
+
+    def __init__(self, why: str, line: int | None = None, column: str | None = None) -> None:
+        super().__init__(why if len(why) <= MAX_MESSAGE else f"{why[:MAX_MESSAGE]}...")
+        self.line, self.column = line, column
+
+
 @dataclass(frozen=True, kw_only=True)
 class LabelledClip:
     """A clip and what is wrong with it, by a judge or by a person."""
@@ -81,6 +89,8 @@ class Track:
     """Frame behind the last one."""
     keyframes: tuple[tuple[int, Corners], ...]
     """Frame and (x1, y1, x2, y2) relative to the frame, in order of frames; at least one."""
+    between: tuple[tuple[int, Corners], ...] = ()
+    """What a tool shows on frames that are none of these, where it is not the nearest of them."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +221,7 @@ def reading(what: str) -> Iterator[None]:
     except (json.JSONDecodeError, UnicodeError, RecursionError) as error:
         raise ValueError(f"{what} must be text of its format, got another: {error}") from error
     except ValueError as error:
-        if len(str(error)) <= MAX_MESSAGE:
+        if len(str(error)) <= MAX_MESSAGE or isinstance(error, EntryError):
             raise
         raise ValueError(f"{str(error)[:MAX_MESSAGE]}...") from error
     except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
@@ -259,7 +269,7 @@ def _restored(parts: Sequence[Part], noted: Finding | None, clip: LabelledClip) 
     if noted is None or not _same(_tracks(noted, clip), tracks, clip):
         begin, stop = min(one.first for one in tracks), max(one.stop for one in tracks)
         window = TimeWindow(begin / clip.fps, stop / clip.fps)
-        drawn = sorted(keyframe for one in tracks for keyframe in one.keyframes)
+        drawn = sorted(shown for one in tracks for shown in (*one.keyframes, *one.between))
         whole = all(same_box(corners, WHOLE_FRAME, clip) for _, corners in drawn)
         boxes = () if whole else tuple(make_box(frame / clip.fps, one) for frame, one in drawn)
         return Finding(first.type, window, boxes, first.severity, first.why)

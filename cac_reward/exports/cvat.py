@@ -1,7 +1,7 @@
 """CVAT's XML for video (1.1): one file for each clip, one track for each box of a finding.
 
-CVAT keeps neither rate nor file name of a video; both are in a part of the file that it skips, and
-are asked for again when it has written the file anew.
+CVAT keeps no rate of a video and only the last part of its name; both are in a part of the file
+that it skips, and are asked for again when it has written the file anew.
 
 Source: cvat/apps/dataset_manager/formats/cvat.py of cvat-ai/cvat (reads `track`, `box` with
 `keyframe`, `outside` and `attribute`s inside the box).
@@ -10,12 +10,16 @@ Source: cvat/apps/dataset_manager/formats/cvat.py of cvat-ai/cvat (reads `track`
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement, TreeBuilder
 from xml.parsers import expat
 
 from cac_reward.exports.base import (
     Corners,
+    EntryError,
     LabelledClip,
     Part,
     Track,
@@ -23,10 +27,13 @@ from cac_reward.exports.base import (
     parts_of,
     printable,
     reading,
+    same_box,
 )
 from cac_reward.report import SEVERITIES
 
 ATTRIBUTES = ("severity", "why", "cac_note")
+WITH_POINTS = ("polygon", "polyline", "points")
+"""Shapes that are read as the box around them."""
 
 
 def write_cvat(clip: LabelledClip) -> str:
@@ -54,10 +61,11 @@ def read_cvat(text: str, *, path: str | None = None, fps: float | None = None) -
 
     Args:
         text: The XML.
-        path: Of the video; needed where CVAT wrote the file, whose task name may be another.
+        path: Of the video; else ours, else the name that CVAT keeps as the task's source.
         fps: Frames per second; needed where CVAT wrote the file.
 
     Raises:
+        EntryError: If something is drawn that is no box and has no points, or is not as documented.
         ValueError: If it is no such file, or path or rate are not known.
     """
     with reading("CVAT file"):
@@ -126,32 +134,43 @@ def _add_box(
         SubElement(box, "attribute", name=name).text = value
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """A shape of a track."""
+
+    frame: int
+    corners: Corners
+    outside: bool
+    """Whether it is off the screen from here on."""
+
+
 def _part(track: Element, clip: LabelledClip) -> Part | None:
     """A track as drawn at its keyframes; None where it is never on screen."""
-    keyframes: list[tuple[int, Corners]] = []
-    stop = clip.num_frames
-    for box in track.iter("box"):
-        if box.get("keyframe") != "1":
+    keys: list[_Shown] = []
+    others: dict[int, Corners] = {}
+    for shape in track:
+        if shape.tag == "attribute":
             continue
-        frame = round(_number(box, "frame"))
-        if box.get("outside") == "1":
-            stop = min(frame, stop) if keyframes else stop
-            continue
-        sides = (clip.width, clip.height) * 2
-        x1, y1, x2, y2 = (
-            _number(box, name) / side
-            for name, side in zip(("xtl", "ytl", "xbr", "ybr"), sides, strict=True)
-        )
-        keyframes.append((frame, (x1, y1, x2, y2)))
-        stop = clip.num_frames if frame >= stop else stop
+        frame = round(_number(shape, "frame"))
+        outside = shape.get("outside") == "1"
+        if shape.get("keyframe") == "1":
+            keys.append(_Shown(frame, _corners(shape, clip), outside))
+        elif not outside:
+            others[frame] = _corners(shape, clip)
+    keys.sort(key=lambda one: one.frame)
+    keyframes = tuple((one.frame, one.corners) for one in keys if not one.outside)
     if not keyframes:
         return None
+    stop = next(
+        (one.frame for one in keys if one.outside and one.frame > keyframes[-1][0]),
+        clip.num_frames,
+    )
     said = {one.get("name"): one.text or "" for one in track.iter("attribute")}
     told = said.get("severity") or "2"
     if not told.isdecimal():
-        raise ValueError(f"severity of {_name(track)} must be a number, got {told!r}")
+        raise _fault(track, f"severity of {_name(track)} must be a number, got {told!r}")
     return Part(
-        Track(keyframes[0][0], stop, tuple(keyframes)),
+        Track(keyframes[0][0], stop, keyframes, _between(keys, others, clip)),
         _attribute(track, "label"),
         int(told),
         said.get("why", ""),
@@ -159,8 +178,64 @@ def _part(track: Element, clip: LabelledClip) -> Part | None:
     )
 
 
-def _known(name: str, given: object, ours: Element | None) -> str:
+def _between(
+    keys: Sequence[_Shown], others: Mapping[int, Corners], clip: LabelledClip
+) -> tuple[tuple[int, Corners], ...]:
+    """What CVAT shows between keyframes: as it wrote it, else on straight lines."""
+    found: list[tuple[int, Corners]] = []
+    end = _Shown(clip.num_frames, keys[-1].corners, True)
+    for one, following in zip(keys, [*keys[1:], end], strict=True):
+        if one.outside:
+            continue
+        still = same_box(one.corners, following.corners, clip)
+        for frame in range(one.frame + 1, following.frame):
+            corners = others.get(frame)
+            if corners is None and not still:
+                share = (frame - one.frame) / (following.frame - one.frame)
+                pairs = zip(one.corners, following.corners, strict=True)
+                x1, y1, x2, y2 = (a + (b - a) * share for a, b in pairs)
+                corners = x1, y1, x2, y2
+            # What stands still is held from the keyframes.
+            if corners is not None and not (still and same_box(corners, one.corners, clip)):
+                found.append((frame, corners))
+    return tuple(found)
+
+
+def _corners(shape: Element, clip: LabelledClip) -> Corners:
+    """The box of a shape, relative to the frame; around its points where it is none itself."""
+    if shape.tag == "box":
+        if shape.get("rotation") is not None and _number(shape, "rotation") % 360:
+            turned = shape.get("rotation")
+            raise _fault(
+                shape, f"{_name(shape)} must be upright, got rotation {turned}; draw it so"
+            )
+        x1, y1, x2, y2 = (_number(shape, name) for name in ("xtl", "ytl", "xbr", "ybr"))
+    elif shape.tag in WITH_POINTS:
+        xs, ys = zip(*_points(shape), strict=True)
+        x1, y1, x2, y2 = min(xs), min(ys), max(xs), max(ys)
+        if not (x1 < x2 and y1 < y2):
+            got = _attribute(shape, "points")[:80]
+            raise _fault(shape, f"{_name(shape)} must have an area, got {got!r}; draw a box")
+    else:
+        known = ", ".join(("box", *WITH_POINTS))
+        raise _fault(
+            shape, f"shape must be one of {known}, got {_name(shape)}; draw a box in its place"
+        )
+    return x1 / clip.width, y1 / clip.height, x2 / clip.width, y2 / clip.height
+
+
+def _points(shape: Element) -> list[tuple[float, float]]:
+    text = _attribute(shape, "points")
+    found = re.findall(r"(-?[0-9]+(?:\.[0-9]*)?),(-?[0-9]+(?:\.[0-9]*)?)(?:;|$)", text)
+    if not found or len(found) != text.count(";") + 1:
+        raise _fault(shape, f"points of {_name(shape)} must be x,y;x,y, got {text[:80]!r}")
+    return [(float(x), float(y)) for x, y in found]
+
+
+def _known(name: str, given: object, ours: Element | None, source: str | None = None) -> str:
     value = given if given is not None else None if ours is None else ours.get(name)
+    if value is None and source:
+        return source
     if value is None:
         raise ValueError(
             f"{name} must be given for a file that CVAT wrote, which does not keep it, got None"
@@ -181,14 +256,17 @@ def _text(root: Element, name: str) -> str:
 def _attribute(element: Element, name: str) -> str:
     value = element.get(name)
     if value is None:
-        raise ValueError(f"{_name(element)} must have the attribute {name!r}, got {element.attrib}")
+        raise _fault(
+            element, f"{_name(element)} must have the attribute {name!r}, got {element.attrib}"
+        )
     return value
 
 
 class _Placed(Element):
     """An element that knows where it begins."""
 
-    place = ""
+    line = 0
+    column = 0
 
 
 def _parse(text: str) -> Element:
@@ -202,8 +280,8 @@ def _parse(text: str) -> Element:
 
     def start(tag: str, attributes: dict[str, str]) -> None:
         element = builder.start(tag, attributes)
-        line, column = parser.CurrentLineNumber, parser.CurrentColumnNumber + 1
-        element.place = f"line {line}, column {column}"  # type: ignore[attr-defined]
+        assert isinstance(element, _Placed)
+        element.line, element.column = parser.CurrentLineNumber, parser.CurrentColumnNumber + 1
 
     def refuse(*declared: object) -> None:
         raise ValueError(
@@ -230,25 +308,40 @@ def _number(element: Element, name: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{name} of {_name(element)} must be a number, got {value!r}")
+        raise _fault(element, f"{name} of {_name(element)} must be a number, got {value!r}")
     return number
 
 
 def _name(element: Element) -> str:
-    place = getattr(element, "place", "")
-    return f"{element.tag} ({place})" if place else element.tag
+    assert isinstance(element, _Placed)
+    return f"{element.tag} (line {element.line}, column {element.column})"
+
+
+def _fault(element: Element, why: str) -> EntryError:
+    assert isinstance(element, _Placed)
+    return EntryError(why, element.line, str(element.column))
 
 
 def _read(text: str, path: str | None, fps: float | None) -> LabelledClip:
     root = _parse(text)
     ours = root.find("meta/cac")
     clip = LabelledClip(
-        path=_known("path", path, ours),
+        path=_known("path", path, ours, root.findtext("meta//source")),
         width=int(_text(root, "width")),
         height=int(_text(root, "height")),
         fps=float(_known("fps", fps, ours)),
         num_frames=int(_text(root, "size")),
     )
+    for element in root:
+        if element.tag not in ("version", "meta", "track"):
+            raise _fault(
+                element,
+                f"{_name(element)} must be a track, got another entry; export the task as 'CVAT "
+                "for video 1.1'",
+            )
     parts = [_part(track, clip) for track in root.iter("track")]
-    findings = findings_of([part for part in parts if part is not None], clip)
+    try:
+        findings = findings_of([part for part in parts if part is not None], clip)
+    except ValueError as error:
+        raise EntryError(str(error)) from error
     return LabelledClip(**{**vars(clip), "findings": findings})

@@ -131,3 +131,8 @@ def test_serve_is_imported_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) 
     assert seen == [8123]
     with pytest.raises(SystemExit, match="0"):
         main(["serve", "--help"])
+
+
+def test_one_path_is_not_that_of_several_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"path must be left out for several files, got 'x' for 2"):
+        read_clips([tmp_path / "a.xml", tmp_path / "b.xml"], "cvat", path="x")

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cac_reward.exports.activitynet import read_activitynet, write_activitynet
-from cac_reward.exports.base import LabelledClip, findings_of, parts_of
+from cac_reward.exports.base import EntryError, LabelledClip, findings_of, parts_of
 from cac_reward.exports.coco import read_coco, write_coco
 from cac_reward.exports.cvat import read_cvat, write_cvat
 from cac_reward.exports.fiftyone import read_fiftyone, write_fiftyone
@@ -234,8 +234,12 @@ def test_what_a_person_changes_in_cvat_counts() -> None:
     finding = read_cvat(moved).findings[0]
     assert (finding.type, finding.severity, finding.why) == ("jump", 3, MOVING.why)
     assert finding.window == TimeWindow(0.5, 1.5)
-    assert [box.time_seconds for box in finding.boxes] == [0.5, 0.75, 1.0, 1.375]
-    assert finding.boxes[2].coordinates == pytest.approx((0.1, 0.2, 0.4, 0.4))
+    # What moves has a box on every frame, on the line between its keyframes.
+    assert [box.time_seconds for box in finding.boxes] == [
+        *(0.5, 0.75, 0.875, 1.0, 1.125, 1.25, 1.375)
+    ]
+    assert finding.boxes[2].coordinates == pytest.approx((0.1, 0.2, 0.35, 0.4))
+    assert finding.boxes[3].coordinates == pytest.approx((0.1, 0.2, 0.4, 0.4))
     renamed = read_cvat(text.replace('label="jump"', 'label="motion"')).findings[0]
     assert renamed == Finding("motion", MOVING.window, MOVING.boxes, 3, MOVING.why)
     root = ElementTree.fromstring(text)
@@ -252,6 +256,88 @@ def test_what_a_person_changes_in_cvat_counts() -> None:
     tracks[1].remove(tracks[1][1])
     (added,) = read_cvat(ElementTree.tostring(root, encoding="unicode")).findings
     assert added == Finding("flicker", TimeWindow(1.75, 1.875), (Box(1.75, 0, 0, 0.5, 1),))
+
+
+def drawn_in_cvat(*shapes: str, root: str = "") -> str:
+    """A track of these shapes in a file that CVAT wrote, and what is beside it."""
+    return (
+        "<annotations><meta><job><size>16</size><original_size><width>64</width><height>48</height>"
+        "</original_size></job><source>film.mp4</source></meta>"
+        f"<track id='0' label='jump'>{''.join(shapes)}</track>{root}</annotations>"
+    )
+
+
+def cvat_box(frame: int, left: float, *, key: int = 1, outside: int = 0, more: str = "") -> str:
+    return (
+        f"<box frame='{frame}' keyframe='{key}' outside='{outside}' xtl='{left}' ytl='0' "
+        f"xbr='{left + 8}' ybr='24' {more}/>"
+    )
+
+
+def left_sides(*shapes: str) -> dict[float, float]:
+    """Frame and left side in pixels of each box of the one finding."""
+    (finding,) = read_cvat(drawn_in_cvat(*shapes), fps=8.0).findings
+    return {box.time_seconds * 8: box.x1 * 64 for box in finding.boxes}
+
+
+def test_what_cvat_shows_between_keyframes_is_kept() -> None:
+    ends = cvat_box(2, 0), cvat_box(6, 32)
+    assert left_sides(*ends) == {2: 0, 3: 8, 4: 16, 5: 24, 6: 32}
+    # What CVAT has written counts more than the line.
+    written = left_sides(*ends, cvat_box(4, 20, key=0))
+    assert written == {2: 0, 3: 8, 4: 20, 5: 24, 6: 32}
+    # Off the screen from frame 4 to 6.
+    gap = [cvat_box(2, 0), cvat_box(4, 16, outside=1), cvat_box(6, 32)]
+    assert left_sides(*gap) == {2: 0, 3: 8, 6: 32}
+    # What stands still is held.
+    still = [cvat_box(2, 0), *(cvat_box(frame, 0, key=0) for frame in (3, 4)), cvat_box(5, 0)]
+    assert left_sides(*still) == {2: 0, 5: 0}
+
+
+def test_cvats_own_name_of_a_video_is_taken() -> None:
+    text = drawn_in_cvat(cvat_box(2, 0))
+    assert read_cvat(text, fps=8.0).path == "film.mp4"
+    assert read_cvat(text, path="a/b.mp4", fps=8.0).path == "a/b.mp4"
+    ours = text.replace("<source>", "<cac path='c.mp4' fps='8'/><source>")
+    assert read_cvat(ours).path == "c.mp4"
+
+
+@pytest.mark.parametrize("shape", ["polygon", "polyline", "points"])
+def test_the_box_around_a_shape_of_points(shape: str) -> None:
+    drawn = f"<{shape} frame='4' keyframe='1' outside='0' points='16.0,12.0;32.0,0.0;24,36'/>"
+    (finding,) = read_cvat(drawn_in_cvat(drawn), fps=8.0).findings
+    assert [box.coordinates for box in finding.boxes] == [(0.25, 0.0, 0.5, 0.75)]
+
+
+POINT = "<points frame='4' keyframe='1' outside='0' points='{}'/>"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (
+            drawn_in_cvat("<ellipse frame='1' keyframe='1' cx='9' cy='9' rx='2' ry='2'/>"),
+            r"shape must be one of box, polygon, .*, got ellipse \(line 1, column \d+",
+        ),
+        (drawn_in_cvat("<mask frame='1' keyframe='1' rle='3'/>"), "got mask .* draw a box in its"),
+        (drawn_in_cvat("<mask frame='1' keyframe='0' rle='3'/>"), "got mask"),
+        (drawn_in_cvat("<skeleton frame='1' keyframe='1'/>"), "got skeleton"),
+        (
+            drawn_in_cvat(POINT.format("1,2;x,3")),
+            r"points of points .* must be x,y;x,y, got '1,2;x",
+        ),
+        (drawn_in_cvat(POINT.format("1,2")), "points .* must have an area, got '1,2'; draw a box"),
+        (drawn_in_cvat(cvat_box(1, 2, more="rotation='30.5'")), "upright, got rotation 30.5"),
+        (
+            drawn_in_cvat(root="<image id='0'><polygon points='1,2;3,4'/></image>"),
+            r"image \(line 1, column \d+\) must be a track, got another entry; export the task as",
+        ),
+    ],
+)
+def test_what_cvat_draws_otherwise_is_refused_by_name(text: str, match: str) -> None:
+    with pytest.raises(EntryError, match=match) as caught:
+        read_cvat(text, fps=8.0)
+    assert caught.value.line == 1
 
 
 @EVERY
@@ -489,5 +575,5 @@ def test_an_error_about_a_long_entry_stays_short(name: str) -> None:
         ValueError, match="type must have at most 64 characters|note must be"
     ) as one:
         read(long)
-    assert type(one.value) is ValueError
+    assert type(one.value) in (ValueError, EntryError)
     assert len(str(one.value)) < 1000

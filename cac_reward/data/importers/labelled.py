@@ -15,13 +15,13 @@ from cac_reward.data.importers.base import (
     check_utf8,
     read_entries,
 )
-from cac_reward.exports.base import LabelledClip
+from cac_reward.exports.base import EntryError, LabelledClip
 from cac_reward.exports.coco import read_coco
 from cac_reward.exports.cvat import read_cvat
 
 
 def read_cvat_xml(path: Path, settings: ImportSettings) -> Iterator[Outcome]:
-    """The clip of a file, 'CVAT for video 1.1', which is left out where it is not in UTF-8.
+    """The clip of a file, 'CVAT for video 1.1', left out where something in it cannot be read.
 
     Raises:
         ValueError: If it is no such file, with line and column, or path or rate are not known.
@@ -32,7 +32,11 @@ def read_cvat_xml(path: Path, settings: ImportSettings) -> Iterator[Outcome]:
             check_utf8(line)
         except ValueError as error:
             return iter([Problem(str(path), number, None, str(error))])
-    return _outcomes(path, [read_cvat(text, path=settings.path, fps=settings.fps)], settings)
+    try:
+        clip = read_cvat(text, path=settings.path, fps=settings.fps)
+    except EntryError as error:
+        return iter([Problem(str(path), error.line, error.column, str(error))])
+    return _outcomes(path, [clip], settings)
 
 
 def read_coco_json(path: Path, settings: ImportSettings) -> Iterator[Outcome]:

@@ -697,6 +697,22 @@ def test_coco_and_cvat(tmp_path: Path) -> None:
         outcomes("coco", tmp_path / "c.json")
 
 
+def test_a_shape_that_is_no_box_keeps_its_file_out_and_no_other(tmp_path: Path) -> None:
+    text = write_cvat(DRAWN).replace("<box", "<mask").replace("</box", "</mask")
+    (tmp_path / "a.xml").write_text(text)
+    (tmp_path / "b.xml").write_text(write_cvat(EMPTY))
+    files = [tmp_path / "a.xml", tmp_path / "b.xml"]
+    bad, good = import_annotations("cvat", files, ImportSettings(empty_is_clean=True))
+    assert (bad.line, bad.column) == (text.split("<mask")[0].count("\n") + 1, "5")
+    assert "shape must be one of box, polygon" in bad.why
+    assert (good.path, good.verdict) == ("b.mp4", "clean")
+
+
+def test_one_path_is_not_that_of_several_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"path must be left out for several files, got 'x' for 2"):
+        import_annotations("cvat", [tmp_path, tmp_path], ImportSettings(path="x"))
+
+
 # What they share
 
 

@@ -7,6 +7,7 @@ a temporary table on the disk.
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import tarfile
 from collections import Counter
@@ -17,7 +18,7 @@ from pathlib import Path
 from reprlib import repr as short
 from types import MappingProxyType
 
-from cac_reward.data.annotations import AnnotatedClip, SchemaError
+from cac_reward.data.annotations import FIRST_REASONING, AnnotatedClip, SchemaError
 from cac_reward.data.shards import read_shard
 from cac_reward.data.storage import Record, iterate_records, refusal
 from cac_reward.report import TIME_TOLERANCE, UNSPECIFIED, Box, Finding, TimeWindow
@@ -29,6 +30,7 @@ RULES: Mapping[str, str] = MappingProxyType(
         "time": "times are inside the clip, boxes inside their window",
         "box": "boxes are inside the frame and have an area",
         "type": "types are in the taxonomy",
+        "text": "texts hold no control tokens, which training skips",
         "file": "the video is there",
         "duplicate": "a clip, or a question on it, is there once",
         "leak": "clips of one source video are in one split",
@@ -42,6 +44,8 @@ _CORES = (
     _NAMED[:3],
 )
 """Fields by which a clip is checked where others of it are wrong; as many as can be read."""
+CONTROL_TOKEN = re.compile(r"<\|[^<>|]*\|>")
+"""As the models' templates write them; which of them a model knows its tokenizer says."""
 KNOWN_TYPES = frozenset({*LEAF_TYPES, *EVENT_TYPES, UNSPECIFIED})
 UNKNOWN_RATE_TOLERANCE = 0.05
 """Seconds past the end of a clip that are rounding where the rate is not known; else one frame."""
@@ -270,6 +274,19 @@ def _content_faults(clip: AnnotatedClip, numbers: Sequence[int]) -> Iterator[tup
     for number, finding in findings:
         if finding.type not in KNOWN_TYPES:
             yield "type", f"findings[{number}] must have a known type, got {finding.type!r}"
+    for where, text in _texts(clip):
+        found = CONTROL_TOKEN.search(text)
+        if found is not None:
+            yield "text", f"{where} must not hold control tokens, got {found[0]!r}"
+
+
+def _texts(clip: AnnotatedClip) -> Iterator[tuple[str, str]]:
+    """What lessons teach to say of a clip; prompt, question and options are cleaned where shown."""
+    for name in ("description", "reasoning", "first_answer", "reflection"):
+        yield name, getattr(clip, name) or ""
+    yield from ((f"captions[{n}].text", one.text) for n, one in enumerate(clip.captions))
+    yield from ((f"findings[{n}].why", one.why) for n, one in enumerate(clip.findings))
+    yield f"extra.{FIRST_REASONING}", clip.extra.get(FIRST_REASONING, "")
 
 
 def _file_faults(clip: AnnotatedClip, videos: Path | None) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,10 @@ from cac_reward.judges.families import Family
 from cac_reward.questions import Message, plain_tool_turn, tools_turn
 
 
+class ControlTokenError(ValueError):
+    """A text that would speak to the model as its template does."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenizedConversation:
     """One conversation as the model reads it."""
@@ -51,7 +55,8 @@ class Renderer:
         """Conversations up to the end of the prefixes with which their answers begin.
 
         Raises:
-            ValueError: If a text holds control tokens, or a frame does not fit the patches.
+            ControlTokenError: If a text holds control tokens.
+            ValueError: If a frame does not fit the patches.
         """
         texts = [
             self.render(conversation, tools) + prefix
@@ -79,15 +84,11 @@ class Renderer:
             answering: end with what opens the judge's next turn.
 
         Raises:
-            ValueError: If a text holds control tokens, or the template makes the judge think first.
+            ControlTokenError: If a text holds control tokens.
+            ValueError: If the template makes the judge think first.
         """
         for message in conversation:
-            found = [one for one in self.tokenizer.all_special_tokens if one in message.text]
-            if found:
-                raise ValueError(
-                    f"messages must not hold the model's control tokens, got {found[0]!r} in "
-                    f"{message.text[:200]!r}"
-                )
+            self.check_text(message.text)
         given = list(tools)
         if not self.family.template_knows_tools:
             conversation, given = _without_tools(conversation, tools), []
@@ -105,6 +106,15 @@ class Renderer:
                 "checkpoint, or its template with a thinking switch"
             )
         return text
+
+    def check_text(self, text: str) -> None:
+        """Raises ControlTokenError where a text holds control tokens."""
+        found = [one for one in self.tokenizer.all_special_tokens if one in text]
+        if found:
+            raise ControlTokenError(
+                f"messages must not hold the model's control tokens, got {found[0]!r} in "
+                f"{text[:200]!r}"
+            )
 
     def expand(self, short: Sequence[int], frames: Sequence[Tensor]) -> list[int]:
         """Tokens with as many image tokens in the place of each as its frame fills."""

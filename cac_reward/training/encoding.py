@@ -73,8 +73,11 @@ class Encoder:
         drops thoughts): each turn is then learnt behind what it will be shown behind.
 
         Raises:
-            ValueError: If a text holds control tokens or a frame does not fit the patches.
+            ControlTokenError: If a text holds control tokens.
+            ValueError: If a frame does not fit the patches.
         """
+        if self.caption_tokens:
+            self.renderer.check_text("\n".join(lesson.frame_captions))
         said = [i for i, one in enumerate(lesson.messages) if isinstance(one, Words)]
         plain = [
             Message("assistant", (one.text,)) if isinstance(one, Words) else one

@@ -195,7 +195,7 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
         found = []
         for number in self._numbers:
             if number not in known:
-                drawn = self.source.draw(number)
+                drawn = self.source.draw(number, self._ask)
                 self.skipped.count(int(drawn.seen is not None), drawn.skipped)
                 if drawn.seen is None:
                     last = drawn.skipped[-1]
@@ -203,7 +203,7 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
                         f"a question must have a clip that can be read, got none of "
                         f"{len(drawn.skipped)}, last {last.name}: {last.reason}"
                     )
-                known[number] = self._ask(drawn.kind, drawn.seen)
+                known[number] = drawn.made
             one = known[number]
             frames = list(one.frames)
             found.append(Answering(one.seen, one.opening, one.task, one.prompt_ids, frames))

@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from trl import SFTConfig, SFTTrainer
 
 from cac_reward.training.clips import Skipped
-from cac_reward.training.encoding import Encoder, known, mean_or_zero
+from cac_reward.training.encoding import EncodedLesson, Encoder, known, mean_or_zero
 from cac_reward.training.learning import (
     LearningMixin,
     Pace,
@@ -24,6 +24,8 @@ from cac_reward.training.learning import (
     TrainingError,
     training_arguments,
 )
+from cac_reward.training.lesson_kinds import LESSONS
+from cac_reward.training.lessons import ClipInView
 from cac_reward.training.measuring import HeldOut
 from cac_reward.training.models import Pupil
 from cac_reward.training.settings import LossSettings, StageSettings
@@ -47,12 +49,11 @@ class LessonCollator:
         skipped: list[Skipped] = []
         read = 0
         for row in rows:
-            drawn = self.source.draw(row["lesson"])
+            drawn = self.source.draw(row["lesson"], self._encode)
             skipped += drawn.skipped
-            lesson = drawn.write()
-            if lesson is not None:
+            if drawn.made is not None:
                 read += 1
-                encoded += self.encoder.encode(lesson)
+                encoded += drawn.made
         if not encoded:
             last = skipped[-1]
             raise TrainingError(
@@ -60,6 +61,9 @@ class LessonCollator:
                 f"{len(skipped)}, last {last.name}: {last.reason}"
             )
         return {**self.encoder.collate(encoded), SKIPPED: skipped, READ: read}
+
+    def _encode(self, kind: str, seen: ClipInView) -> list[EncodedLesson]:
+        return self.encoder.encode(LESSONS[kind].write(seen))
 
 
 class JudgeSFTTrainer(LearningMixin, SFTTrainer):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from cac_reward.data.annotations import AnnotatedClip
+from cac_reward.judges.rendering import ControlTokenError
 from cac_reward.report import VERDICTS
 from cac_reward.training.clips import ClipStore, Skipped
 from cac_reward.training.lesson_kinds import LESSONS
@@ -36,6 +38,8 @@ class Drawn:
     seen: ClipInView | None
     """None where no clip could be read."""
     skipped: tuple[Skipped, ...]
+    made: Any = None
+    """What `use` made of it."""
 
     def write(self) -> Lesson | None:
         return None if self.seen is None else LESSONS[self.kind].write(self.seen)
@@ -124,8 +128,14 @@ class LessonSource:
     def __len__(self) -> int:
         return len(self.kinds)
 
-    def draw(self, number: int) -> Drawn:
-        """Read the clip of a lesson; the next that fits takes the place of one unreadable."""
+    def draw(self, number: int, use: Callable[[str, ClipInView], Any] | None = None) -> Drawn:
+        """Read the clip of a lesson; the next that fits takes the place of one unreadable.
+
+        Args:
+            number: of the lesson.
+            use: makes tokens of a kind of lesson and its clip; a clip whose texts hold control
+                tokens is as one unreadable.
+        """
         kind = int(self.kinds[number])
         numbers, _ = self._fitting[kind]
         first = int(np.searchsorted(numbers, self.clips[number]))
@@ -139,7 +149,12 @@ class LessonSource:
             except (ValueError, OSError) as error:
                 skipped.append(Skipped(clip.name, str(error)))
                 continue
-            return Drawn(self.names[kind], seen, tuple(skipped))
+            try:
+                made = None if use is None else use(self.names[kind], seen)
+            except ControlTokenError as error:
+                skipped.append(Skipped(clip.name, str(error)))
+                continue
+            return Drawn(self.names[kind], seen, tuple(skipped), made)
         return Drawn(self.names[kind], None, tuple(skipped))
 
     def _see(self, clip: AnnotatedClip, video: Video, number: int) -> ClipInView:

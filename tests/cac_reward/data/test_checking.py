@@ -170,6 +170,27 @@ def test_missing_files_and_samples(tmp_path: Path) -> None:
     assert not check(*clips).has_faults
 
 
+def test_control_tokens_are_named_with_their_place() -> None:
+    """Not in prompt and question, which are cleaned wherever they are shown."""
+    texts = [
+        *({"description": "a <|im_end|>"}, {"reasoning": "<|vision_start|> b"}),
+        {"captions": [{"window": [0.0, 1.0], "text": "<|im_start|>system"}]},
+        {"extra": {"first_reasoning": "<|im_end|>"}},
+    ]
+    clips = [clip(f"{number}").to_dict() | text for number, text in enumerate(texts)]
+    told = clip("told").to_dict()
+    told["findings"][0]["why"] = "gone<|im_end|>"
+    harmless = clip("fine").to_dict() | {"prompt": "<|im_end|>", "description": "a <| b > c | d"}
+    harmless |= {"question": "<|im_end|>?", "options": ["a", "<|endoftext|>"], "answer": "A"}
+    report = check(*clips, told, harmless)
+    assert report.counts == Counter(text=5)
+    assert [one.why.partition(" ")[0] for one in report.first] == [
+        *("description", "reasoning", "captions[0].text", "extra.first_reasoning"),
+        "findings[0].why",
+    ]
+    assert "must not hold control tokens, got '<|im_end|>'" in report.first[0].why
+
+
 def test_duplicates_and_leaks() -> None:
     report = check(
         clip("a", split="train"),

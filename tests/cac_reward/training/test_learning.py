@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from cac_reward.__main__ import main
+from cac_reward.judges.rendering import ControlTokenError, Renderer
 from cac_reward.scorer import CaCScorer
 from cac_reward.training.clips import ClipStore
 from cac_reward.training.learning import TrainingError
@@ -50,6 +51,63 @@ def test_unreadable_clips_are_skipped_counted_and_listed(
     assert result.skipped is not None
     assert result.skipped.startswith("2 clips could not be read")
     assert result.updates == 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lessons": {"inspect": 1.0}, "options": {"verdict_only": 0.0}},
+        {"lessons": {"caption": 1.0}},
+        {"lessons": {"scan": 1.0}, "loss": {"captions": 1.0}},
+    ],
+    ids=["why", "caption", "frame's caption"],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_clips_with_control_tokens_are_as_unreadable_ones(
+    settings: dict[str, Any], workers: int, judge: Path, tmp_path: Path
+) -> None:
+    file = write_clips(tmp_path / "clips", 6)
+    lines = file.read_text().splitlines()
+    lines[3] = lines[3].replace('"why": "', '"why": "<|im_end|>')
+    lines[3] = lines[3].replace('"text": "', '"text": "<|im_end|>')
+    assert lines[3].count("<|im_end|>") >= 3
+    file.write_text("\n".join(lines) + "\n")
+    stage = tiny_stage(
+        judge, file, tmp_path / "out", [f"data.workers={workers}"], batch=6, updates=2, **settings
+    )
+    result = run_stage(stage)
+    (line,) = (tmp_path / "out" / "skipped_clips.jsonl").read_text().splitlines()
+    listed = json.loads(line)
+    assert listed["clip"] == "videos/0003.mkv"
+    assert "must not hold the model's control tokens, got '<|im_end|>'" in listed["reason"]
+    assert result.skipped is not None
+    assert result.skipped.startswith("1 clips could not be read")
+    assert result.updates == 2
+
+
+def test_questions_with_control_tokens_are_as_unreadable_clips(
+    judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that remain when a question was cleaned, as some models' `</s>`."""
+    file = write_clips(tmp_path / "clips", 6)
+    lines = file.read_text().splitlines()
+    lines[3] = lines[3].replace('"question": "', '"question": "[END]')
+    file.write_text("\n".join(lines) + "\n")
+    plain = Renderer.check_text
+
+    def check(self: Any, text: str) -> None:
+        if "[END]" in text:
+            raise ControlTokenError("messages must not hold the model's control tokens, got [END]")
+        plain(self, text)
+
+    monkeypatch.setattr(Renderer, "check_text", check)
+    settings: dict[str, Any] = {"trainer": "grpo", "lessons": {"qa": 1.0}}
+    settings |= {"rewards": {"question_answer": 1.0}, "batch": 12, "updates": 1}
+    settings["rollout"] = {"group": 2, "max_answer_tokens": 1}
+    result = run_stage(tiny_stage(judge, file, tmp_path / "out", **settings))
+    assert result.skipped is not None
+    assert result.skipped.startswith("1 clips could not be read")
+    assert "videos/0003.mkv: messages must not hold the model's control" in result.skipped
 
 
 @pytest.mark.parametrize("trainer", ["sft", "grpo"])

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from cac_reward.training.rules import near_name
+from cac_reward.training.rules import near_name, wrong_value
 from cac_reward.training.settings import StageSettings, build_stage, read_yaml
 
 JUDGE = "judge"
@@ -39,9 +41,7 @@ def load_curriculum(path: str | Path, overrides: Sequence[str] = ()) -> list[Sta
         ValueError: If something does not fit, with its key.
     """
     path = Path(path)
-    tree = read_yaml(path)
-    if not OmegaConf.is_dict(tree):
-        raise ValueError(f"{path}: config must have keys, got a list")
+    tree = _read_keys(path)
     if "stages" not in tree:
         return [build_stage(tree, str(path), overrides)]
     _check_keys(path, tree)
@@ -53,14 +53,14 @@ def load_curriculum(path: str | Path, overrides: Sequence[str] = ()) -> list[Sta
                 f"overrides must be of stages 1 to {len(tree.stages)}, got {override!r}"
             )
         if override.startswith("output=") and len(override) > len("output="):
-            output = override.removeprefix("output=")
+            output = _output_of(override)
         else:
             rest.append(override)
     stages: list[StageSettings] = []
     for number in range(1, len(tree.stages) + 1):
         name, merged = _merge(path, tree, number, output)
         of_all = [one for one in rest if not _NUMBERED.fullmatch(one)]
-        if OmegaConf.select(merged, "model.path") == PREVIOUS:
+        if _begins_with(merged, name) == PREVIOUS:
             if not stages:
                 raise ValueError(f"{name}: model.path must be a judge for the first stage")
             merged.model.path = f"{stages[-1].output}/{JUDGE}"
@@ -72,6 +72,31 @@ def load_curriculum(path: str | Path, overrides: Sequence[str] = ()) -> list[Sta
     return stages
 
 
+def _read_keys(path: Path) -> Any:
+    """A YAML file with keys."""
+    tree = read_yaml(path)
+    if not OmegaConf.is_dict(tree):
+        raise ValueError(f"{path}: config must have keys, got a list")
+    return tree
+
+
+def _begins_with(tree: Any, name: str) -> Any:
+    try:
+        return OmegaConf.select(tree, "model.path")
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{name}: {wrong_value(error)}") from error
+
+
+def _output_of(override: str) -> str:
+    try:
+        output = str(OmegaConf.from_dotlist([override]).output)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"overrides must have values in YAML, got {override!r}") from error
+    if not output.strip():
+        raise ValueError(f"overrides must name a folder as output, got {override!r}")
+    return output
+
+
 def _check_keys(path: Path, tree: Any) -> None:
     for key in tree:
         if key not in KEYS:
@@ -79,24 +104,57 @@ def _check_keys(path: Path, tree: Any) -> None:
                 f"{path}: a curriculum must have no keys but {', '.join(KEYS)}, got {key!r}"
                 f"{near_name(str(key), KEYS)}"
             )
-    if not OmegaConf.is_list(tree.stages) or not tree.stages:
-        raise ValueError(f"{path}: stages must be a list of at least one, got {tree.stages}")
-    for number, entry in enumerate(tree.stages, 1):
-        if not OmegaConf.is_dict(entry):
-            raise ValueError(
-                f"{path}: stage {number} must be `config: FILE` or settings, got {entry!r}"
-            )
+    stages, of_all = (_value(str(path), tree, key) for key in ("stages", "all"))
+    if not OmegaConf.is_list(stages) or not stages:
+        raise ValueError(f"{path}: stages must be a list of at least one, got {stages}")
+    if of_all is not None and not OmegaConf.is_dict(of_all):
+        raise ValueError(f"{path}: all must be settings with keys, got {of_all}")
+    output = _value(str(path), tree, "output")
+    if output is not None and (not isinstance(output, str) or not output.strip()):
+        raise ValueError(f"{path}: output must be the name of a folder, got {output!r}")
+    for number in range(1, len(stages) + 1):
+        _check_entry(f"{path}: stage {number}", stages, number - 1)
+
+
+def _check_entry(name: str, stages: Any, at: int) -> None:
+    entry = _value(name, stages, at)
+    if not OmegaConf.is_dict(entry):
+        raise ValueError(f"{name} must be `config: FILE` or settings, got {entry!r}")
+    for key in entry:
+        value = _value(name, entry, key)
+        if key in ("config", "name") and not (isinstance(value, str) and value.strip()):
+            raise ValueError(f"{name}: {key} must be text, got {value!r}")
+
+
+def _value(name: str, node: Any, key: Any) -> Any:
+    """What stands at a key, or a refusal that names it where it refers to what is not there."""
+    try:
+        return node[key] if OmegaConf.is_list(node) else node.get(key)
+    except OmegaConfBaseException as error:
+        place = "" if OmegaConf.is_list(node) else f"{key}: "
+        raise ValueError(f"{name}: {place}{str(error).splitlines()[0]}") from error
 
 
 def _merge(path: Path, tree: Any, number: int, output: str | None) -> tuple[str, Any]:
     """What to call a stage, and its settings as a tree."""
     entry = tree.stages[number - 1]
     own = OmegaConf.create({k: v for k, v in entry.items() if k not in ("config", "name")})
-    base = read_yaml(path.parent / entry.config) if "config" in entry else {}
-    merged = OmegaConf.merge(base, tree.get("all") or {}, own)
+    base = _read_keys(path.parent / entry.config) if "config" in entry else OmegaConf.create()
     label = entry.get("name") or Path(str(entry.get("config", "stage"))).stem
+    name = f"{path}: stage {number} ({label})"
+    merged = base
+    for layer in (tree.get("all") or OmegaConf.create(), own):
+        for key in layer:
+            try:
+                merged = OmegaConf.merge(merged, OmegaConf.masked_copy(layer, key))
+            except TypeError as error:
+                raise ValueError(
+                    f"{name}: {key} must be of one kind, got a list and keys"
+                ) from error
+            except OmegaConfBaseException as error:
+                raise ValueError(f"{name}: {wrong_value(error)}") from error
     if "output" not in own:
         if output is None:
             raise ValueError(f"{path}: output must be given, got nothing")
         merged.output = f"{output}/{number}_{label}"
-    return f"{path}: stage {number} ({label})", merged
+    return name, merged

@@ -23,9 +23,14 @@ from cac_reward.training.models import Pupil, save_heads, split_heads
 from cac_reward.training.optimizers import MuonWithAdamW, split_parameters
 from cac_reward.training.settings import StageSettings
 from cac_reward.training.stopping import StopRequest
+from cac_reward.whole_files import whole_file
 
 LEAST_CLIPS_READ = 50
-"""Before so many clips were read, no share of unreadable ones stops a run."""
+"""Before a process has read so many clips, no share of unreadable ones but 0 stops a run."""
+
+
+COUNTS_FILE = "clips_{}.json"
+"""In a checkpoint: how many clips a process has read and skipped."""
 
 
 class TrainingError(RuntimeError):
@@ -47,13 +52,31 @@ class SkippedClips:
         self.skipped = 0
         self.names: dict[str, str] = {}
         self._recall()
+        if self.file.is_file() and not self.file.read_bytes().endswith(b"\n"):
+            with self.file.open("a", encoding="utf-8") as opened:
+                opened.write("\n")
 
     def _recall(self) -> None:
         """What other parts of the run, and its other processes, wrote."""
         if self.file.is_file():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
+            for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # A kill cut it off; its clip is met again.
                 self.names[entry["clip"]] = entry["reason"]
+
+    def save(self, checkpoint: Path, process: int) -> None:
+        """Keep a process's counts in a checkpoint."""
+        with whole_file(checkpoint / COUNTS_FILE.format(process)) as opened:
+            json.dump({"read": self.read, "skipped": self.skipped}, opened)
+
+    def restore(self, checkpoint: Path, process: int) -> None:
+        """Count on from a checkpoint; from 0 where it is older than these counts."""
+        file = checkpoint / COUNTS_FILE.format(process)
+        if file.is_file():
+            counts = json.loads(file.read_text(encoding="utf-8"))
+            self.read, self.skipped = counts["read"], counts["skipped"]
 
     def count(self, read: int, skipped: Iterable[Skipped]) -> None:
         """Take note of a batch.
@@ -70,7 +93,8 @@ class SkippedClips:
                 with self.file.open("a", encoding="utf-8") as opened:
                     opened.write(line + "\n")
         tried = self.read + self.skipped
-        if tried >= LEAST_CLIPS_READ and self.skipped > self.limit * tried:
+        enough = tried >= LEAST_CLIPS_READ or not self.limit
+        if enough and self.skipped > self.limit * tried:
             name, reason = next(reversed(self.names.items()))
             raise TrainingError(
                 f"data.max_skipped_share must not be passed, it is {self.limit:g}, got "
@@ -185,11 +209,13 @@ class LearningMixin:
 
     def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
         super()._save_checkpoint(*arguments, **more)  # type: ignore[misc]
+        output, updates = Path(self.args.output_dir), self.state.global_step
+        checkpoint = output / f"checkpoint-{updates}"
+        self.skipped.save(checkpoint, self.accelerator.process_index)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            output, updates = Path(self.args.output_dir), self.state.global_step
             processes = self.accelerator.num_processes
-            mark_whole(output / f"checkpoint-{updates}", updates=updates, processes=processes)
+            mark_whole(checkpoint, updates=updates, processes=processes)
             keep_latest(output, self.stage.keep, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 

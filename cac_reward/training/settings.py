@@ -95,7 +95,8 @@ class DataSettings:
     workers: int = 2
     """Processes that read videos; 0 reads in the training process."""
     max_skipped_share: float = 0.02
-    """The run stops when more than this share of the clips read could not be, in [0, 1]."""
+    """The run stops when more than this share of the clips read could not be, in [0, 1]: 0 at the
+    first, any other not before `learning.LEAST_CLIPS_READ` clips were read on a process."""
 
     def __post_init__(self) -> None:
         if not self.train:
@@ -279,6 +280,8 @@ class StageSettings:
         for name in ("updates", "batch", "accumulation", "save_every", "keep"):
             at_least(name, getattr(self, name), 1)
         at_least("seed", self.seed, 0)
+        if not self.output.strip():
+            raise ValueError(f"output must be the name of a folder, got {self.output!r}")
         if self.trainer == "grpo":
             check_rewards(self.lessons, self.options, self.rewards)
             if self.model.learns == "heads":
@@ -305,7 +308,7 @@ def read_yaml(path: str | Path) -> Any:
         raise FileNotFoundError(f"config must be an existing YAML file, got {path}{hint}")
     try:
         return OmegaConf.load(path)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, OSError, YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config must be readable YAML, got {path}: {error}") from error
 
 

@@ -78,6 +78,8 @@ def run_stage(stage: StageSettings) -> StageResult:
     start = last_checkpoint(output)
     with StopRequest() as stop:
         trainer = _trainer(stage, pupil, source, stop)
+        if start is not None:
+            trainer.skipped.restore(start, state.process_index)
         trained = trainer.train(resume_from_checkpoint=None if start is None else str(start))
         # A request may have come in the last update, too.
         if stop.agreed() or trainer.state.global_step < stage.updates:

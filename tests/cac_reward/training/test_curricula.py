@@ -115,11 +115,71 @@ def test_overrides_of_every_stage_and_of_one(tmp_path: Path) -> None:
             {"stages": [STAGE], "output": "a", "all": {"updatse": 1}},
             r"stage 1 \(stage\): updatse must be a known key.*; did you mean 'updates'",
         ),
+        ({"stages": [STAGE], "output": ""}, r"output must be the name of a folder, got ''"),
+        ({"stages": [STAGE], "output": ["a"]}, r"output must be the name of a folder, got \['a'\]"),
+        (
+            {"stages": [{**STAGE, "output": " "}]},
+            r"stage 1 \(stage\): output must be the name of a folder, got ' '",
+        ),
+        ({**STAGE, "output": ""}, r"output must be the name of a folder, got ''"),
+        ({"stages": [STAGE], "output": "${oops}"}, r"output: Interpolation key 'oops' not found"),
+        ({"stages": "${oops}", "output": "a"}, r"stages: Interpolation key 'oops' not found"),
+        ({"stages": ["${oops}"], "output": "a"}, r"stage 1: Interpolation key 'oops' not found"),
+        (
+            {"stages": [{**STAGE, "model": {"path": "${oops}"}}], "output": "a"},
+            r"stage 1 \(stage\): model.path: Interpolation key 'oops' not found",
+        ),
+        (
+            {"stages": [{"config": "${oops}"}], "output": "a"},
+            r"stage 1: config: Interpolation key 'oops' not found",
+        ),
+        ({"stages": [STAGE], "output": "a", "all": [1]}, r"all must be settings with .* got \[1\]"),
+        ({"stages": [STAGE], "output": "a", "all": 5}, r"all must be settings with keys, got 5"),
+        (
+            {"stages": [{"config": ["base.yaml"]}], "output": "a"},
+            r"stage 1: config must be text, got \['base.yaml'\]",
+        ),
+        ({"stages": [{**STAGE, "name": 5}], "output": "a"}, r"stage 1: name must be text, got 5"),
+        (
+            {"stages": [{**STAGE, "data": ["a"]}], "all": {"data": {"workers": 0}}, "output": "a"},
+            r"stage 1 \(stage\): data must be of one kind, got a list and keys",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_by_its_place(tmp_path: Path, tree: Any, message: str) -> None:
     with pytest.raises(ValueError, match=rf"stages.yaml: {message}"):
         load_curriculum(saved(tmp_path, tree))
+
+
+def test_files_that_hold_no_keys(tmp_path: Path) -> None:
+    for text, message in (
+        ("5", r"config must be readable YAML, got .*base.yaml"),
+        ("[1]", r"base.yaml: config must have keys, got a list"),
+    ):
+        (tmp_path / "base.yaml").write_text(text)
+        path = saved(tmp_path, {"stages": [{"config": "base.yaml"}], "output": "a"})
+        for file in (path, tmp_path / "base.yaml"):
+            with pytest.raises(ValueError, match=message):
+                load_curriculum(file)
+
+
+def test_what_all_stages_share_may_refer_to_what_each_has(tmp_path: Path) -> None:
+    shared = {"optimizer": {"warmup": "${updates}"}}
+    stages = [{**STAGE, "updates": 3}, {**NEXT, "updates": 5}]
+    path = saved(tmp_path, {"stages": stages, "all": shared, "output": "a"})
+    assert [stage.optimizer.warmup for stage in load_curriculum(path)] == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output=''", r"overrides must name a folder as output, got \"output=''\""),
+        ("output=[a", r"overrides must have values in YAML, got 'output=\[a'"),
+    ],
+)
+def test_an_output_that_is_none(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_curriculum(saved(tmp_path, {"stages": [STAGE]}), [override])
 
 
 def test_files_of_stages_must_exist(tmp_path: Path) -> None:

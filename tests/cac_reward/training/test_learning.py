@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from omegaconf import OmegaConf
 from cac_reward.__main__ import main
 from cac_reward.judges.rendering import ControlTokenError, Renderer
 from cac_reward.scorer import CaCScorer
-from cac_reward.training.clips import ClipStore
-from cac_reward.training.learning import TrainingError
+from cac_reward.training.clips import ClipStore, Skipped
+from cac_reward.training.learning import SkippedClips, TrainingError
 from cac_reward.training.measuring import HeldOut
 from cac_reward.training.models import load_pupil
 from cac_reward.training.settings import to_tree
 from cac_reward.training.sft import JudgeSFTTrainer
 from cac_reward.training.stages import run_stage
 from cac_reward.training.stopping import StopRequest
-from tests.killing import train_apart
+from tests.killing import die_in_update, train_apart
 from tests.tiny_stage import history, tiny_stage, weights
 from tests.training_clips import write_clips
 
@@ -124,6 +125,55 @@ def test_too_many_unreadable_clips_stop_a_run_and_say_what_to_do(
     message = r"data.max_skipped_share must not be passed, it is 0.02, got \d+ unreadable of \d+ .*"
     with pytest.raises(TrainingError, match=message + "skipped_clips.jsonl. Mend or remove them"):
         run_stage(stage)
+
+
+def test_a_limit_of_0_stops_at_the_first_unreadable_clip(judge: Path, tmp_path: Path) -> None:
+    file = write_clips(tmp_path / "clips", 6)
+    break_clips(file, 1)
+    stage = tiny_stage(judge, file, tmp_path / "out", ["data.max_skipped_share=0"], batch=6)
+    with pytest.raises(TrainingError, match=r"it is 0, got 1 unreadable of \d clips, last .*0001"):
+        run_stage(stage)
+
+
+def test_clips_are_counted_on_behind_a_checkpoint(
+    judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_clips(tmp_path / "clips", 6)
+    break_clips(file, 1)
+    counts = []
+    plain = SkippedClips.count
+
+    def count(self: SkippedClips, read: int, skipped: Any) -> None:
+        plain(self, read, skipped)
+        counts.append((self.read, self.skipped))
+
+    monkeypatch.setattr(SkippedClips, "count", count)
+    whole, cut = (tiny_stage(judge, file, tmp_path / name, batch=6) for name in ("whole", "cut"))
+    run_stage(whole)
+    expected = list(counts)
+    counts.clear()
+    assert [read for read, _ in expected] == [6, 12, 18, 24]
+    assert expected[-1][1] > expected[1][1] > 0
+    assert train_apart(cut, prepare=partial(die_in_update, 4)) == [-signal.SIGKILL]
+    counts.clear()
+    run_stage(cut)
+    assert counts == expected[2:]
+    # A checkpoint from before they were kept is gone on with, too.
+    fresh = SkippedClips(tmp_path / "skipped.jsonl", 0.5)
+    fresh.restore(tmp_path, 0)
+    assert (fresh.read, fresh.skipped) == (0, 0)
+
+
+def test_a_line_that_was_cut_off_is_no_end(tmp_path: Path) -> None:
+    """In the middle of a letter, too; what is written behind it is whole."""
+    file = tmp_path / "skipped.jsonl"
+    whole = json.dumps({"clip": "a", "reason": "no video"})
+    torn = json.dumps({"clip": "b", "reason": "\u00e9"}, ensure_ascii=False).encode()
+    file.write_bytes(whole.encode() + b"\n" + torn[:-3])
+    skipped = SkippedClips(file, 1.0)
+    assert list(skipped.names) == ["a"]
+    skipped.count(1, [Skipped("b", "gone")])
+    assert SkippedClips(file, 1.0).names == {"a": "no video", "b": "gone"}
 
 
 def test_no_readable_clip_at_all_is_said_at_once(judge: Path, tmp_path: Path) -> None:

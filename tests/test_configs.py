@@ -249,8 +249,17 @@ def test_groups_of_answers_are_whole_on_1_8_and_64_gpus(name: str) -> None:
     for stage in load_curriculum(REWARD_FOLDER / name):
         if stage.trainer == "grpo":
             for processes in (1, 8, 64):
-                answers = stage.batch * stage.accumulation * processes
+                answers = stage.batch * stage.batches(processes) * processes
                 assert answers % stage.rollout.group == 0
+
+
+def test_a_papers_batch_is_the_same_on_1_8_and_64_gpus() -> None:
+    (stage,) = load_curriculum(REWARD_FOLDER / "srvau_r1_grpo.yaml")
+    assert [stage.batch * stage.batches(n) * n for n in (1, 8, 64)] == [128, 128, 128]
+    (stage,) = load_curriculum(REWARD_FOLDER / "vau_r1_sft.yaml")
+    assert stage.batches(1) == 1
+    with pytest.raises(ValueError, match="got 1 on 8; launch 1, or set per_update=8"):
+        stage.batches(8)
 
 
 @pytest.mark.parametrize("path", sorted(ACCELERATE_FOLDER.glob("*.yaml")), ids=lambda one: one.name)

@@ -342,8 +342,13 @@ def count_questions(stage: StageSettings, processes: int) -> int:
     Raises:
         ValueError: If batches would tear groups apart, or a checkpoint a set of answers.
     """
-    answers = stage.batch * stage.accumulation * processes
+    answers = stage.batch * stage.batches(processes) * processes
     group, every = stage.rollout.group, stage.grpo.updates_per_rollout
+    if answers % group and stage.per_update is not None:
+        raise ValueError(
+            f"per_update must be a multiple of rollout.group {group}, got {answers}; set "
+            f"per_update={-(-answers // group) * group}"
+        )
     if answers % group:
         raise ValueError(
             f"batch * accumulation * processes must be a multiple of rollout.group {group}, got "

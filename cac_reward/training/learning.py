@@ -21,6 +21,7 @@ from cac_reward.training.clips import Skipped
 from cac_reward.training.measuring import CHOOSING, HeldOut
 from cac_reward.training.models import Pupil, save_heads, split_heads
 from cac_reward.training.optimizers import MuonWithAdamW, split_parameters
+from cac_reward.training.processes import processes
 from cac_reward.training.settings import StageSettings
 from cac_reward.training.stopping import StopRequest
 from cac_reward.whole_files import whole_file
@@ -214,8 +215,7 @@ class LearningMixin:
         self.skipped.save(checkpoint, self.accelerator.process_index)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            processes = self.accelerator.num_processes
-            mark_whole(checkpoint, updates=updates, processes=processes)
+            mark_whole(checkpoint, updates=updates, processes=self.accelerator.num_processes)
             keep_latest(output, self.stage.keep, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
@@ -313,7 +313,7 @@ def training_arguments(stage: StageSettings, has_held_out: bool) -> dict[str, An
         "output_dir": stage.output,
         "max_steps": stage.updates,
         "per_device_train_batch_size": stage.batch,
-        "gradient_accumulation_steps": stage.accumulation,
+        "gradient_accumulation_steps": stage.batches(processes().num_processes),
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,
         "warmup_steps": settings.warmup,

@@ -254,6 +254,9 @@ class StageSettings:
     """Lessons, or answers, in memory at a time on each process."""
     accumulation: int = 1
     """Batches of each process to an update."""
+    per_update: int | None = None
+    """Lessons, or answers, of an update in all, on however many processes: `accumulation` then
+    follows from it. Null takes batch * accumulation * processes."""
     bf16: bool = True
     """Compute in bfloat16 where it is safe (autocast)."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -280,6 +283,13 @@ class StageSettings:
         for name in ("updates", "batch", "accumulation", "save_every", "keep"):
             at_least(name, getattr(self, name), 1)
         at_least("seed", self.seed, 0)
+        if self.per_update is not None:
+            at_least("per_update", self.per_update, 1)
+            if self.accumulation != 1:
+                raise ValueError(
+                    f"accumulation must be left out where per_update is {self.per_update}, got "
+                    f"{self.accumulation}; it follows from per_update, batch and the processes"
+                )
         if not self.output.strip():
             raise ValueError(f"output must be the name of a folder, got {self.output!r}")
         if self.trainer == "grpo":
@@ -288,6 +298,30 @@ class StageSettings:
                 raise ValueError("model.learns must be 'all' or 'language' for 'grpo', got 'heads'")
         elif self.rewards:
             raise ValueError("rewards must be left out for 'sft'; it learns from written answers")
+
+    def batches(self, processes: int) -> int:
+        """Batches of each process to an update.
+
+        Raises:
+            ValueError: If `per_update` cannot be shared out so.
+        """
+        if self.per_update is None:
+            return self.accumulation
+        if self.per_update % processes:
+            fitting = max(n for n in range(1, processes) if self.per_update % n == 0)
+            raise ValueError(
+                f"per_update must be a multiple of the processes, got {self.per_update} on "
+                f"{processes}; launch {fitting}, or set per_update="
+                f"{-(-self.per_update // processes) * processes} (and the rate that goes with it)"
+            )
+        share = self.per_update // processes
+        if share % self.batch:
+            fitting = max(n for n in range(1, self.batch) if share % n == 0)
+            raise ValueError(
+                f"per_update must be a multiple of batch * processes, got {self.per_update} with "
+                f"{self.batch} * {processes}; set batch={fitting}"
+            )
+        return share // self.batch
 
 
 def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageSettings:

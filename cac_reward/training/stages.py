@@ -113,7 +113,7 @@ def _source(stage: StageSettings, pupil: Pupil, processes: int) -> LessonSource:
     """The lessons of a stage, in their order."""
     options = LessonOptions.build(stage.options, written=stage.trainer == "sft")
     view = View(pupil.settings, pupil.family, _patch_factor(pupil.processor), tuple(stage.classes))
-    update = stage.batch * stage.accumulation * processes
+    update = stage.batch * stage.batches(processes) * processes
     grpo = stage.trainer == "grpo"
     count = count_questions(stage, processes) if grpo else stage.updates * update
     plan = LessonPlan(

@@ -453,6 +453,10 @@ def test_it_comes_to_prefer_what_is_rewarded(
     [
         ({"batch": 3}, r"must be a multiple of rollout.group 2, got 3 \* 1 \* 1"),
         (
+            {"batch": 1, "per_update": 3},
+            "per_update must be a multiple of rollout.group 2, got 3; set per_update=4",
+        ),
+        (
             {"grpo": {"updates_per_rollout": 2}, "save_every": 3},
             "save_every must be a multiple of grpo.updates_per_rollout 2, got 3",
         ),
@@ -476,6 +480,9 @@ def test_no_more_questions_are_planned_than_are_asked(
     stage = tiny_stage(judge, clips, tmp_path, **_grpo(settings))
     # 3 sets of answers, of 4 * 3 * 2 / 2 questions each, on two processes.
     assert count_questions(stage, 2) == 36
+    settings = {"updates": 5, "batch": 2, "per_update": 8}
+    stage = tiny_stage(judge, clips, tmp_path, **_grpo(settings))
+    assert [count_questions(stage, processes) for processes in (1, 2, 4)] == [20, 20, 20]
 
 
 def test_several_updates_on_one_set_of_answers(

@@ -152,6 +152,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("rewards", {"accuracy": 1}, r"rewards must be left out for 'sft'; it learns from written"),
     *((name, 0, rf"{name} must be at least 1, got 0") for name in ("updates", "batch", "keep")),
     *((name, 0, rf"{name} must be at least 1, got 0") for name in ("accumulation", "save_every")),
+    ("per_update", 0, r"per_update must be at least 1, got 0"),
     ("seed", -1, r"seed must be at least 0, got -1"),
 ]
 
@@ -312,6 +313,34 @@ def test_a_judges_own_view_stays_where_nothing_is_said() -> None:
         wording="full", domain="all", scan=ScanSettings(fps=1.0), inspect=known.inspect
     )
     assert JudgeView(inspect=InspectSettings()).over(known).inspect == InspectSettings()
+
+
+def test_an_update_is_as_large_on_any_number_of_processes() -> None:
+    plain = build_stage({**SMALL, "batch": 2, "accumulation": 3}, "a")
+    assert [plain.batches(processes) for processes in (1, 8)] == [3, 3]
+    fixed = build_stage({**SMALL, "batch": 2, "per_update": 128}, "a")
+    assert [fixed.batches(processes) for processes in (1, 8, 64)] == [64, 8, 1]
+    with pytest.raises(
+        ValueError, match=r"accumulation must be left out where per_update is 8, go"
+    ):
+        build_stage({**SMALL, "accumulation": 2, "per_update": 8}, "a")
+
+
+@pytest.mark.parametrize(
+    ("batch", "per_update", "processes", "message"),
+    [
+        (1, 1, 8, r"of the processes, got 1 on 8; launch 1, or set per_update=8 \(and the rate"),
+        (1, 20, 8, r"of the processes, got 20 on 8; launch 5, or set per_update=24"),
+        (4, 24, 4, r"of batch \* processes, got 24 with 4 \* 4; set batch=3"),
+        (8, 4, 1, r"of batch \* processes, got 4 with 8 \* 1; set batch=4"),
+    ],
+)
+def test_an_update_that_cannot_be_shared_out(
+    batch: int, per_update: int, processes: int, message: str
+) -> None:
+    stage = build_stage({**SMALL, "batch": batch, "per_update": per_update}, "a")
+    with pytest.raises(ValueError, match=f"^per_update must be a multiple {message}"):
+        stage.batches(processes)
 
 
 def test_rules_hold_at_their_ends() -> None:

@@ -19,10 +19,37 @@ from cac_reward.training.settings import LossSettings, StageSettings
 from cac_reward.training.sft import head_losses
 from cac_reward.training.source import LessonPlan, LessonSource
 from cac_reward.training.stages import run_stage
+from tests.killing import train_apart
 from tests.tiny_judge import build_tiny_judge
 from tests.tiny_stage import history, sharpen, tiny_stage, weights
 
 HEADS_FILE = "cac_heads.safetensors"
+
+
+def test_one_process_and_two_learn_the_same_of_as_many_lessons(
+    judge: Path, clips: Path, tmp_path: Path
+) -> None:
+    """Where `per_update` says how many, in place of `accumulation`."""
+    one, two, more = (
+        tiny_stage(judge, clips, tmp_path / name, batch=1, **settings)
+        for name, settings in (
+            ("one", {"per_update": 4}),
+            ("two", {"per_update": 4}),
+            ("more", {"accumulation": 4}),
+        )
+    )
+    for stage, processes in ((one, 1), (two, 2), (more, 2)):
+        assert train_apart(stage, processes=processes) == [0] * processes
+    steps, other, larger = (
+        torch.tensor([[line["loss"], line["grad_norm"]] for line in history(tmp_path / name)])
+        for name in ("one", "two", "more")
+    )
+    assert len(steps) == 4
+    torch.testing.assert_close(steps, other, rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(steps, larger, rtol=1e-3, atol=1e-6)
+    expected, found = (weights(tmp_path / name / "judge") for name in ("one", "two"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-4)
 
 
 def lessons_of(stage: StageSettings, family: str, factor: int, count: int) -> list[Lesson]:

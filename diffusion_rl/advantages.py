@@ -174,18 +174,48 @@ def separate_advantages(
         GDPO, arXiv:2601.05242. Its mean over the batch is not taken off: that of each group is 0.
     """
     _check_limits(clip, min_std)
+    terms = advantages_apart(scores, weights, group, min_std=min_std, std=std, unbiased=unbiased)
+    summed, judged = terms.sum(dim=0), ~scores.isnan().any(dim=0)
+    spread = _spread(summed[judged], unbiased=False).clamp_min(min_std)
+    return (summed / spread).clamp(-clip, clip).float()
+
+
+def advantages_apart(
+    scores: Tensor,
+    weights: Sequence[float],
+    group: Tensor,
+    *,
+    min_std: float = 1e-4,
+    std: Spread = "group",
+    unbiased: bool = False,
+) -> Tensor:
+    """Say what each reward adds to `separate_advantages`, before the sum is scaled.
+
+    Args:
+        scores: As in `separate_advantages`; unweighted, since comparing divides a factor away.
+        weights: As in `separate_advantages`.
+        group: As in `separate_advantages`.
+        min_std: As in `separate_advantages`.
+        std: As in `group_advantages`, for each reward.
+        unbiased: As in `group_advantages`, for each reward.
+
+    Returns:
+        [R B] float64, weights * group_advantages(scores, group); 0 in every row for a video that
+        one reward could not judge.
+
+    Raises:
+        ValueError: A shape is wrong, a score is infinite or an option is outside its range.
+    """
     axes = check_shape("scores", scores, "R B")
     if len(weights) != axes["R"] or not any(weights):
         raise ValueError(f"weights must be {axes['R']} factors, not all 0, got {list(weights)}")
-    judged = ~scores.isnan().any(dim=0)
-    summed = torch.zeros(axes["B"], dtype=torch.float64, device=scores.device)
-    for own, weight in zip(scores.double(), weights, strict=True):
-        own = own.masked_fill(~judged, torch.nan)
-        summed += weight * group_advantages(
-            own, group, std=std, unbiased=unbiased, clip=torch.inf, min_std=min_std
-        )
-    spread = _spread(summed[judged], unbiased=False).clamp_min(min_std)
-    return (summed / spread).clamp(-clip, clip).float()
+    missing = scores.isnan().any(dim=0)
+    options = {"std": std, "unbiased": unbiased, "clip": torch.inf, "min_std": min_std}
+    terms = [
+        weight * group_advantages(own.masked_fill(missing, torch.nan), group, **options).double()
+        for own, weight in zip(scores.double(), weights, strict=True)
+    ]
+    return torch.stack(terms)
 
 
 def best_advantages(scores: Tensor, group: Tensor, *, keep: int = 1) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusion_rl.advantages import (
-    group_advantages,
+    advantages_apart,
     missing_share,
     separate_advantages,
     tied_share,
@@ -283,13 +283,20 @@ def compare(
         return cast(Tensor, advantages)
     own = settings.algorithm
     if isinstance(own, GroupSettings) and own.advantage_rewards == "separate":
-        weighted = [reward for reward in rewards if reward.weight]
-        scores = [judged.judgements[reward.name].score for reward in weighted]
-        weights = [*(reward.weight for reward in weighted), 1.0]
-        return separate_advantages(
-            torch.stack([*scores, -guarded.penalty]), weights, batch.group, **options
-        )
+        weights, parts = score_parts(rewards, judged, guarded)
+        scores = torch.stack([part.score for part in parts])
+        return separate_advantages(scores, weights, batch.group, **options)
     return cast(Tensor, row.advantages(score, batch.group, **options))
+
+
+def score_parts(
+    rewards: Sequence[Reward], judged: JudgedBatch, guarded: GuardReport
+) -> tuple[list[float], list[ScorePart]]:
+    """What the scores are the sum of, unweighted, beside its weights; the guards stand last."""
+    weighted = [reward for reward in rewards if reward.weight]
+    said = [judged.judgements[reward.name] for reward in weighted]
+    parts = [*(ScorePart(one.score, one.blame) for one in said), ScorePart(-guarded.penalty)]
+    return [*(reward.weight for reward in weighted), 1.0], parts
 
 
 def place(
@@ -305,19 +312,17 @@ def place(
     rows = batch.trajectory.rows
     if settings.credit.name == "uniform":
         return Credit(advantages[rows], clip=settings.credit.clip)
-    parts = [
-        ScorePart(reward.weight * one.score, one.blame)
-        for reward, one in ((reward, judged.judgements[reward.name]) for reward in rewards)
-        if reward.weight
-    ]
-    parts.append(ScorePart(-guarded.penalty))
+    weights, parts = score_parts(rewards, judged, guarded)
+    scores = torch.stack([part.score for part in parts])
     own = settings.algorithm
     if isinstance(own, GroupSettings) and own.advantage_rewards == "separate":
-        options = {**own.advantage_options, "clip": torch.inf}
-        parts = [
-            part._replace(score=group_advantages(part.score, batch.group, **options))
-            for part in parts
-        ]
+        options = {key: own.advantage_options[key] for key in ("std", "unbiased")}
+        missing = scores.isnan().any(dim=0)
+        scores = advantages_apart(scores, weights, batch.group, **options)
+        scores = scores.masked_fill(missing, torch.nan)
+    else:
+        scores = scores * torch.tensor(weights)[:, None]
+    parts = [part._replace(score=one) for part, one in zip(parts, scores, strict=True)]
     grid = LatentGrid(generator.frame_groups, *generator.latent_shape[2:])
     return assign_credit(advantages, parts, batch.group, grid, batch.seeds, settings.credit, rows)
 

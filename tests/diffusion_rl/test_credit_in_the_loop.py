@@ -11,15 +11,25 @@ import torch
 from torch import Tensor
 
 import diffusion_rl.finetune
+from diffusion_rl.advantages import group_advantages
 from diffusion_rl.algorithms import ALGORITHMS, algorithm
 from diffusion_rl.checkpoint import read_checkpoint, restore, save_checkpoint, take_snapshot
+from diffusion_rl.collect import Batch
 from diffusion_rl.configuration import load_config, save_config
 from diffusion_rl.credit import Credit, CreditSettings
-from diffusion_rl.finetune import FinetuneSettings, FinetuneState, StepReport, begin, finetune
-from diffusion_rl.guards import GuardSettings
+from diffusion_rl.finetune import (
+    FinetuneSettings,
+    FinetuneState,
+    StepReport,
+    begin,
+    compare,
+    finetune,
+    place,
+)
+from diffusion_rl.guards import GuardReport, GuardSettings
 from diffusion_rl.lora import LoraSettings, attach_lora, lora_state, trained_parameters
 from diffusion_rl.optimizers import OptimizerSettings, build_optimizer
-from diffusion_rl.rewards import Reward
+from diffusion_rl.rewards import Judgement, Reward, add_up_rewards
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout, sample_videos
 from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings, RecordedSettings
 from diffusion_rl.self_check import self_check
@@ -313,6 +323,52 @@ def test_what_guards_and_other_rewards_take_is_spread(monkeypatch: pytest.Monkey
         assert bool((rest > 1e-3).any()) == (one is not seen[0])
     with pytest.raises(ValueError, match="credit.name must be uniform for rewards that return no"):
         run(settings_for(summed, credit), silent, bright)
+
+
+def spread_outside(weight: float, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Advantages [4], and the weight [4] of what lies outside a corner that all are blamed for.
+
+    The first row of `scores` [2 4] is the judge's that blames, at weight 1.
+    """
+    row = GrpoSettings(advantage_rewards="separate")
+    generator, trajectory = prepare(row)
+    batch = Batch(trajectory, torch.zeros(4, dtype=torch.long), torch.zeros(4).long(), (0, 1, 2, 3))
+    blame = torch.zeros(4, 4, 4, 4)
+    blame[:, 0, 0, 0] = 1.0
+    rewards = [Reward("judge", judge), Reward("other", judge, weight)]
+    said = {"judge": Judgement(scores[0], blame), "other": Judgement(scores[1])}
+    judged = add_up_rewards(rewards, said, 0.5)
+    guarded = GuardReport(torch.zeros(4), {}, {}, ())
+    settings = settings_for(row, CreditSettings(name="grounded"))
+    state = start(settings)[1]
+    advantages = compare(judged.score, rewards, judged, guarded, batch, settings, state)
+    credit = place(advantages, generator, rewards, judged, guarded, batch, settings)
+    assert credit.weights is not None
+    return advantages, credit.weights[:, 3, 3, 3]
+
+
+def test_rewards_compared_apart_share_a_disadvantage_by_their_weights() -> None:
+    """Video 0 is -a in the judge's eyes and -b in the other's: a / (a + weight * b) is focused."""
+    scores = torch.tensor([[0.0, 1.0, 2.0, 3.0], [50.0, 90.0, 60.0, 80.0]])
+    judge_says, other_says = (group_advantages(one, torch.zeros(4).long()) for one in scores)
+    assert judge_says[0] < 0 > other_says[0]
+    for weight in (0.25, 4.0):
+        _, outside = spread_outside(weight, scores)
+        share = judge_says[0] / (judge_says[0] + weight * other_says[0])
+        torch.testing.assert_close(outside[0], 1 - share)
+
+
+def test_rewards_compared_apart_leave_out_what_one_of_them_could_not_judge() -> None:
+    """As in their advantages: video 3 has no say in how far the others fall short."""
+    scores = torch.tensor([[0.0, 1.0, 2.0, math.nan], [5.0, 6.0, 9.0, 70.0]])
+    judge_says, other_says = (group_advantages(one, torch.zeros(3).long()) for one in scores[:, :3])
+    advantages, outside = spread_outside(2.0, scores)
+    summed = judge_says + 2 * other_says
+    torch.testing.assert_close(advantages[:3], summed / summed.std(correction=0))
+    share = judge_says[0] / (judge_says[0] + 2 * other_says[0])
+    torch.testing.assert_close(outside[0], 1 - share)
+    assert advantages[3] == 0
+    assert outside[3] == 1
 
 
 def test_unjudged_videos_take_their_blame_with_them(monkeypatch: pytest.MonkeyPatch) -> None:

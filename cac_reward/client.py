@@ -39,10 +39,8 @@ class RemoteJudgement(TypedDict):
     """[B] float32; NaN for what could not be judged."""
     blame: Tensor
     """[B F H' W'] in [0, 1]; H' and W' at most 128. Zeros where there is no report."""
-    reports: list[AnomalyReport | None]
-    """One for each video; None where the server has none."""
-    errors: list[str | None]
-    """Why a video has no score."""
+    reports: list[AnomalyReport | dict[str, str] | None]
+    """One for each video; where the server has none {"error": why it has no score}, or None."""
 
 
 class RewardClient:
@@ -101,8 +99,11 @@ class RewardClient:
         _, num_frames, _, height, width = videos.shape
         blame = blame_maps(reports, num_frames, height, width, fps)
         scores = [math.nan if one["score"] is None else one["score"] for one in results]
-        errors = [result["error"] for result in results]
-        return {"score": torch.tensor(scores), "blame": blame, "reports": reports, "errors": errors}
+        told = [
+            {"error": result["error"]} if report is None and result["error"] else report
+            for report, result in zip(reports, results, strict=True)
+        ]
+        return {"score": torch.tensor(scores), "blame": blame, "reports": told}
 
     def score(
         self,

@@ -164,7 +164,9 @@ class VideoReward:
     def _outcome(self, scores: Tensor, errors: list[str | None], reports: list[Any]) -> Outcome:
         """Apply the failure convention."""
         for row, missing in enumerate(scores.isnan().tolist()):
-            reason = getattr(reports[row], "error", None) or "the scorer returned NaN"
+            report = reports[row]
+            held = report.get("error") if isinstance(report, Mapping) else None
+            reason = held or getattr(report, "error", None) or "the scorer returned NaN"
             errors[row] = (errors[row] or reason) if missing else None
         failed = [row for row, error in enumerate(errors) if error is not None]
         if failed:

@@ -17,6 +17,8 @@ from cac_reward.client import RewardClient, ServerError
 from cac_reward.frames import blame_map
 from cac_reward.report import AnomalyReport, Finding, TimeWindow
 from cac_reward.video import Video
+from diffusion_rl.reward_contract import Reward, RewardSettings, ask_once, build_function
+from diffusion_rl.rewards import judge_videos
 
 VIDEOS = torch.arange(2 * 4 * 3 * 6 * 6).reshape(2, 4, 3, 6, 6).float() % 256 / 255
 
@@ -95,7 +97,7 @@ def test_the_reward_contract() -> None:
         found = RewardClient(server.url, token="t")(VIDEOS, ["a", "b"], fps=8.0)
     assert found["score"][0] == 0.25
     assert math.isnan(found["score"][1])
-    assert found["errors"] == [None, "no verdict"]
+    assert found.keys() == {"score", "blame", "reports"}
     assert found["reports"] == [report(0.25), report(None, "no verdict")]
     expected = blame_map(report(0.25).findings, 4, 6, 6, 8.0, 0.75)
     assert expected.max() > 0
@@ -108,6 +110,32 @@ def test_the_reward_contract() -> None:
         assert (sent["prompt"], sent["fps"]) == ("ab"[row], 8.0)
         frames = load(base64.b64decode(sent["safetensors"]))["frames"]
         assert torch.equal(frames, (VIDEOS[row] * 255).round().to(torch.uint8))
+
+
+def test_a_run_takes_the_clients_answer_and_quotes_the_servers_reason() -> None:
+    """As `target: cac_reward.client:RewardClient` of docs/rewards.md is asked."""
+    bare = {"status": "scored", "score": 0.5, "error": None, "report": None}
+    refused = {"status": "refused", "score": None, "error": "too short", "report": None}
+    with scripted((200, {"results": [result(0.25), refused]}, {})) as server:
+        settings = RewardSettings(
+            name="cac",
+            target="cac_reward.client:RewardClient",
+            options={"base_url": server.url},
+        )
+        client = build_function(settings)
+        found = ask_once("cac", client, VIDEOS, ["a", "b"], 8.0)
+        reward = Reward("cac", client)
+        with pytest.raises(RuntimeError, match='NaN for 1 of 2 .*last report: "too short"; '):
+            judge_videos([reward], VIDEOS, ["a", "b"], fps=8.0, missing_limit=0.4)
+    assert found.score[0] == 0.25
+    assert bool(found.score[1].isnan())
+    assert found.blame is not None
+    assert bool(found.blame[0].any())
+    assert not bool(found.blame[1].any())
+    assert found.reports == [report(0.25), {"error": "too short"}]
+    with scripted((200, {"results": [bare, refused]}, {})) as server:
+        answer = RewardClient(server.url)(VIDEOS, ["a", "b"], fps=8.0)
+    assert answer["reports"] == [None, {"error": "too short"}]
 
 
 def test_requests_are_split_and_their_answers_put_together() -> None:

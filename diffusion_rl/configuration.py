@@ -114,7 +114,8 @@ class RunSettings:
     guards: tuple[GuardSettings, ...] | None = None
     """What must not get lost; without it `default_guards`, with an empty list nothing."""
     missing_limit: float = 0.5
-    """Share of videos a reward may leave unjudged before the run stops, in [0, 1)."""
+    """Share of videos a reward, or all weighted ones together, may leave unjudged before the run
+    stops, in [0, 1)."""
     staleness: int = 0
     """1 draws the next update's videos while rewards elsewhere judge this one's."""
     evaluation: EvaluationSettings | None = None

@@ -17,9 +17,9 @@ from diffusion_rl.prompts import read_prompts
 from diffusion_rl.reward_contract import RewardSettings
 from diffusion_rl.rewards import (
     Reward,
-    add_up_rewards,
     ask_for_team,
     build_reward,
+    check_missing,
     gather_answers,
 )
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
@@ -88,7 +88,7 @@ class HeldOut:
         Args:
             generator: with what learns attached.
             options: how training videos are drawn; these take no stochastic step.
-            missing_limit: as in `judge_videos`.
+            missing_limit: as in `check_missing`.
             own: the update's videos of this process.
             texts: the prompt of each.
 
@@ -112,7 +112,7 @@ class HeldOut:
             asked = ask_for_team(self.rewards, trajectory.videos, shown, fps=generator.fps)
         places = (trajectory.videos, trajectory.rows, trajectory.total)
         said = gather_answers(asked, "judging held-out videos", *places)
-        add_up_rewards(self.rewards, said, missing_limit)
+        check_missing(self.rewards, said, missing_limit)
         means = {name: one.score[~one.score.isnan()].mean().item() for name, one in said.items()}
         return means, drawn, trajectory.total * len(self.rewards)
 

@@ -46,6 +46,7 @@ __all__ = [
     "ask_for_team",
     "ask_rewards",
     "build_reward",
+    "check_missing",
     "check_videos",
     "gather_answers",
     "gather_judgement",
@@ -97,14 +98,15 @@ def judge_videos(
         videos: [B F C H W] float in [0, 1].
         prompts: B texts.
         fps: Frames per second of the videos, above 0.
-        missing_limit: Largest share of videos in [0, 1) that one reward may leave unjudged.
+        missing_limit: Largest share of videos in [0, 1) that one reward, or those of weight other
+            than 0 together, may leave unjudged.
 
     Returns:
         The sum, where a NaN of any weighted reward makes the video NaN, and each judgement.
 
     Raises:
         ValueError: The videos or a reward's answer break the contract.
-        RuntimeError: A reward raised, or left too many videos unjudged.
+        RuntimeError: A reward raised, or too many videos are unjudged.
     """
     answers = ask_rewards(rewards, videos, prompts, fps=fps).answers()
     return add_up_rewards(rewards, answers, missing_limit)
@@ -230,6 +232,36 @@ def add_up_rewards(
     Args:
         rewards: At least one.
         judgements: Of each, by its name.
+        missing_limit: Largest share of videos in [0, 1) that one reward, or those of weight other
+            than 0 together, may leave unjudged.
+
+    Raises:
+        RuntimeError: Too many videos are unjudged.
+    """
+    check_missing(rewards, judgements, missing_limit)
+    total = torch.zeros(len(judgements[rewards[0].name].score))
+    weighted = [reward for reward in rewards if reward.weight != 0]
+    for reward in weighted:
+        total = total + reward.weight * judgements[reward.name].score
+    count = int(total.isnan().sum())
+    if len(weighted) > 1 and count > missing_limit * len(total):
+        names = ", ".join(f"'{reward.name}'" for reward in weighted)
+        raise RuntimeError(
+            f"rewards {names} together returned NaN for {count} of {len(total)} videos, more than "
+            f"missing_limit {missing_limit}; a video that one of them cannot judge has no score; "
+            f"{RESUME}"
+        )
+    return JudgedBatch(total, judgements)
+
+
+def check_missing(
+    rewards: Sequence[Reward], judgements: Mapping[str, Judgement], missing_limit: float
+) -> None:
+    """Refuse a batch of which one reward, by itself, could not judge enough.
+
+    Args:
+        rewards: At least one.
+        judgements: Of each, by its name.
         missing_limit: Largest share of videos in [0, 1) that one reward may leave unjudged.
 
     Raises:
@@ -237,13 +269,8 @@ def add_up_rewards(
     """
     if not 0 <= missing_limit < 1:
         raise ValueError(f"missing_limit must be in [0, 1), got {missing_limit}")
-    total = torch.zeros(len(judgements[rewards[0].name].score))
     for reward in rewards:
-        judgement = judgements[reward.name]
-        _check_missing(reward.name, judgement, missing_limit)
-        if reward.weight != 0:
-            total = total + reward.weight * judgement.score
-    return JudgedBatch(total, judgements)
+        _check_missing(reward.name, judgements[reward.name], missing_limit)
 
 
 def _parts(

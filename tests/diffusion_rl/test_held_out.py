@@ -101,6 +101,22 @@ def test_an_evaluation_reward_that_fails_is_named() -> None:
         list(loop)
 
 
+def test_evaluation_rewards_are_missed_each_by_itself() -> None:
+    """They are not added up, so that no video needs to be judged by all of them."""
+
+    def half(first: int) -> Reward:
+        scores = torch.full((8,), torch.nan)
+        scores[first::2] = 1.0 + first
+        return Reward(f"half{first}", lambda videos, prompts, *, fps: scores)
+
+    generator = ToyGenerator()
+    attach_policies(generator.transformer, LORA)
+    held_out = HeldOut(settings(), [half(0), half(1)])
+    own = settings_for(GrpoSettings(), updates=1)
+    (report,) = finetune(generator, [RED], PROMPTS, own, held_out=held_out)
+    assert report.evaluation == {"half0": 1.0, "half1": 2.0}
+
+
 def test_what_the_reward_is_paid_for_with_raises_the_alarm_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

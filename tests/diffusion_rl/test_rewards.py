@@ -117,6 +117,19 @@ def test_nothing_judged_at_all_always_stops_the_run():
         judge(constant(NAN, NAN, NAN, NAN), missing_limit=0.99)
 
 
+def test_rewards_that_together_leave_too_many_videos_unjudged_stop_the_run():
+    halves = (constant(1.0, 2.0, NAN, NAN), constant(NAN, NAN, 1.0, 2.0))
+    message = (
+        "rewards 'reward0', 'reward1' together returned NaN for 4 of 4 videos, more than "
+        "missing_limit 0.5; .* run the same command again"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        judge(*halves)
+    assert not judge(*halves, weights=[1.0, 0.0]).score[:2].isnan().any()  # The other only watches.
+    most = judge(*halves[:1], constant(1.0, NAN, NAN, 1.0), missing_limit=0.75)
+    assert most.score.isnan().sum() == 3
+
+
 def test_a_reward_that_raises_is_named_and_the_cause_kept():
     def broken(videos, prompts, *, fps):
         raise KeyError("lens")

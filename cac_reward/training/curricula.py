@@ -144,7 +144,7 @@ def _merge(path: Path, tree: Any, number: int, output: str | None) -> tuple[str,
     name = f"{path}: stage {number} ({label})"
     merged = base
     for layer in (tree.get("all") or OmegaConf.create(), own):
-        for key in layer:
+        for key in map(str, layer):
             try:
                 merged = OmegaConf.merge(merged, OmegaConf.masked_copy(layer, key))
             except TypeError as error:

@@ -53,7 +53,9 @@ IMPORTERS = {
         "'CVAT for video 1.1' XML",
     ),
     "coco": Importer(
-        read_coco_json, ("videos", "split", "empty_is_clean"), "COCO's JSON of videos"
+        read_coco_json,
+        ("fps", "videos", "split", "empty_is_clean"),
+        "COCO's JSON of videos, or of images in folders",
     ),
 }
 

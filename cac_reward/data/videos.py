@@ -89,14 +89,22 @@ def _read(opened: io.BufferedReader, begin: int, length: int) -> bytes:
     return opened.read(length)
 
 
+def frame_files(folder: Path) -> list[Path]:
+    """Frames of a folder in the order of a clip."""
+    found = (one for one in folder.iterdir() if one.suffix.lower() in PICTURES and one.is_file())
+    return sorted(found, key=lambda one: frame_order(one.name))
+
+
+def frame_order(name: str) -> list[int | str]:
+    """What frames are sorted by: the numbers in their names, and what is between them."""
+    return [int(part) if part.isdigit() else part for part in _parts(name)]
+
+
 def _join(folder: Path, fps: float | None) -> Video:
     """Frames of a folder as a clip."""
     if fps is None:
         raise ValueError(f"fps must be given for a folder of frames, got none for {folder}")
-    files = sorted(
-        (one for one in folder.iterdir() if one.suffix.lower() in PICTURES and one.is_file()),
-        key=lambda one: [int(part) if part.isdigit() else part for part in _parts(one.name)],
-    )
+    files = frame_files(folder)
     if len(files) < 2:
         raise ValueError(
             f"folder must hold at least 2 frames ({', '.join(PICTURES)}), got {len(files)} in "

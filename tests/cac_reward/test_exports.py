@@ -420,6 +420,9 @@ def test_parts_of_one_finding_must_agree() -> None:
     assert findings_of(parts[::-1], clip) == (pair,)
 
 
+NO_ENTRIES = '{"videos": [], "images": [], "categories": [], "annotations": []}'
+
+
 @pytest.mark.parametrize(
     ("read", "text", "message"),
     [
@@ -447,7 +450,11 @@ def test_parts_of_one_finding_must_agree() -> None:
         (read_activitynet, '{"database": {"a": {"resolution": "2"}}}', "must be WIDTHxHEIGHT, got"),
         (read_coco, "[]", "COCO file must be an object with 'videos', got list"),
         (read_coco, '{"videos": 3}', "videos must be a list, got int"),
-        (read_coco, '{"videos": [{}]}', "entry of videos must be an object with 'id'"),
+        (
+            read_coco,
+            NO_ENTRIES.replace("[", "[{}", 1),
+            "entry of videos must be an object with 'id'",
+        ),
         (
             read_coco,
             write_coco([CLIP]).replace('"id": 2', '"id": 1'),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -227,6 +228,30 @@ def json_entries(path: Path) -> Iterator[tuple[int, str, Any]]:
         ValueError: If it is neither, with line and column.
     """
     text = path.read_text(encoding="utf-8-sig", errors=ANY_BYTES)
+    line, counted = 1, 0
+    for place, _, name, value in _members(text, 0, whole=True):
+        line += text.count("\n", counted, place)
+        counted = place
+        yield line, name, value
+
+
+def entry_lines(text: str, table: str) -> list[int]:
+    """The line on which each entry of a list begins that is in the object of a JSON text."""
+    lines: list[int] = []
+    for _, start, name, value in _members(text, 0, whole=True):
+        if name == table and isinstance(value, list):
+            places = [place for place, *_ in _members(text, start, whole=False)]
+            line = 1 + text.count("\n", 0, start)
+            steps = zip([start, *places], places, strict=False)
+            lines = list(accumulate((text.count("\n", *step) for step in steps), initial=line))[1:]
+    return lines
+
+
+def _members(text: str, position: int, *, whole: bool) -> Iterator[tuple[int, int, str, Any]]:
+    """Where each entry and its value begin, name and value, of the list or object from here on.
+
+    `whole` means that nothing else may follow in the text.
+    """
     decoder = json.JSONDecoder()
 
     def skip(position: int) -> int:
@@ -240,30 +265,31 @@ def json_entries(path: Path) -> Iterator[tuple[int, str, Any]]:
             raise json.JSONDecodeError(f"JSON must go on with {words}", text, position)
         return skip(position + 1)
 
-    position = skip(0)
+    position = skip(position)
     is_list = text[position : position + 1] == "["
     closing = "]" if is_list else "}"
     position = expect(position, "[{")
-    line, counted, number = 1, 0, 0
+    number = 0
     while text[position : position + 1] != closing:
-        line += text.count("\n", counted, position)
-        counted = position
+        place = position
         name: object = str(number)
         if not is_list:
             name, position = decoder.raw_decode(text, position)
             position = expect(skip(position), ":")
+        start = position
         try:
             value, position = decoder.raw_decode(text, position)
         except RecursionError as error:
+            line = 1 + text.count("\n", 0, place)
             raise ValueError(f"line {line} must be JSON of a few levels, got too many") from error
-        yield line, str(name), value
+        yield place, start, str(name), value
         number += 1
         position = skip(position)
         if text[position : position + 1] != closing:
             position = expect(position, "," + closing)
             if text[position : position + 1] == closing:
                 raise json.JSONDecodeError("JSON must have no comma before its end", text, position)
-    if skip(position + 1) != len(text):
+    if whole and skip(position + 1) != len(text):
         raise json.JSONDecodeError("JSON must end here", text, skip(position + 1))
 
 

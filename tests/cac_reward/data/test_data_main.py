@@ -87,7 +87,7 @@ def test_the_command_that_a_refusal_names_exists_and_works(
         ("import vau_bench {0}/t.txt --output {0}/no/a.jsonl", "folder of .* must exist; make it"),
         ("import vau_bench {0}/t.txt --output {0}/a.csv", "output must end in one of"),
         ("import vau_bench {0}/t.txt --output {0}/a.jsonl", "line 1 must have the column"),
-        ("import coco {0}/t.txt --output {0}/a.jsonl --fps 3", "fps must be left out for coco"),
+        ("import uca {0}/t.txt --output {0}/a.jsonl --path x", "path must be left out for uca"),
         ("import vau_bench {0}/t.txt --output {0}/a.jsonl --videos {0}/x", "an existing folder"),
         (
             "import ucf_crime {0}/t.txt --output {0}/a.jsonl --fps -3",

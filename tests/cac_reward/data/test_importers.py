@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cac_reward.data.annotations import AnnotatedClip, Caption
 from cac_reward.data.importers.base import ImportSettings, Problem, VideoFolder, json_entries
 from cac_reward.data.importers.vau_bench import COLUMNS
 from cac_reward.data.importing import IMPORTERS, import_annotations
+from cac_reward.data.videos import open_video
 from cac_reward.exports.base import LabelledClip
 from cac_reward.exports.coco import write_coco
 from cac_reward.exports.cvat import write_cvat
@@ -713,6 +715,160 @@ def test_one_path_is_not_that_of_several_files(tmp_path: Path) -> None:
         import_annotations("cvat", [tmp_path, tmp_path], ImportSettings(path="x"))
 
 
+def two_videos() -> dict[str, Any]:
+    """The tables of a COCO file: a.mp4 with annotations 1 to 4, other.mp4 with 5 and 6."""
+    other = replace(DRAWN, path="other.mp4", findings=(Finding("flicker", TimeWindow(0, 1)),))
+    plain: dict[str, Any] = json.loads(write_coco([DRAWN, other]))
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "changes", "why"),
+    [
+        ("annotations", 1, {"bbox": [5, 5, 0, 3]}, "box must have 0 <= x1 < x2 <= 1"),
+        ("annotations", 1, {"bbox": [1]}, "bbox of annotation 2 must be 4 numbers, got [1]"),
+        ("annotations", 1, {"category_id": 9}, "category_id must be in its table, got 9"),
+        ("annotations", 1, {"category_id": [1]}, "category_id must be in its table, got [1]"),
+        ("annotations", 1, {"track_id": 9}, "track_id must be in its table, got 9"),
+        ("annotations", 1, {"image_id": 9}, "image_id must be in its table, got 9"),
+        ("annotations", 1, {"id": 1}, "annotations must have different ids, got 1 twice"),
+        ("annotations", 1, {"id": True}, "id must be a number or text, got True"),
+        ("images", 1, {"frame_index": "z"}, "frame_index must be a whole number from 0 to 15 in a"),
+        ("images", 1, {"frame_index": True}, "frame_index must be a whole number from 0 to 15"),
+        ("images", 1, {"frame_index": -3}, "of 16 frames, got -3"),
+        ("images", 1, {"frame_index": 16}, "of 16 frames, got 16"),
+        ("tracks", 0, {"stop_frame": 17}, "stop_frame must be a whole number from 0 to 16"),
+        ("tracks", 0, {"first_frame": 12}, "first_frame must be before stop_frame, got 12 and 12"),
+        ("tracks", 0, {"note": "x"}, None),
+        ("videos", 0, {"fps": None}, "fps of a.mp4 must be a number above 0, got None"),
+        ("videos", 0, {"width": 0}, "width of a.mp4 must be a number above 0, got 0"),
+        ("videos", 0, {"name": "B@D"}, "column 'name': text must be UTF-8, got byte 0xe9"),
+    ],
+)
+def test_a_bad_entry_of_coco_keeps_its_own_video_out(
+    table: str, row: int, changes: dict[str, Any], why: str | None, tmp_path: Path
+) -> None:
+    plain = two_videos()
+    plain[table][row] |= changes
+    text = json.dumps(plain, indent=1)
+    (tmp_path / "c.json").write_bytes(text.encode().replace(b"@", b"\xe9"))
+    bad, good = outcomes("coco", tmp_path / "c.json", ImportSettings(empty_is_clean=True))
+    assert (good.path, good.verdict, len(good.findings)) == ("other.mp4", "anomalous", 1)
+    if why is None:
+        table, row, why = "videos", 0, "note must be as it was exported"
+    before = {**plain, table: [*plain[table][:row], 0]}
+    keys = list(plain)
+    ahead = json.dumps({key: before[key] for key in keys[: keys.index(table) + 1]}, indent=1)
+    assert (bad.line, bad.column) == (len(ahead.splitlines()) - 2, f"{table}[{row}]")
+    assert why in bad.why
+
+
+def test_entries_of_coco_without_a_video_or_rate(tmp_path: Path) -> None:
+    plain = two_videos()
+    for video in plain["videos"]:
+        del video["fps"]
+    plain["images"][0]["video_id"] = 7
+    plain["annotations"].append(3)
+    path = write_json(tmp_path / "c.json", plain)
+    no_rate, also, *_ = outcomes("coco", path)
+    assert no_rate.why == also.why
+    assert "fps must be stated by the video or given, got none" in also.why
+    image, row, first, second = outcomes("coco", path, ImportSettings(fps=4.0))
+    assert (image.column, row.column) == (
+        "images[0]",
+        f"annotations[{len(plain['annotations']) - 1}]",
+    )
+    assert "video_id must be in its table, got 7" in image.why
+    assert "entry of annotations must be an object with 'id', got int" in row.why
+    assert (first.fps, second.duration_seconds) == (4.0, 4.0)
+
+
+def test_coco_without_tracks_joins_boxes_by_their_track(tmp_path: Path) -> None:
+    plain = two_videos()
+    del plain["tracks"]
+    (clip, _) = outcomes("coco", write_json(tmp_path / "c.json", plain))
+    (finding,) = clip.findings
+    assert finding.window == TimeWindow(0.5, 1.5)
+    assert len(finding.boxes) == 3
+
+
+def standard(*names: str, **changes: Any) -> dict[str, Any]:
+    """COCO's standard file with a box on the first image of these names."""
+    images = [
+        {"id": number, "file_name": name, "width": 64, "height": 48}
+        for number, name in enumerate(names, 1)
+    ]
+    box = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [16, 12, 32, 24], "iscrowd": 0}
+    categories = [{"id": 3, "name": "jump"}]
+    return {"images": images, "annotations": [box], "categories": categories} | changes
+
+
+def test_images_of_a_folder_are_frames_of_a_clip(tmp_path: Path) -> None:
+    names = ("x/f10.png", "x/f9.png", "y/0.jpg", "y/1.jpg", "x/f2.png")
+    path = write_json(tmp_path / "c.json", standard(*names))
+    with pytest.raises(ValueError, match=r"c.json: fps must be given .* give it with --fps"):
+        outcomes("coco", path)
+    drawn, empty = outcomes("coco", path, ImportSettings(fps=2.0, empty_is_clean=True))
+    # Frame 10 comes behind 9 and 2, as the trainer reads them.
+    assert drawn == AnnotatedClip(
+        path="x",
+        source="c",
+        fps=2.0,
+        duration_seconds=1.5,
+        width=64,
+        height=48,
+        findings=(Finding("jump", TimeWindow(1.0, 1.5), (Box(1.0, 0.25, 0.25, 0.75, 0.75),)),),
+    )
+    assert (empty.path, empty.verdict, empty.duration_seconds) == ("y", "clean", 1.0)
+
+
+def test_a_folder_that_is_here_says_what_its_frames_are(tmp_path: Path) -> None:
+    (tmp_path / "v" / "x").mkdir(parents=True)
+    save_video(tmp_path / "v" / "deep" / "x.mp4")
+    for number in range(4):
+        Image.new("RGB", (64, 48), (number, 0, 0)).save(tmp_path / "v" / "x" / f"{number}.png")
+    settings = ImportSettings(fps=2.0, videos=VideoFolder(tmp_path / "v"))
+    path = write_json(tmp_path / "c.json", standard("x/2.png", "x/3.png"))
+    (clip,) = outcomes("coco", path, settings)
+    assert (clip.path, clip.duration_seconds) == ("x", 2.0)
+    assert clip.findings[0].window == TimeWindow(1.0, 1.5)
+    video = open_video(clip, tmp_path / "v")
+    assert len(video.frames) == 4
+    assert int(video.frames[2].max()) == 2
+    (bad,) = outcomes("coco", write_json(path, standard("x/2.png", "x/9.png")), settings)
+    assert (bad.line, bad.column) == (9, "images[1]")
+    assert bad.why == "file_name must be a picture of its folder, got 'x/9.png'"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"file_name": "x/1.txt"}, "file_name must be a picture of its folder, got 'x/1.txt'"),
+        ({"file_name": "x/0.png"}, "file_name must be there once, got 'x/0.png' more often"),
+        ({"file_name": 3}, "image must have a file_name, got {"),
+        ({"width": 65}, "images of a folder must state one size, got {'width': 65, 'height': 48}"),
+        ({"width": None}, "images of a folder must state one size, got {'width': None"),
+    ],
+)
+def test_an_image_that_is_no_frame_keeps_its_folder_out(
+    changes: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    plain = standard("y/0.png", "y/1.png", "x/0.png", "x/1.png", "x/2.png")
+    plain["images"][3] |= changes
+    *bad, good = outcomes("coco", write_json(tmp_path / "c.json", plain), ImportSettings(fps=2.0))
+    if changes == {"file_name": 3}:
+        bad, good = bad[:1], bad[1]
+    assert good.path == "y"
+    assert (bad[-1].line, bad[-1].column) == (21, "images[3]")
+    assert why in bad[-1].why
+
+
+def test_a_folder_of_one_image_is_no_clip(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "c.json", standard("x/0.png"))
+    (bad,) = outcomes("coco", path, ImportSettings(fps=2.0))
+    assert "folder must hold at least 2 frames, got 1 in 'x'" in bad.why
+
+
 # What they share
 
 
@@ -748,8 +904,8 @@ def test_settings_that_are_not_used_are_refused(tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError, match="sentences must be left out for vau_bench"):
         import_annotations("vau_bench", [], ImportSettings(sentences=(tmp_path,)))
-    with pytest.raises(ValueError, match="fps must be left out for coco"):
-        import_annotations("coco", [], ImportSettings(fps=8.0))
+    with pytest.raises(ValueError, match="fps must be left out for deeptrace_reward"):
+        import_annotations("deeptrace_reward", [], ImportSettings(fps=8.0))
     with pytest.raises(ValueError, match="format must be one of vau_bench, .* got 'vau'"):
         import_annotations("vau", [], NONE)
     with pytest.raises(FileNotFoundError, match="file must exist to be imported, got .*gone"):

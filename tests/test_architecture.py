@@ -70,7 +70,8 @@ LAYERS = {
         *("training/processes", "training/models", "training/classifier", "training/asking"),
         *("training/measuring", "training/cards"),
         *("training/checkpoints", "training/stopping", "training/learning"),
-        *("training/sft", "training/answering", "training/grpo", "training/stages", "training/"),
+        *("training/sft", "training/answering", "training/grpo", "training/stages"),
+        *("training/beforehand", "training/"),
         "__main__",
     ],
     "diffusion_rl": [

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 
+from cac_reward.training.beforehand import check_stages
 from cac_reward.training.curricula import load_curriculum
 from cac_reward.training.learning import TrainingError
 from cac_reward.training.processes import processes
@@ -37,6 +38,7 @@ def run_train(options: argparse.Namespace) -> int:
     """Run every stage that is not finished; says what each came to."""
     logging.getLogger("libav").setLevel(logging.CRITICAL)
     stages = load_curriculum(options.config, options.overrides)
+    check_stages(stages, processes().num_processes)
     speaks = processes().is_main_process
     for number, stage in enumerate(stages, 1):
         if speaks:

@@ -94,10 +94,7 @@ class JudgeGRPOTrainer(LearningMixin, GRPOTrainer):
     ) -> None:
         self.stage, self.pupil, self.held_out, self.stop = stage, pupil, held_out, stop
         self.source = source
-        if stage.rollout.vllm and find_spec("vllm") is None:
-            raise ImportError(
-                "rollout.vllm needs vllm; install it with: pip install 'trl[vllm]', or leave it out"
-            )
+        check_engine(stage.rollout.vllm)
         self.skipped = SkippedClips(Path(stage.output) / SKIPPED_FILE, stage.data.max_skipped_share)
         processor = pupil.training_processor()
         self.encoder = Encoder(processor, pupil.family)
@@ -334,6 +331,14 @@ def _never_written(processor: Any, pupil: Pupil, by_vllm: bool) -> dict[str, Any
     """How transformers, or vLLM, is told not to draw the tokens that stand for pictures."""
     ids = processor.tokenizer.convert_tokens_to_ids(list(pupil.family.never_written))
     return {"logit_bias": dict.fromkeys(ids, -100.0)} if by_vllm else {"suppress_tokens": ids}
+
+
+def check_engine(vllm: bool) -> None:
+    """Raises ImportError where vLLM is to draw answers and is not installed."""
+    if vllm and find_spec("vllm") is None:
+        raise ImportError(
+            "rollout.vllm needs vllm; install it with: pip install 'trl[vllm]', or leave it out"
+        )
 
 
 def count_questions(stage: StageSettings, processes: int) -> int:

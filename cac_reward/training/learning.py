@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from cac_reward.training.checkpoints import keep_latest, mark_whole
 from cac_reward.training.clips import Skipped
-from cac_reward.training.measuring import CHOOSING, HeldOut
+from cac_reward.training.measuring import HeldOut, check_choosing
 from cac_reward.training.models import Pupil, save_heads, split_heads
 from cac_reward.training.optimizers import MuonWithAdamW, split_parameters
 from cac_reward.training.processes import processes
@@ -304,10 +304,7 @@ def training_arguments(stage: StageSettings, has_held_out: bool) -> dict[str, An
     """
     settings = stage.optimizer
     measures = has_held_out and stage.evaluation.every > 0
-    if stage.evaluation.best not in CHOOSING:
-        raise ValueError(
-            f"evaluation.best must be one of {', '.join(CHOOSING)}, got {stage.evaluation.best!r}"
-        )
+    check_choosing(stage.evaluation.best)
     optim = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "muon": "adamw_torch"}
     return {
         "output_dir": stage.output,

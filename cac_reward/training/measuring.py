@@ -41,6 +41,12 @@ CHOOSING = tuple(name for name in LOGGED if name not in LOWER_IS_BETTER)
 """Measures that the best judge can be chosen by."""
 
 
+def check_choosing(best: str) -> None:
+    """Raises ValueError unless the best judge can be chosen by a measure."""
+    if best not in CHOOSING:
+        raise ValueError(f"evaluation.best must be one of {', '.join(CHOOSING)}, got {best!r}")
+
+
 @dataclass(eq=False)
 class HeldOut:
     """The first clips of held-out annotations, and how the judge is asked about them.

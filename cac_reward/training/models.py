@@ -54,7 +54,7 @@ def load_pupil(settings: StageSettings, device: str) -> Pupil:
             nothing of the loss can be learnt.
     """
     wanted = settings.model
-    _check_learnable(settings)
+    check_learnable(settings)
     options = LoadOptions(device=device, dtype=wanted.dtype, attention=wanted.attention)
     files = find_files(wanted.path, revision=wanted.revision, base=wanted.base)
     model, processor = load(files, options, trainable_adapter=True)
@@ -115,7 +115,8 @@ def save_heads(state: dict[str, Tensor], folder: Path) -> None:
     save_file(plain, folder / HEADS_FILE)
 
 
-def _check_learnable(settings: StageSettings) -> None:
+def check_learnable(settings: StageSettings) -> None:
+    """Raises ValueError where nothing of the loss can be learnt by what learns."""
     if settings.model.learns != "heads":
         return
     loss = settings.loss

@@ -1,5 +1,6 @@
 """`cac-reward train`: what is wrong is said in one line, before any training."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from cac_reward.__main__ import main
+from cac_reward.training import beforehand, command, grpo
 from cac_reward.training.checkpoints import MARK, mark_whole
 from cac_reward.training.settings import build_stage, to_tree
 from tests.tiny_judge import build_tiny_judge
@@ -93,6 +95,66 @@ def test_what_is_wrong_is_said_in_a_line(
     assert not (tmp_path / "out" / "judge").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("2.data.train=[none.jsonl]", "data.train: annotations must be an existing file or folder"),
+        ("2.data.held_out=[a.txt]", "data.held_out: annotations must be an existing file or"),
+        ("2.data.train=[{file}]", "data.train: annotations must end in one of"),
+        ("2.data.videos=nowhere", "data.videos must be an existing folder, got nowhere; leave"),
+        ("2.model.path=/no/judge", "model.path must be an existing folder or a hub id, got /no"),
+        ("2.model.base=runs/no/judge", "model.base must be an existing folder or a hub id, got"),
+        ("2.evaluation.best=nonsense", "evaluation.best must be one of clip.accuracy, "),
+        (
+            "2.model.dtype=bf16",
+            "model.dtype must be one of ['float32', 'bfloat16', 'float16'], got",
+        ),
+        ("2.model.attention=fast", "model.attention must be one of"),
+        ("2.trackers=[tensorbord]", "trackers must be one of azure_ml, "),
+        ("2.trackers=[dvclive]", "trackers must be installed, got 'dvclive', which is not; inst"),
+        ("2.optimizer.name=adamw_8bit", "optimizer.name 'adamw_8bit' needs bitsandbytes; inst"),
+        ("2.per_update=3", "per_update must be a multiple of batch * processes, got 3 with 2 * 1"),
+        ("2.model.learns=heads", "loss.frames or loss.clip must be above 0 where model.learns is"),
+        ("3.batch=3", "batch * accumulation * processes must be a multiple of rollout.group 2"),
+        ("3.rollout.vllm=true", "rollout.vllm needs vllm; install it with"),
+    ],
+)
+def test_what_is_wrong_with_a_later_stage_is_said_before_the_first(
+    parts: Path,
+    tmp_path: Path,
+    override: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Judges that an earlier stage will make are no part of it."""
+    monkeypatch.setattr(command, "run_stage", lambda stage: pytest.fail("it was trained"))
+    monkeypatch.setattr(beforehand, "get_available_reporting_integrations", list)
+    find = importlib.util.find_spec
+    missing = ("bitsandbytes", "vllm", "dvclive")
+    monkeypatch.setattr(beforehand, "find_spec", lambda name: name not in missing or None)
+    monkeypatch.setattr(grpo, "find_spec", lambda name: None if name in missing else find(name))
+    (tmp_path / "a.md").write_text("")
+    stage = tree(parts, tmp_path / "out", batch=2)
+    del stage["output"]
+    later = {**stage, "model": {"path": "previous"}}
+    rewarded = {"trainer": "grpo", "lessons": {"inspect": 1.0}, "rewards": {"format": 1.0}}
+    last = {**later, **rewarded, "rollout": {"group": 2}}
+    stages = {"output": str(tmp_path / "out"), "stages": [stage, later, last]}
+    written = override.format(file=tmp_path / "a.md")
+    assert train(tmp_path, stages, written) == 2
+    assert refused(capsys).startswith(f"stage {override[0]}: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_finished_stages_are_not_looked_at_again(parts: Path, tmp_path: Path) -> None:
+    stage = build_stage(tree(parts, tmp_path / "out"), "x", ["data.train=[gone.jsonl]"])
+    with pytest.raises(FileNotFoundError, match=r"stage 1: data.train: annotations must be an exi"):
+        beforehand.check_stages([stage], 1)
+    finished(to_tree(stage), tmp_path / "out")
+    beforehand.check_stages([stage], 1)
+
+
 def test_data_without_clips(
     parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,8 +236,8 @@ def test_a_run_goes_on_with_its_own_settings_only(
     assert "0.001" not in (tmp_path / "out" / "stage.yaml").read_text()
     # A checkpoint that was not finished binds nobody.
     (tmp_path / "out" / "checkpoint-1" / MARK).unlink()
-    assert train(tmp_path, plain, "data.train=[none.jsonl]", "seed=3") == 2
-    assert "annotations must be an existing file" in refused(capsys)
+    assert train(tmp_path, plain, "data.split=none", "seed=3") == 2
+    assert "lessons.scan must fit at least one clip" in refused(capsys)
     assert "seed: 3" in (tmp_path / "out" / "stage.yaml").read_text()
 
 

@@ -200,6 +200,26 @@ def focused_share(advantages: Tensor, moved: Tensor) -> float:
     return ((size * moved).sum() / size.sum()).item() if bool(size.any()) else 0.0
 
 
+def check_blame(blames: Sequence[Tensor | None], settings: CreditSettings) -> None:
+    """Refuse credit that no reward grounds, which is a mistake of the configuration.
+
+    To be asked once, of the first videos of a run: a judge may leave blame out where it finds no
+    fault, or could not say, and `assign_credit` then spreads.
+
+    Args:
+        blames: [B F Y X] of each reward of weight other than 0; None where it returned none.
+        settings: uniform, grounded or random.
+
+    Raises:
+        ValueError: There is nothing to ground credit in.
+    """
+    if settings.name != "uniform" and all(blame is None for blame in blames):
+        raise ValueError(
+            f"credit.name must be uniform for rewards that return no blame, got {settings.name}; "
+            "let one of weight other than 0 return {'score': [B], 'blame': [B F H W]}"
+        )
+
+
 def assign_credit(
     advantages: Tensor,
     parts: Sequence[ScorePart],
@@ -212,7 +232,8 @@ def assign_credit(
     """Lay the advantages on the latents' positions.
 
     Advantages of at least 0 are spread: that nothing is wrong is said of all of a video. So is the
-    advantage of a video without blame, or with the same blame everywhere.
+    advantage of a video without blame, or with the same blame everywhere, and all of them where no
+    part has blame (`check_blame` refuses what never will).
 
     Args:
         advantages: [B], 0 for videos not judged.
@@ -226,18 +247,12 @@ def assign_credit(
             other processes have the others; None is all.
 
     Raises:
-        ValueError: No part has blame, so that there is nothing to ground credit in, or a shape is
-            wrong.
+        ValueError: A shape is wrong.
     """
     axes = check_shape("advantages", advantages, "B")
     rows = torch.arange(axes["B"]) if rows is None else rows
     uniform = Credit(advantages[rows], None, settings.clip)
-    if settings.name != "uniform" and all(part.blame is None for part in parts):
-        raise ValueError(
-            f"credit.name must be uniform for rewards that return no blame, got {settings.name}; "
-            "let one of weight other than 0 return {'score': [B], 'blame': [B F H W]}"
-        )
-    if settings.focus == 0:
+    if settings.focus == 0 or all(part.blame is None for part in parts):
         return uniform
     shares = blamed_shares(torch.stack([part.score for part in parts]), group)
     shares = (shares * (advantages < 0))[:, rows]

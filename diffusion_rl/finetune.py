@@ -25,7 +25,14 @@ from diffusion_rl.advantages import (
 )
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.collect import Batch, collect, update_source
-from diffusion_rl.credit import Credit, LatentGrid, ScorePart, assign_credit, focused_share
+from diffusion_rl.credit import (
+    Credit,
+    LatentGrid,
+    ScorePart,
+    assign_credit,
+    check_blame,
+    focused_share,
+)
 from diffusion_rl.drawing import Draws
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.guards import GuardReport, apply_guards, measure_reference
@@ -245,11 +252,17 @@ def judge(
     settings: FinetuneSettings,
     state: FinetuneState,
 ) -> tuple[JudgedBatch, GuardReport]:
-    """Wait for the rewards and ask the guards; scores and penalties are [N], of all."""
+    """Wait for the rewards and ask the guards; scores and penalties are [N], of all.
+
+    Raises:
+        ValueError: Credit wants blame, and in a run's first update no weighted reward returns any.
+    """
     trajectory = batch.trajectory
     places = (trajectory.videos, trajectory.rows, trajectory.total)
     said = gather_answers(asked, "judging videos", *places)
     judged = add_up_rewards(rewards, said, settings.missing_limit)
+    if state.step == 0:
+        check_blame([said[one.name].blame for one in rewards if one.weight], settings.credit)
     guarded = apply_guards(
         settings.guards,
         state.reference_levels,

@@ -20,6 +20,7 @@ from diffusion_rl.credit import (
     assign_credit,
     blame_weights,
     blamed_shares,
+    check_blame,
     move_at_random,
     pool_blame,
 )
@@ -193,7 +194,17 @@ def test_even_blame_and_no_mix_are_uniform_credit() -> None:
 def test_rewards_that_never_blame_are_refused() -> None:
     for name in ("grounded", "random"):
         with pytest.raises(ValueError, match=f"credit.name must be uniform .* got {name}"):
-            assign([-1.0, 1.0, 0.0, 0.0], one_part([0.0] * 4, None), CreditSettings(name=name))
+            check_blame([None, None], CreditSettings(name=name))
+        check_blame([None, torch.zeros(4, 9, 2, 2)], CreditSettings(name=name))
+    check_blame([None], CreditSettings())
+
+
+def test_without_any_blame_all_is_spread() -> None:
+    for name in ("grounded", "random"):
+        parts = one_part([0.0, 1.0, 0.0, 1.0], None)
+        credit = assign([-1.0, 1.0, -2.0, 2.0], parts, CreditSettings(name=name))
+        assert credit.weights is None
+        assert credit.advantages.tolist() == [-1.0, 1.0, -2.0, 2.0]
 
 
 def test_random_credit_is_the_same_region_at_another_place() -> None:

@@ -401,6 +401,27 @@ def test_unjudged_videos_take_their_blame_with_them(monkeypatch: pytest.MonkeyPa
         assert torch.equal(credit.weights[video] > 0, blame[video] > 0)
 
 
+def test_an_update_without_blame_is_spread_and_the_run_goes_on() -> None:
+    """A judge that says nothing of places in one update stops a run only if it is the first."""
+    calls = []
+
+    def silent_at(call: int) -> Reward:
+        def sometimes(videos: Tensor, prompts: list[str], *, fps: float) -> dict[str, Tensor]:
+            calls.append(call)
+            score = {"score": videos.mean((1, 2, 3, 4))}
+            return score if len(calls) == call else judge(videos, prompts, fps=fps) | score
+
+        calls.clear()
+        return Reward("sometimes", sometimes)
+
+    settings = settings_for(GrpoSettings(), CreditSettings(name="grounded"), updates=3)
+    _, reports = run(settings, silent_at(2))
+    assert reports[1].grad_norm > 0
+    assert [report.focused_share > 0 for report in reports] == [True, False, True]
+    with pytest.raises(ValueError, match="credit.name must be uniform for rewards that return no"):
+        run(settings, silent_at(1))
+
+
 @pytest.mark.parametrize("credit", ["grounded", "random"])
 @pytest.mark.parametrize("name", ["grpo", "nft"])
 def test_a_resumed_run_is_the_uninterrupted_run(name: str, credit: str, tmp_path: Path) -> None:

@@ -208,6 +208,7 @@ def surrogate_of(
         mean_shifts=own.columns(shift.flatten(1).mean(dim=1), shift.mean(dim=1)),
         stds=step.std.flatten()[:, None].expand_as(log_probs),
         durations=duration.expand_as(log_probs),
+        sigmas=trajectory.sigmas[place].expand_as(log_probs),
         widths=own.widths(positions),
     )
     advantages = own.column_advantages(positions)

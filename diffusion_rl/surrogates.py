@@ -27,6 +27,8 @@ class ReplayedSteps(NamedTuple):
     """[B K] spread of the Gaussians, above 0; the same for both policies."""
     durations: Tensor
     """[B K] sigma - next_sigma, above 0."""
+    sigmas: Tensor
+    """[B K] noise level that each step starts from, in (0, 1]."""
     widths: Tensor | None = None
     """[B K] how much wider than a whole latent's the logarithms of these ratios spread, at least 1;
     clip ranges are widened by it. None is 1."""
@@ -50,7 +52,7 @@ def clipped_surrogate(
     Raises:
         ValueError: A shape is wrong or an option is outside its range.
     """
-    _check_steps(steps, advantages)
+    check_steps(steps, advantages)
     log_ratios = steps.log_probs - steps.old_log_probs.detach()
     bounds = (clip_range, clip_range_high, steps.widths)
     terms = clipped_terms(log_ratios, advantages, *bounds)
@@ -85,7 +87,7 @@ def guarded_surrogate(
     Source:
         GRPO-Guard, arXiv:2510.22319, train_sd3_GRPO_Guard of Flow-GRPO's published code.
     """
-    _check_steps(steps, advantages)
+    check_steps(steps, advantages)
     drift = steps.mean_shifts / (2 * steps.stds**2)
     log_ratios = (steps.log_probs - steps.old_log_probs.detach() + drift) * steps.stds
     bounds = (clip_range, clip_range_high, steps.widths)
@@ -116,7 +118,7 @@ def divergence_masked_surrogate(
     """
     if not divergence_limit > 0:
         raise ValueError(f"divergence_limit must be above 0, got {divergence_limit}")
-    _check_steps(steps, advantages)
+    check_steps(steps, advantages)
     log_ratios = steps.log_probs - steps.old_log_probs.detach()
     advantage = advantages.detach()
     advantage = advantage[:, None] if advantage.ndim == 1 else advantage
@@ -126,7 +128,12 @@ def divergence_masked_surrogate(
     return Surrogate(terms.mean(), log_ratios.detach(), stopped)
 
 
-def _check_steps(steps: ReplayedSteps, advantages: Tensor) -> None:
+def check_steps(steps: ReplayedSteps, advantages: Tensor) -> None:
+    """Hold recorded steps and advantages against their axes; every row's loss asks it first.
+
+    Raises:
+        ValueError: A shape is wrong, or a step is deterministic.
+    """
     axes = check_shape("log_probs", steps.log_probs, "B K")
     for name, value in zip(ReplayedSteps._fields, steps, strict=True):
         if value is not None:

@@ -29,7 +29,12 @@ def random_steps(seed: int = 0, size: float = 0.3) -> ReplayedSteps:
     old, shift, spread, duration = (torch.rand(3, 4, generator=source) for _ in range(4))
     change = size * torch.randn(3, 4, generator=source)
     return ReplayedSteps(
-        (old + change).requires_grad_(), old, size * shift, 0.3 + spread, 0.05 + 0.1 * duration
+        log_probs=(old + change).requires_grad_(),
+        old_log_probs=old,
+        mean_shifts=size * shift,
+        stds=0.3 + spread,
+        durations=0.05 + 0.1 * duration,
+        sigmas=0.1 + 0.9 * torch.rand(3, 4, generator=source),
     )
 
 
@@ -92,7 +97,7 @@ def test_the_guard_centres_the_ratios_of_a_mean_that_has_moved():
     plain = (new - old).mean()
     assert plain == pytest.approx(-0.125, abs=0.01)
     ones = torch.ones(200000, 1)
-    steps = ReplayedSteps(new, old, 0.04 * ones, 0.4 * ones, 0.1 * ones)
+    steps = ReplayedSteps(new, old, 0.04 * ones, 0.4 * ones, 0.1 * ones, ones)
     guarded = guarded_surrogate(steps, torch.ones(200000), clip_range=0.1).log_ratios
     assert guarded.mean() == pytest.approx(0.0, abs=5e-3)
     # Their spread is the distance of the means, whatever that of the step.

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, WanPipeline
 
 from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.rollout import sample_videos
+from tests.family_checks import adapted, run_settings
 from tests.tiny_wan import SIZE, build_tiny_wan, save_tiny_wan
 
 PROMPTS = ["a red circle moves left", "the blue square"]
@@ -124,6 +125,17 @@ def test_half_precision_predicts_in_float32(folder: Path) -> None:
     embeddings = generator.encode_prompts(PROMPTS)
     latent = generator.initial_latents([0, 1])
     assert generator.predict(latent, torch.tensor(1.0), embeddings, 1.0).dtype == torch.float32
+
+
+def test_lora_targets_are_all_attention_and_feed_forward_layers(
+    tmp_path: Path, generator: WanGenerator
+) -> None:
+    names = adapted(generator, run_settings("wan", tmp_path, tmp_path / "run", SIZE))
+    # Two blocks with self- and cross-attention (4 layers each) and one feed-forward (2).
+    assert len(names) == 2 * (4 + 4 + 2)
+    places = {name[name.index("blocks.") :].split(".", 2)[2] for name in names}
+    attention = {f"attn{k}.to_{part}" for k in (1, 2) for part in ("q", "k", "v", "out.0")}
+    assert places == attention | {"ffn.net.0.proj", "ffn.net.2"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,13 +19,15 @@ from transformers import Trainer, TrainerCallback
 
 from cac_reward.training.checkpoints import keep_latest, mark_whole
 from cac_reward.training.clips import Skipped
-from cac_reward.training.measuring import HeldOut, check_choosing
+from cac_reward.training.measuring import CHOOSING, HeldOut, check_choosing
 from cac_reward.training.models import Pupil, save_heads, split_heads
 from cac_reward.training.optimizers import MuonWithAdamW, split_parameters
 from cac_reward.training.processes import processes
 from cac_reward.training.settings import StageSettings
 from cac_reward.training.stopping import StopRequest
 from cac_reward.whole_files import whole_file
+
+logger = logging.getLogger(__name__)
 
 LEAST_CLIPS_READ = 50
 """Before a process has read so many clips, no share of unreadable ones but 0 stops a run."""
@@ -275,6 +278,15 @@ class LearningMixin:
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """What could not be measured, of a judge that gives no verdict yet, is never the best."""
         if self.args.metric_for_best_model not in metrics:
+            if self.accelerator.is_main_process:
+                known = [name for name in CHOOSING if f"eval_{name}" in metrics]
+                logger.warning(
+                    "evaluation.best %s was not measured after update %d, so this judge is not the "
+                    "best; measured: %s",
+                    self.stage.evaluation.best,
+                    self.state.global_step,
+                    ", ".join(known) or "nothing",
+                )
             return False
         return bool(super()._determine_best_metric(metrics, trial))  # type: ignore[misc]
 

@@ -159,12 +159,16 @@ def test_a_stage_of_tasks_is_measured_by_its_tasks(
     assert not [name for name in found if name.startswith("space.")]
 
 
-def test_two_turns_are_asked_beside_questions(judge: Path, clips: Path, tmp_path: Path) -> None:
+def test_two_turns_are_asked_beside_questions(
+    judge: Path, clips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Turns that a judge of random weights fails at do not hide that questions were asked."""
     lessons = {"lessons": {"qa": 0.5, "inspect": 0.5}, "rollout": {"max_answer_tokens": 4}}
-    stage = tiny_stage(judge, clips, tmp_path, [f"data.held_out=[{clips}]"], **lessons, updates=1)
-    found = run_stage(stage).measured
+    settings = [f"data.held_out=[{clips}]", "evaluation.every=1"]
+    settings += ["evaluation.best=question.accuracy_of_all"]
+    found = run_stage(tiny_stage(judge, clips, tmp_path, settings, **lessons, updates=1)).measured
     assert found["unjudged"] == 1  # Four tokens of random weights are no answer.
+    assert "best question.accuracy_of_all was not measured after update 1, so this" in caplog.text
 
 
 def test_heads_alone_are_measured_by_what_they_say(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import signal
 from functools import partial
 from pathlib import Path
@@ -9,13 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from cac_reward.__main__ import main
 from cac_reward.training import stages
 from cac_reward.training.checkpoints import last_checkpoint
+from cac_reward.training.learning import LearningMixin
+from cac_reward.training.settings import to_tree
 from cac_reward.training.stages import run_stage
 from tests.killing import die, die_before_the_mark, die_in_update, train_apart
-from tests.tiny_stage import tiny_stage
+from tests.tiny_judge import build_tiny_judge
+from tests.tiny_stage import CALL, CLEAN, sharpen, tiny_stage
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -24,7 +30,8 @@ LORA = {"lora": {"rank": 2, "alpha": 4, "dropout": 0.2}}
 GRPO: dict[str, Any] = {
     "trainer": "grpo",
     "rewards": {"format": 1.0, "accuracy": 1.0},
-    "rollout": {"group": 2, "max_call_tokens": 3, "max_answer_tokens": 3},
+    "rollout": {"group": 4, "max_call_tokens": 3, "max_answer_tokens": 3},
+    "batch": 8,
 }
 KINDS: dict[str, dict[str, Any]] = {
     "words and heads": {
@@ -40,14 +47,50 @@ KINDS: dict[str, dict[str, Any]] = {
         "model": {"learns": "heads"},
     },
     "adapter": {"model": LORA, "loss": {"frames": 0.5}},
+    "frames": {"lessons": {"frame": 1.0, "caption": 1.0}, "options": {"turns": 2}},
+    "reasoning and reflection": {
+        "lessons": {"qa": 1.0, "grounding": 1.0, "description": 1.0},
+        "options": {"thinking": 0.5, "reflection": 0.5},
+        "batch": 4,
+    },
     "muon": {"optimizer": {"name": "muon", "schedule": "cosine", "warmup": 2}},
     "rewards": {**GRPO, "grpo": {"kl_weight": 0.1}},
+    "rewards of one turn": {
+        **GRPO,
+        "lessons": {"qa": 1.0},
+        "rewards": {"question_answer": 1.0, "format": 1.0},
+        "options": {"thinking": 0.0},
+    },
     "rewards, adapter, two updates a rollout": {
         **GRPO,
         "model": LORA,
         "grpo": {"updates_per_rollout": 2},
     },
 }
+
+
+@pytest.fixture(scope="module")
+def answering(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A judge of few tokens an answer that was taught some, so that rewards move it."""
+    folder = tmp_path_factory.mktemp("answering")
+    answers = [f"<answer>{letter}</answer>" for letter in "ABC"]
+    start = sharpen(build_tiny_judge(folder / "start", whole_tokens=[CLEAN, CALL, *answers]))
+    settings: dict[str, Any] = {"lessons": {"scan": 1.0, "qa": 1.0}, "options": {"thinking": 0.0}}
+    settings |= {"updates": 24, "batch": 8, "save_every": 24}
+    settings["optimizer"] = {"learning_rate": 1e-2, "schedule": "constant"}
+    return run_stage(tiny_stage(start, clips, folder / "taught", **settings)).judge
+
+
+def judge_of(kind: str, request: pytest.FixtureRequest) -> Path:
+    """Where a stage of a kind begins."""
+    name = "answering" if "trainer" in KINDS[kind] else "judge"
+    return Path(request.getfixturevalue(name))
+
+
+def assert_moved(kind: str, output: Path) -> None:
+    """Else a run that goes on would be compared with one that stood still."""
+    behind = [line["grad_norm"] for line in losses(output) if line["step"] > 2 and "loss" in line]
+    assert any(behind), kind
 
 
 def losses(output: Path) -> list[dict[str, Any]]:
@@ -84,8 +127,9 @@ def _flat(tree: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
-    kind: str, judge: Path, clips: Path, tmp_path: Path
+    kind: str, clips: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    judge = judge_of(kind, request)
     data = [f"data.held_out=[{clips}]", "evaluation.every=2", "evaluation.clips=2"]
     evaluated = data if kind in ("words and heads", "rewards") else []
     whole, cut = (
@@ -97,11 +141,15 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert last_checkpoint(tmp_path / "cut") == tmp_path / "cut" / "checkpoint-2"
     run_stage(cut)
     assert_same(tmp_path / "whole", tmp_path / "cut")
+    assert_moved(kind, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kind", ["words and heads", "rewards"])
-def test_two_processes_go_on_too(kind: str, judge: Path, clips: Path, tmp_path: Path) -> None:
+def test_two_processes_go_on_too(
+    kind: str, clips: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """With measurements in between, of which each process takes its part."""
+    judge = judge_of(kind, request)
     data = [f"data.held_out=[{clips}]", "evaluation.every=2", "evaluation.clips=3"]
     whole, cut = (
         tiny_stage(judge, clips, tmp_path / name, data, **KINDS[kind]) for name in ("whole", "cut")
@@ -113,6 +161,57 @@ def test_two_processes_go_on_too(kind: str, judge: Path, clips: Path, tmp_path: 
         run_stage(cut)
     assert train_apart(cut, processes=2) == [0, 0]
     assert_same(tmp_path / "whole", tmp_path / "cut")
+    assert_moved(kind, tmp_path / "whole")
+
+
+def test_a_curriculum_goes_on_in_the_stage_that_was_killed(
+    judge: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage before is not trained again, the one behind begins with what comes of it."""
+    configs = {}
+    for name in ("whole", "cut"):
+        tree = to_tree(tiny_stage(judge, clips, tmp_path / "unused"))
+        del tree["output"]
+        later = {**tree, "model": {**tree["model"], "path": "previous"}, "seed": 1}
+        configs[name] = tmp_path / f"{name}.yaml"
+        plain = {"output": str(tmp_path / name), "stages": [tree, later]}
+        configs[name].write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
+    assert main(["train", str(configs["whole"])]) == 0
+    killed = multiprocessing.get_context("fork").Process(
+        target=_train_and_die_in_stage_2, args=(configs["cut"],)
+    )
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == KILLED
+    first, second = tmp_path / "cut" / "1_stage", tmp_path / "cut" / "2_stage"
+    assert last_checkpoint(second) == second / "checkpoint-2"
+    made = (first / "judge" / "model.safetensors").stat()
+    trained: list[str] = []
+    step = LearningMixin.training_step
+
+    def note(self: Any, *arguments: Any, **more: Any) -> Any:
+        trained.append(self.args.output_dir)
+        return step(self, *arguments, **more)
+
+    monkeypatch.setattr(LearningMixin, "training_step", note)
+    assert main(["train", str(configs["cut"])]) == 0
+    assert trained == [str(second)] * 2
+    assert (first / "judge" / "model.safetensors").stat().st_mtime_ns == made.st_mtime_ns
+    for stage in ("1_stage", "2_stage"):
+        assert_same(tmp_path / "whole" / stage, tmp_path / "cut" / stage)
+
+
+def _train_and_die_in_stage_2(config: Path) -> None:
+    torch.set_num_threads(1)
+    step = LearningMixin.training_step
+
+    def step_or_die(self: Any, *arguments: Any, **more: Any) -> Any:
+        if "2_stage" in self.args.output_dir and self.state.global_step == 3:
+            die()
+        return step(self, *arguments, **more)
+
+    LearningMixin.training_step = step_or_die  # type: ignore[method-assign]
+    main(["train", str(config)])
 
 
 def test_what_was_cut_off_while_it_was_written_is_not_taken(
@@ -141,8 +240,6 @@ def test_a_run_that_was_killed_at_its_very_end_is_not_trained_again(
     whole, cut = (tiny_stage(judge, clips, tmp_path / name) for name in ("whole", "cut"))
     run_stage(whole)
     assert train_apart(cut, prepare=_die_before_the_result) == [KILLED]
-    from cac_reward.training.learning import LearningMixin
-
     monkeypatch.setattr(LearningMixin, "training_step", die)
     assert run_stage(cut).updates == 4
     assert_same(tmp_path / "whole", tmp_path / "cut")

@@ -144,9 +144,10 @@ def _merge(path: Path, tree: Any, number: int, output: str | None) -> tuple[str,
     name = f"{path}: stage {number} ({label})"
     merged = base
     for layer in (tree.get("all") or OmegaConf.create(), own):
-        for key in map(str, layer):
+        keys: list[Any] = list(layer)
+        for key in keys:
             try:
-                merged = OmegaConf.merge(merged, OmegaConf.masked_copy(layer, key))
+                merged = OmegaConf.merge(merged, OmegaConf.masked_copy(layer, [key]))
             except TypeError as error:
                 raise ValueError(
                     f"{name}: {key} must be of one kind, got a list and keys"

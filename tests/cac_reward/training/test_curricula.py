@@ -134,6 +134,10 @@ def test_overrides_of_every_stage_and_of_one(tmp_path: Path) -> None:
             r"stage 1: config: Interpolation key 'oops' not found",
         ),
         ({"stages": [STAGE], "output": "a", "all": [1]}, r"all must be settings with .* got \[1\]"),
+        (
+            {"stages": [STAGE], "output": "a", "all": {5: 1}},
+            r"stage 1 \(stage\): 5 must be a known key, got none of that name",
+        ),
         ({"stages": [STAGE], "output": "a", "all": 5}, r"all must be settings with keys, got 5"),
         (
             {"stages": [{"config": ["base.yaml"]}], "output": "a"},

@@ -288,7 +288,7 @@ class NftSettings(ForwardProcessSettings):
     """The row."""
     beta: float = 1.0
     """How far the implicit good and bad policies reach past the old one; above 0."""
-    kl_weight: float = 0.01
+    kl_weight: float = 1e-4
     """Weight of the squared velocity distance from the reference policy, at least 0; 0 does not
     compute it."""
     inner_steps: int = 4

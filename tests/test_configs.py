@@ -76,6 +76,20 @@ def test_there_are_recipes() -> None:
     assert rows == set(ALGORITHMS)
 
 
+@pytest.mark.parametrize("row", ALGORITHMS)
+def test_every_row_has_a_recipe_that_marks_what_is_its_papers(row: str) -> None:
+    name = f"wan2.1_1.3b_{row}.yaml"
+    assert load_config(FOLDER / name).algorithm.name == row
+    head, marked = (FOLDER / name).read_text().splitlines()[:5], []
+    assert '"paper" marks' in head[1]
+    for line in (FOLDER / name).read_text().splitlines()[5:]:
+        key, _, comment = line.partition("# paper")
+        marked += [key.split(":")[0].strip()] if comment or line.endswith("# paper") else []
+    assert "name" in marked  # Its comment says which defaults of the row are the paper's, too.
+    if row != "raft":  # A paper of text and pictures: only the choice is its own.
+        assert {"num_inference_steps", "videos_per_prompt"} & set(marked)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_loads_and_survives_saving(name: str, tmp_path: Path) -> None:
     settings = load_config(FOLDER / name)

@@ -32,6 +32,13 @@ def test_every_row_has_options_of_its_kind() -> None:
         assert isinstance(settings, ForwardProcessSettings) == row.uses_old_policy
 
 
+def test_the_defaults_of_nft_are_those_of_its_published_code() -> None:
+    """NVlabs/DiffusionNFT, config/base.py and scripts/train_nft_sd3.py."""
+    own = NftSettings()
+    assert (own.kl_weight, own.beta, own.advantage_clip) == (1e-4, 1.0, 5.0)
+    assert (own.old_decay_rate, own.old_decay_limit) == (1e-3, 0.5)
+
+
 def test_a_transition_may_be_chosen_where_the_loss_allows_it() -> None:
     assert GrpoSettings().transition_function is flow_sde
     assert DdpoSettings().transition_function is ddim

@@ -210,11 +210,13 @@ def advantages_apart(
     if len(weights) != axes["R"] or not any(weights):
         raise ValueError(f"weights must be {axes['R']} factors, not all 0, got {list(weights)}")
     missing = scores.isnan().any(dim=0)
-    options = {"std": std, "unbiased": unbiased, "clip": torch.inf, "min_std": min_std}
-    terms = [
-        weight * group_advantages(own.masked_fill(missing, torch.nan), group, **options).double()
-        for own, weight in zip(scores.double(), weights, strict=True)
-    ]
+    terms = []
+    for own, weight in zip(scores.double(), weights, strict=True):
+        own = own.masked_fill(missing, torch.nan)
+        advantages = group_advantages(
+            own, group, std=std, unbiased=unbiased, clip=torch.inf, min_std=min_std
+        )
+        terms.append(weight * advantages.double())
     return torch.stack(terms)
 
 

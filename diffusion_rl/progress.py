@@ -98,6 +98,12 @@ class FinetuneSettings:
         transition = next(
             name for name, one in TRANSITIONS.items() if one is row.transition_function
         )
+        if transition in DETERMINISTIC_AT_THE_END and self.rollout.noise_level > 1:
+            raise ValueError(
+                f"rollout.noise_level must be in (0, 1] with transition '{transition}', got "
+                f"{self.rollout.noise_level}; it cannot replace more noise than there is, so lower "
+                "it or choose another algorithm.transition"
+            )
         last = self.rollout.num_inference_steps
         if transition in DETERMINISTIC_AT_THE_END and self.rollout.num_eligible == last:
             raise ValueError(

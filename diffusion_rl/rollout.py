@@ -6,6 +6,7 @@ latents [B C T H W], videos [B F C H W].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -36,7 +37,7 @@ class RolloutSettings:
     """Guidance of the prediction that learns, at least 1; None is guidance_scale. Recorded steps
     can only be replayed with the same; noised videos may learn at 1, the conditional alone."""
     noise_level: float = 0.7
-    """How much a stochastic step explores; above 0."""
+    """How much a stochastic step explores; above 0, and at most 1 with transitions cps and ddim."""
     prompts_per_update: int = 8
     """Groups in an update, at least 1."""
     videos_per_prompt: int = 8
@@ -60,12 +61,16 @@ class RolloutSettings:
                 f"videos_per_prompt must be at least 2, got {self.videos_per_prompt}; "
                 "one video has nothing to compare with"
             )
-        if self.guidance_scale < 1:
-            raise ValueError(f"guidance_scale must be at least 1, got {self.guidance_scale}")
-        if self.train_guidance is not None and self.train_guidance < 1:
-            raise ValueError(f"train_guidance must be at least 1, got {self.train_guidance}")
-        if self.noise_level <= 0:
-            raise ValueError(f"noise_level must be above 0, got {self.noise_level}")
+        for name in ("guidance_scale", "train_guidance"):
+            guidance = getattr(self, name)
+            if guidance is not None and not 1 <= guidance < math.inf:
+                raise ValueError(
+                    f"{name} must be at least 1 and finite, got {guidance}; 1 means no guidance"
+                )
+        if not 0 < self.noise_level < math.inf:
+            raise ValueError(
+                f"noise_level must be above 0 and finite, got {self.noise_level}; 0.7 is usual"
+            )
         if not 1 <= self.num_eligible <= self.num_inference_steps:
             raise ValueError(
                 f"eligible_steps must be in [1, {self.num_inference_steps}], "

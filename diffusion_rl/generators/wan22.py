@@ -45,8 +45,10 @@ class Wan22Generator(WanGenerator):
     ) -> None:
         super().__init__(pipeline, **size)
         self.guidance_scale_2 = guidance_scale_2
-        if guidance_scale_2 is not None and not guidance_scale_2 >= 1:
-            raise ValueError(f"guidance_scale_2 must be at least 1, got {guidance_scale_2}")
+        if guidance_scale_2 is not None and not 1 <= guidance_scale_2 < math.inf:
+            raise ValueError(
+                f"guidance_scale_2 must be at least 1 and finite, got {guidance_scale_2}"
+            )
         if pipeline.transformer_2 is None:
             for name, value in (("learns", learns), ("guidance_scale_2", guidance_scale_2)):
                 if value is not None:

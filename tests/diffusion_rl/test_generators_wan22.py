@@ -213,7 +213,8 @@ def test_both_have_a_lora_of_their_own() -> None:
     ("options", "message"),
     [
         ({"learns": "all"}, "learns must be one of high, low, both, got all"),
-        ({"guidance_scale_2": 0.5}, "guidance_scale_2 must be at least 1, got 0.5"),
+        ({"guidance_scale_2": 0.5}, "guidance_scale_2 must be at least 1 and finite, got 0.5"),
+        ({"guidance_scale_2": math.inf}, "guidance_scale_2 must be at least 1 and finite, got inf"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

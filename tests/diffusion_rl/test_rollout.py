@@ -1,5 +1,8 @@
 """Rollouts: what is recorded can be replayed exactly, and batching changes nothing."""
 
+from math import inf as INF
+from math import nan as NAN
+
 import pytest
 import torch
 from torch import Tensor
@@ -247,9 +250,15 @@ def test_the_highest_sigma_is_below_one() -> None:
         ({"prompts_per_update": 0}, "prompts_per_update must be at least 1, got 0"),
         ({"micro_batch": 0}, "micro_batch must be at least 1, got 0"),
         ({"videos_per_prompt": 1}, "videos_per_prompt must be at least 2, got 1; one video has"),
-        ({"guidance_scale": 0.5}, "guidance_scale must be at least 1, got 0.5"),
-        ({"train_guidance": 0.5}, "train_guidance must be at least 1, got 0.5"),
-        ({"noise_level": 0.0}, "noise_level must be above 0, got 0.0"),
+        ({"guidance_scale": 0.5}, "guidance_scale must be at least 1 and finite, got 0.5"),
+        ({"guidance_scale": NAN}, "guidance_scale must be at least 1 and finite, got nan"),
+        ({"guidance_scale": INF}, "guidance_scale must be at least 1 and finite, got inf"),
+        ({"train_guidance": 0.5}, "train_guidance must be at least 1 and finite, got 0.5; 1 means"),
+        ({"train_guidance": NAN}, "train_guidance must be at least 1 and finite, got nan"),
+        ({"train_guidance": INF}, "train_guidance must be at least 1 and finite, got inf"),
+        ({"noise_level": 0.0}, "noise_level must be above 0 and finite, got 0.0"),
+        ({"noise_level": NAN}, "noise_level must be above 0 and finite, got nan"),
+        ({"noise_level": INF}, "noise_level must be above 0 and finite, got inf"),
         ({"eligible_steps": 11}, r"eligible_steps must be in \[1, 10\], got 11"),
     ],
 )

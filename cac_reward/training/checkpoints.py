@@ -14,13 +14,14 @@ from pathlib import Path
 from cac_reward.whole_files import whole_file
 
 MARK = "whole.json"
-"""In a checkpoint that was written to its end: updates so far, and processes of the run."""
+"""In a checkpoint that was written to its end: updates and seconds so far, and processes."""
 
 
-def mark_whole(checkpoint: Path, *, updates: int, processes: int) -> None:
+def mark_whole(checkpoint: Path, *, updates: int, processes: int, seconds: float = 0.0) -> None:
     """Say that a checkpoint can be taken."""
+    record = {"updates": updates, "processes": processes, "seconds": round(seconds, 3)}
     with whole_file(checkpoint / MARK) as opened:
-        json.dump({"updates": updates, "processes": processes}, opened)
+        json.dump(record, opened)
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -32,6 +33,11 @@ def last_checkpoint(output: Path) -> Path | None:
 def processes_of(checkpoint: Path) -> int:
     """How many processes wrote it."""
     return int(json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["processes"])
+
+
+def seconds_of(checkpoint: Path) -> float:
+    """How long the run had trained by then; 0 in a checkpoint that does not say it."""
+    return float(json.loads((checkpoint / MARK).read_text(encoding="utf-8")).get("seconds", 0.0))
 
 
 def remove_partial(output: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,6 +164,8 @@ class LearningMixin:
     skipped: SkippedClips
     held_out: HeldOut | None
     stop: StopRequest
+    began: float
+    """time.monotonic() at which it would have begun, had it never been stopped."""
     # Of transformers' trainer.
     model: Any
     args: Any
@@ -218,7 +221,12 @@ class LearningMixin:
         self.skipped.save(checkpoint, self.accelerator.process_index)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_whole(checkpoint, updates=updates, processes=self.accelerator.num_processes)
+            mark_whole(
+                checkpoint,
+                updates=updates,
+                processes=self.accelerator.num_processes,
+                seconds=time.monotonic() - self.began,
+            )
             keep_latest(output, self.stage.keep, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,12 @@ from transformers import set_seed
 
 from cac_reward.training.asking import Asking
 from cac_reward.training.cards import write_card
-from cac_reward.training.checkpoints import last_checkpoint, processes_of, remove_partial
+from cac_reward.training.checkpoints import (
+    last_checkpoint,
+    processes_of,
+    remove_partial,
+    seconds_of,
+)
 from cac_reward.training.clips import ClipStore
 from cac_reward.training.curricula import JUDGE
 from cac_reward.training.grpo import JudgeGRPOTrainer, count_questions
@@ -45,6 +51,7 @@ class StageResult:
     measured: dict[str, float]
     """On the held-out clips, at the end; empty where there are none."""
     seconds: float
+    """Of training, over all parts of a run that was stopped."""
     skipped: str | None
     """What to say of clips that could not be read."""
 
@@ -78,12 +85,14 @@ def run_stage(stage: StageSettings) -> StageResult:
     start = last_checkpoint(output)
     with StopRequest() as stop:
         trainer = _trainer(stage, pupil, source, stop)
+        trainer.began = time.monotonic() - (0.0 if start is None else seconds_of(start))
         if start is not None:
             trainer.skipped.restore(start, state.process_index)
-        trained = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
         # A request may have come in the last update, too.
         if stop.agreed() or trainer.state.global_step < stage.updates:
             raise KeyboardInterrupt
+        seconds = time.monotonic() - trainer.began
     measured = trainer.take_best()
     if measured is None:
         measured = trainer.evaluate()
@@ -95,7 +104,7 @@ def run_stage(stage: StageSettings) -> StageResult:
             for name, value in measured.items()
             if name.startswith("eval_")
         },
-        float(trained.metrics["train_runtime"]),
+        seconds,
         trainer.skipped.summary(),
     )
     # Sharded weights come together on the first process, with the others' help.

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from cac_reward.__main__ import main
 from cac_reward.judges.rendering import ControlTokenError, Renderer
 from cac_reward.scorer import CaCScorer
+from cac_reward.training.checkpoints import MARK, seconds_of
 from cac_reward.training.clips import ClipStore, Skipped
 from cac_reward.training.learning import SkippedClips, TrainingError
 from cac_reward.training.measuring import HeldOut
@@ -133,6 +134,24 @@ def test_a_limit_of_0_stops_at_the_first_unreadable_clip(judge: Path, tmp_path: 
     stage = tiny_stage(judge, file, tmp_path / "out", ["data.max_skipped_share=0"], batch=6)
     with pytest.raises(TrainingError, match=r"it is 0, got 1 unreadable of \d clips, last .*0001"):
         run_stage(stage)
+
+
+def test_seconds_are_those_of_all_parts_of_a_run(
+    judge: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = tiny_stage(judge, clips, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(StopRequest, "agreed", lambda self: True)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(stage)
+    (saved,) = tmp_path.glob("checkpoint-*")
+    mark = json.loads((saved / MARK).read_text())
+    assert 0 < mark["seconds"] < 500
+    assert seconds_of(saved) == mark["seconds"]
+    (saved / MARK).write_text(json.dumps({**mark, "seconds": 5000.0}))
+    assert 5000 < run_stage(stage).seconds < 5500
+    (tmp_path / MARK).write_text(json.dumps({"updates": 1, "processes": 1}))
+    assert seconds_of(tmp_path) == 0  # Of an earlier version.
 
 
 def test_clips_are_counted_on_behind_a_checkpoint(

@@ -97,6 +97,10 @@ MEASURES: dict[str, Callable[[Verdicts, np.ndarray], float]] = {
 }
 
 
+COMPARED = ("accuracy", "window IoU", "box IoU")
+"""Of the measures, those whose difference to another variant is shown."""
+
+
 def estimate(
     judges: Mapping[int, Verdicts],
     measure: Callable[[Verdicts, np.ndarray], float],
@@ -130,24 +134,34 @@ def show(numbers: tuple[float, float, float], signed: bool = False) -> str:
 
 
 def table(judged: Mapping[str, Mapping[int, Verdicts]], name: str, against: str) -> list[str]:
-    """Rows of a set: every measure of every variant, and accuracy against one of them."""
+    """Rows of a set: every measure of every variant, and some of them against one variant."""
     check_paired(judged, name)
     base = judged.get(against, {})
-    head = ["variant", "seeds", *MEASURES, f"accuracy against {against}", "unjudged", "training s"]
+    places = [one for one in COMPARED if "IoU" not in one or _locates(base)]
+    compared = [f"{one} against {against}" for one in places]
+    head = ["variant", "seeds", *MEASURES, *compared, "unjudged", "training s"]
     lines = [f"### {name}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for variant, judges in judged.items():
-        located = any(np.nansum(one["time_iou"]) > 0 for one in judges.values())
+        located = _locates(judges)
         cells = [variant, str(len(judges))]
         for measure, function in MEASURES.items():
             shown = located or "IoU" not in measure
             cells.append(show(estimate(judges, function)) if shown else "-")
         paired = variant != against and judges.keys() & base.keys()
-        cells.append(show(estimate(judges, accuracy, base), signed=True) if paired else "")
+        for one in places:
+            shown = paired and (located or "IoU" not in one)
+            gain = estimate(judges, MEASURES[one], base) if shown else None
+            cells.append("" if gain is None else show(gain, signed=True))
         lost = np.mean([np.isnan(one["p_clean"]).mean() for one in judges.values()])
         seconds = np.mean([one["seconds"][0] for one in judges.values()])
         cells += [f"{100 * lost:.1f}%", f"{seconds:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _locates(judges: Mapping[int, Verdicts]) -> bool:
+    """Whether any of them said where."""
+    return any(np.nansum(one["time_iou"]) > 0 for one in judges.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -73,7 +73,9 @@ def test_folders_are_read_together(tmp_path: Path, capsys: pytest.CaptureFixture
     # That of the first folder, where 39 of 40 are right.
     assert rows[1][2].startswith("97.5")
     # No seed of grpo is one of yes_no's.
-    assert rows[2][6] == ""
+    assert rows[2][6] == rows[2][7] == rows[2][8] == ""
+    assert lines[2].count(" against yes_no |") == 3
+    assert rows[1][7].startswith(("+", "-"))
 
 
 def test_judges_of_other_clips_are_not_compared(tmp_path: Path) -> None:

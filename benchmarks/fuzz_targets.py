@@ -36,6 +36,7 @@ from cac_reward.answers import (
 from cac_reward.batch import PROMPT_FORMATS, Clip, read_prompts
 from cac_reward.calibration import Calibration, read_labels
 from cac_reward.exporting import FORMATS
+from cac_reward.exports.base import EntryError
 from cac_reward.exports.cvat import read_cvat, write_cvat
 from cac_reward.frames import JUDGE_FILE, InspectSettings, JudgeSettings, ScanSettings
 from cac_reward.records import RecordWriter, read_records
@@ -347,7 +348,7 @@ TARGETS = (
     Target("labels", 1000, make_table, read_table),
     Target("prompts", 2000, make_prompts, read_prompt_file),
     Target("requests", 3000, make_text(write_request, as_bytes=True), read_request, (WireError,)),
-    Target("exports", 3000, make_export, read_export),
+    Target("exports", 3000, make_export, read_export, (ValueError, EntryError)),
     Target("videos", 3000, make_video, read_video),
     Target("uploads", 2000, make_upload, read_upload),
 )

@@ -186,7 +186,9 @@ def test_a_lora_judge_loads_on_the_base_that_it_names(folder: Path, adapter: Pat
 def test_the_base_may_be_named(folder: Path, adapter: Path, tmp_path: Path) -> None:
     expected = weigh(LocalJudge.from_pretrained(adapter))
     moved = folder.rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=f"judge '{folder}' is no folder here"):
+    with pytest.raises(
+        FileNotFoundError, match=f"judge must be an existing folder .*, got '{folder}'"
+    ):
         LocalJudge.from_pretrained(adapter)
     torch.testing.assert_close(weigh(LocalJudge.from_pretrained(adapter, base=moved)), expected)
     with pytest.raises(ValueError, match="base must be None for a whole checkpoint, got"):

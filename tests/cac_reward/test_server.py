@@ -280,7 +280,11 @@ def test_the_toy_judge_over_http_says_what_it_says_here(
         (["--scorer", "a:b", "--mode", "fast"], 2, "mode must be left out with scorer, got 'fast'"),
         (["--scorer", "a:b", "--scan", "fps=2"], 2, "scan must be left out with scorer"),
         (["--judge", "x", "--seed", "1"], 2, "seed must be left out without num_votes"),
-        (["--judge", "/no/x", "--num-decoders", "1"], 1, "judge '/no/x' is no folder here"),
+        (
+            ["--judge", "/no/x", "--num-decoders", "1"],
+            1,
+            "judge must be an existing folder where a path is given, got '/no/x'",
+        ),
         (["--scorer", "a:b", "--token-file", "/no/file"], 2, "No such file"),
         ([], 2, "one of the arguments --judge --scorer is required"),
     ],

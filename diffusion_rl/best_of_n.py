@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from diffusion_rl.rewards import Reward, judge_videos
 from diffusion_rl.tracking import write_video
 
-SCORES_FILE, SUMMARY_FILE, IDENTITY_FILE = "scores.jsonl", "best_of_n.json", "identity.json"
+SCORES_FILE, SUMMARY_FILE = "scores.jsonl", "best_of_n.json"
 
 Sampler = Callable[[Sequence[str], Sequence[int]], Tensor]
 """(prompts, seeds) of equal number -> videos [B F C H W] in [0, 1]."""
@@ -85,7 +85,6 @@ def best_of_n(
     rewards: Sequence[Reward],
     prompts: Sequence[str],
     settings: BestOfNSettings,
-    identity: Mapping[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield one record for each prompt, the best video written before it; done ones are skipped.
 
@@ -97,18 +96,14 @@ def best_of_n(
         rewards: At least one of weight other than 0.
         prompts: At least one.
         settings: Everything else.
-        identity: What the scores depend on besides prompts and seeds (generator, weights, rewards),
-            as JSON can hold it; kept beside them.
 
     Raises:
-        ValueError: The output folder holds scores of other prompts, seeds or n, or of another
-            identity.
+        ValueError: The output folder holds scores of other prompts, seeds or n.
         RuntimeError: A reward raised, or left too many videos unjudged.
     """
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
     done = read_scores(folder / SCORES_FILE)
-    _check_identity(folder / IDENTITY_FILE, dict(identity or {}), begun=bool(done))
     _write_lines(folder / SCORES_FILE, done)  # Without a line that a crash cut off.
     for number, prompt in enumerate(prompts):
         seeds = [settings.seed + number * settings.n + place for place in range(settings.n)]
@@ -209,23 +204,6 @@ def _check_same(record: dict[str, Any], prompt: str, seeds: list[int], folder: P
             f"{folder} with prompt {record['prompt']!r} and seeds from {record['seeds'][0]}; "
             "choose another output"
         )
-
-
-def _check_identity(path: Path, identity: dict[str, Any], *, begun: bool) -> None:
-    """Write what the scores are of, or refuse if those that are there are of something else."""
-    now = json.loads(json.dumps(identity, default=str))
-    if begun:
-        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for key in {**earlier, **now}:
-            if earlier.get(key) != now.get(key):
-                raise ValueError(
-                    f"output must be a new folder or hold scores of the same {key}, got "
-                    f"{path.parent} with {str(earlier.get(key))[:200]}, now "
-                    f"{str(now.get(key))[:200]}; choose another output"
-                )
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(now, indent=1), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:

@@ -165,8 +165,7 @@ class GuardSettings:
 def default_guards(num_frames: int) -> tuple[GuardSettings, ...]:
     """The guards of a run that names none: all that its videos can be measured by.
 
-    Weights and floors are those of the toy recipes, where runs without them were hacked and runs
-    with them were not (docs/rewards.md).
+    Weights and floors are those of the toy recipes; docs/rewards.md has a run without any.
 
     Args:
         num_frames: of a video; one frame alone has no motion.

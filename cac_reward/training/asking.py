@@ -1,6 +1,7 @@
 """A judge asked the tasks of one turn, VAU-R1's and SRVAU-R1's: its answers as predictions.
 
-An answer is read as strictly as rewards read it; what breaks the form is a failure, not a guess. A
+An answer is read as strictly as rewards read it; what breaks the form is a failure, not a guess,
+but for an answer without the reflection that was asked for, which rewards take, too. A
 grounding's verdict is a bare one: P(clean) is 0 where it names windows and 1 where it says that
 there are none.
 """

@@ -107,23 +107,28 @@ class HeldOut:
     def _judge(self, model: Any, pupil: Pupil, spread: bool) -> list[Pair]:
         core = model.get_base_model() if isinstance(model, PeftModel) else model
         judge = LocalJudge(core, pupil.processor, judge_id=pupil.name, settings=pupil.settings)
-        classifier = None
+        inspector: CaCScorer | Classifier | None = None
         if self.heads and pupil.heads is not None:
             own = (core, pupil.processor, pupil.heads, pupil.settings, pupil.name)
-            classifier = Classifier(*own)
+            inspector = Classifier(*own)
+        elif self.turns:
+            inspector = CaCScorer(judge, mode=self.mode, clips_at_once=self.batch)
         state = processes()
         part = slice(state.process_index, None, state.num_processes) if spread else slice(None)
         numbers = list(range(min(self.count, len(self.store))))[part]
         judged: list[tuple[int, Pair]] = []
         for first in range(0, len(numbers), self.batch):
             some = numbers[first : first + self.batch]
-            judged += zip(some, self._judge_some(judge, classifier, some), strict=True)
+            judged += zip(some, self._judge_some(judge, inspector, some), strict=True)
         if spread:
             judged = gather_object(judged)
         return [pair for _, pair in sorted(judged, key=itemgetter(0))]
 
     def _judge_some(
-        self, judge: LocalJudge, classifier: Classifier | None, numbers: Sequence[int]
+        self,
+        judge: LocalJudge,
+        inspector: CaCScorer | Classifier | None,
+        numbers: Sequence[int],
     ) -> list[Pair]:
         clips: list[AnnotatedClip] = [self.store.annotation(number) for number in numbers]
         videos: dict[int, Video] = {}
@@ -135,9 +140,8 @@ class HeldOut:
                 found[row] = Prediction(failure=str(error))
         rows, shown = list(videos), list(videos.values())
         said: list[Prediction] = []
-        if classifier is not None or self.turns:
-            asked = classifier or CaCScorer(judge, mode=self.mode, clips_at_once=self.batch)
-            for row, report in zip(rows, asked.inspect(shown), strict=True):
+        if inspector is not None:
+            for row, report in zip(rows, inspector.inspect(shown), strict=True):
                 name, video = clips[row].name, videos[row]
                 record = ClipRecord(
                     path=name, width=video.width, height=video.height, report=report

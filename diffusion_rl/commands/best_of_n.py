@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_rl.best_of_n import BestOfNSettings, best_of_n, write_summary
+from diffusion_rl.best_of_n import (
+    SCORES_FILE,
+    BestOfNSettings,
+    best_of_n,
+    read_scores,
+    write_summary,
+)
 from diffusion_rl.commands.base import Subparsers, with_local_path
 from diffusion_rl.configuration import RunSettings, load_config, to_tree
 from diffusion_rl.evaluation_parts import fingerprint
@@ -18,6 +26,10 @@ from diffusion_rl.launch import build_generator
 from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import build_reward
 from diffusion_rl.rollout import sample_videos
+from diffusion_rl.run_folder import differences, may_change
+
+ASKED_FILE = "asked.json"
+"""Beside the scores: what they depend on."""
 
 
 def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
@@ -37,27 +49,38 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
     best.set_defaults(command=best_of_n_command)
 
 
-def identity_of(options: argparse.Namespace, settings: RunSettings) -> dict[str, Any]:
-    """What the scores depend on, by the names of a config: others are not taken for them."""
-    tree = to_tree(settings)
-    tree["generator"].pop("device")
-    weights = options.lora or options.transformer
-    return {
-        "n": options.n,
-        "seed": options.seed,
-        "weights": fingerprint(weights) if weights else "those of the base",
-        **dict(_leaves({name: tree[name] for name in ("generator", "rollout", "rewards")})),
-    }
+def claim_scores(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Note what the scores of a folder are of, or refuse if those there are of something else.
+
+    What may change between the parts of a run (`run_folder.may_change`) may change here.
+
+    Raises:
+        ValueError: names every difference and the way out.
+    """
+    noted, now = folder / ASKED_FILE, json.loads(json.dumps(asked))
+    if read_scores(folder / SCORES_FILE):
+        earlier = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
+        found = [
+            f"{path}={before}, now {after}"
+            for path, before, after in differences(earlier, now)
+            if not may_change(path, before, after)
+        ]
+        if found:
+            raise ValueError(
+                f"output must be a new folder or hold scores of the same settings, got {folder} "
+                f"made with {'; '.join(found)}; choose another output"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = noted.with_suffix(".partial")
+    partial.write_text(json.dumps(now, indent=1), encoding="utf-8")
+    os.replace(partial, noted)
 
 
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Path and value of everything in a tree that is neither a mapping nor a list."""
-    if not isinstance(tree, dict | list):
-        yield path, tree
-        return
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    for key, value in pairs:
-        yield from _leaves(value, f"{path}.{key}" if path else str(key))
+def asked_of(options: argparse.Namespace, settings: RunSettings) -> dict[str, Any]:
+    """What the scores depend on besides prompts and seeds."""
+    tree, weights = to_tree(settings), options.lora or options.transformer
+    asked = {name: tree[name] for name in ("generator", "rollout", "rewards")}
+    return {**asked, "weights": fingerprint(weights) if weights else None}
 
 
 def best_of_n_command(options: argparse.Namespace) -> int:
@@ -89,7 +112,8 @@ def best_of_n_command(options: argparse.Namespace) -> int:
         format=options.format,
     )
     try:
-        found = best_of_n(sample, rewards, prompts, wanted, identity_of(options, settings))
+        claim_scores(Path(options.output), asked_of(options, settings))
+        found = best_of_n(sample, rewards, prompts, wanted)
         records = list(tqdm(found, total=len(prompts), desc="best-of-n"))
     finally:
         for reward in rewards:

@@ -21,6 +21,7 @@ from diffusion_rl.best_of_n import (
     summarise,
     write_summary,
 )
+from diffusion_rl.commands.best_of_n import claim_scores
 from diffusion_rl.rewards import Reward
 from tests.tiny_wan import save_tiny_wan
 
@@ -113,13 +114,23 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 
 
 def test_scores_of_something_else_are_not_taken_for_these(tmp_path: Path) -> None:
-    rest = (sample, REWARDS, ["a"], settings(tmp_path))
-    first = list(best_of_n(*rest, {"weights": [1, 2], "rewards.0.target": "one"}))
-    assert list(best_of_n(*rest, {"weights": (1, 2), "rewards.0.target": "one"})) == first
-    with pytest.raises(ValueError, match=r"same rewards.0.target, got .* with one, now other; cho"):
-        list(best_of_n(*rest, {"weights": [1, 2], "rewards.0.target": "other"}))
-    with pytest.raises(ValueError, match="scores of the same weights, got .* now None"):
-        list(best_of_n(*rest))
+    asked = {"weights": [["a", 1, 2]], "rewards": [{"target": "one", "retries": 0}]}
+    claim_scores(tmp_path, {**asked, "weights": None})  # Nothing is scored yet.
+    claim_scores(tmp_path, asked)
+    list(best_of_n(sample, REWARDS, ["a"], settings(tmp_path)))
+    claim_scores(tmp_path, {**asked, "weights": [("a", 1, 2)]})
+    patient = {"target": "one", "retries": 3}
+    claim_scores(tmp_path, {**asked, "rewards": [patient]})
+    other = {**asked, "rewards": [{**patient, "target": "other"}]}
+    with pytest.raises(ValueError, match=r"made with rewards\[0\].target=one, now other; choose"):
+        claim_scores(tmp_path, other)
+    with pytest.raises(
+        ValueError, match=r"same settings, got .* with weights=\[.*\], now None; ch"
+    ):
+        claim_scores(tmp_path, {**asked, "rewards": [patient], "weights": None})
+    (tmp_path / "asked.json").unlink()
+    with pytest.raises(ValueError, match="made with weights=None, now"):
+        claim_scores(tmp_path, asked)
 
 
 def test_a_prompt_without_a_judged_video_has_no_best(tmp_path: Path) -> None:
@@ -174,4 +185,7 @@ def test_the_command_draws_judges_and_writes(
     words += ["--prompts", str(tmp_path / "prompts.txt")]
     assert main(words) == 0
     assert main([*words, "rewards.0.weight=-1"]) == 1
-    assert "scores of the same rewards.0.weight, got" in capsys.readouterr().err
+    assert (
+        "made with rewards[0].weight=1.0, now -1.0; choose another output"
+        in capsys.readouterr().err
+    )

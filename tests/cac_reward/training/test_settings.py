@@ -230,11 +230,16 @@ def test_rewards_that_some_lesson_can_earn_are_taken() -> None:
     """Those of no weight are only watched, lessons of no share never asked."""
     lessons = {"inspect": 1, "grounding": 1, "qa": 0}
     rewards = {"accuracy": 1, "grounding_iou": 1, "reflection_quality": 0}
-    build_stage({**GRPO, "lessons": lessons, "rewards": rewards}, "some.yaml")
-    build_stage({**GRPO, "lessons": lessons, "rewards": {"format": 1}}, "some.yaml")
-    rewards = {"reflection_quality": 1, "reflection_length": 1}
+    asked: dict[str, Any] = {**GRPO, "lessons": lessons}
     reflecting = {**GRPO, "lessons": {"qa": 1}, "options": {"reflection": 0.5}}
-    build_stage({**reflecting, "rewards": rewards}, "some.yaml")
+    for tree, earned in (
+        (asked, rewards),
+        (asked, {"format": 1}),
+        (reflecting, {"reflection_quality": 1, "reflection_length": 1}),
+    ):
+        stage = build_stage({**tree, "rewards": earned}, "some.yaml")
+        assert stage.rewards == earned
+        assert stage.lessons == tree["lessons"]
 
 
 @pytest.mark.parametrize(

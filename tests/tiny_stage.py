@@ -10,6 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cac_reward.evaluation.measuring import evaluate
+from cac_reward.evaluation.pairing import Pair, Pairing
+from cac_reward.evaluation.predictions import Prediction
+from cac_reward.records import ClipRecord
+from cac_reward.training.classifier import Classifier
+from cac_reward.training.clips import ClipStore
 from cac_reward.training.settings import StageSettings, build_stage
 from tests.tiny_judge import build_tiny_judge
 
@@ -60,6 +66,20 @@ def sharpen(folder: Path, factor: float = 4.0) -> Path:
 
 def _larger(weight: Tensor, factor: float) -> Tensor:
     return weight * factor if weight.ndim > 1 else weight
+
+
+def measures_of_heads(judge: Path, clips: Path) -> dict[str, float]:
+    """What `evaluate` measures of a judge's heads, loaded from its folder, on all clips."""
+    store = ClipStore([clips], split=None)
+    known = [store.annotation(number) for number in range(len(store))]
+    videos = [store.video(number, clip) for number, clip in enumerate(known)]
+    pairs = []
+    reports = Classifier.from_pretrained(judge).inspect(videos)
+    for clip, report in zip(known, reports, strict=True):
+        record = ClipRecord(path=clip.path, width=32, height=32, report=report)
+        pairs.append(Pair(clip, Prediction.from_record(record)))
+    measured = evaluate(Pairing(tuple(pairs), (), ()), draws=0).measurements
+    return {one.name: one.estimate.value for one in measured}
 
 
 def history(output: Path, *, key: str = "loss") -> list[dict[str, Any]]:

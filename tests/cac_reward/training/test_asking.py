@@ -12,18 +12,14 @@ import pytest
 
 from cac_reward.__main__ import main
 from cac_reward.evaluation.answered import AnsweredClip, read_answered
-from cac_reward.evaluation.measuring import evaluate
-from cac_reward.evaluation.pairing import Pair, Pairing
 from cac_reward.evaluation.predictions import Prediction
 from cac_reward.judges.local import LocalJudge
-from cac_reward.records import ClipRecord
 from cac_reward.report import UNSPECIFIED, Finding, TimeWindow
 from cac_reward.training.asking import Asking, ask, to_prediction, with_answers
-from cac_reward.training.classifier import Classifier
 from cac_reward.training.clips import ClipStore
 from cac_reward.training.lessons import LessonOptions
 from cac_reward.training.stages import run_stage
-from tests.tiny_stage import tiny_stage
+from tests.tiny_stage import measures_of_heads, tiny_stage
 
 BARE = LessonOptions(thinking=0.0, written=False)
 SAID = {
@@ -188,16 +184,7 @@ def test_heads_alone_are_measured_by_what_they_say(
         batch=8,
     )
     result = run_stage(stage)
-    store = ClipStore([clips], split=None)
-    known = [store.annotation(number) for number in range(len(store))]
-    videos = [store.video(number, clip) for number, clip in enumerate(known)]
-    reports = Classifier.from_pretrained(result.judge).inspect(videos)
-    pairs = []
-    for clip, report in zip(known, reports, strict=True):
-        record = ClipRecord(path=clip.path, width=32, height=32, report=report)
-        pairs.append(Pair(clip, Prediction.from_record(record)))
-    measured = evaluate(Pairing(tuple(pairs), (), ()), draws=0).measurements
-    expected = {one.name: one.estimate.value for one in measured}
+    expected = measures_of_heads(result.judge, clips)
     assert result.measured["unjudged"] == 0
     for name in ("clip.roc_auc", "clip.accuracy", "frame.roc_auc", "time.mean_iou"):
         assert result.measured[name] == pytest.approx(expected[name], abs=1e-6)

@@ -6,16 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from cac_reward.evaluation.measuring import evaluate
-from cac_reward.evaluation.pairing import Pair, Pairing
-from cac_reward.evaluation.predictions import Prediction
-from cac_reward.records import ClipRecord
 from cac_reward.report import TimeWindow
 from cac_reward.training.classifier import Classified, Classifier
 from cac_reward.training.clips import ClipStore
 from cac_reward.training.heads import HEADS_FILE
 from cac_reward.training.stages import run_stage
-from tests.tiny_stage import tiny_stage
+from tests.tiny_stage import measures_of_heads, tiny_stage
 
 HEADS = {"words": 0.0, "frames": 1.0, "clip": 1.0}
 
@@ -75,22 +71,7 @@ def test_frames_and_clip_are_read_off_the_states_behind_the_frames(
 
 
 def test_a_warm_up_makes_broken_frames_stand_out(trained: Path, clips: Path) -> None:
-    store = ClipStore([clips], split=None)
-    numbers = range(len(store))
-    known = [store.annotation(number) for number in numbers]
-    videos = [store.video(number, clip) for number, clip in zip(numbers, known, strict=True)]
-    reports = Classifier.from_pretrained(trained).inspect(videos)
-    pairs = [
-        Pair(
-            clip,
-            Prediction.from_record(ClipRecord(path=clip.path, width=32, height=32, report=report)),
-        )
-        for clip, report in zip(known, reports, strict=True)
-    ]
-    measured = {
-        one.name: one.estimate.value
-        for one in evaluate(Pairing(tuple(pairs), (), ()), draws=0).measurements
-    }
+    measured = measures_of_heads(trained, clips)
     assert measured["frame.roc_auc"] > 0.7
     assert measured["clip.roc_auc"] > 0.7
 

@@ -225,13 +225,15 @@ def train(run: Run) -> Generator[StepReport]:
             trackers += build_trackers(settings)
             sinks += [MetricsFile(run.output, step=run.state.step), *trackers]
         for report in reports:
+            # Metrics before anything that a checkpoint is written from: of an update without one
+            # the line is dropped on resuming, and a line that is missing never comes back.
+            with processes.together("writing metrics"):
+                for sink in sinks:
+                    sink.write(report)
             dice = processes.gather_objects(random_state())
             with processes.together("copying what learns"):
                 saver.note(report, dice)
             with processes.together("writing"):
-                # Metrics first: of an update without a checkpoint the line is dropped on resuming.
-                for sink in sinks:
-                    sink.write(report)
                 if saver.is_due(report.step):
                     saver.save()
                 show_samples(run, report.step, trackers)

@@ -41,7 +41,7 @@ from diffusion_rl.row_settings import SETTINGS, GrpoSettings
 from diffusion_rl.run_folder import check_same_run, differences, set_aside
 from diffusion_rl.run_lock import LOCK_FILE, release_lock
 from diffusion_rl.samples import SampleSettings
-from diffusion_rl.tracking import read_metrics
+from diffusion_rl.tracking import MetricsFile, read_metrics
 from tests.several import run_on
 from tests.tiny_wan import save_tiny_wan
 
@@ -286,6 +286,26 @@ def test_a_run_without_guards_is_warned_of(
     assert caplog.text == ""
     check_run(dataclasses.replace(settings, guards=()))
     assert "guards is empty: nothing keeps the policy from still" in caplog.text
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_ctrl_c_beside_the_metrics_leaves_no_gap_in_them(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    write = MetricsFile.write
+
+    def interrupted(self: MetricsFile, report: StepReport) -> None:
+        if written or report.step != 3:
+            write(self, report)
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MetricsFile, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(train(prepare(settings)))
+    list(train(prepare(settings)))
+    assert steps(settings) == [1, 2, 3, 4]
 
 
 def test_a_killed_run_goes_on_bit_for_bit(settings: RunSettings, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from diffusion_rl.collect import Batch, collect
 from diffusion_rl.full_policies import AbstractPolicies
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.lora import TRAINED
-from diffusion_rl.out_of_memory import explain_out_of_memory
 from diffusion_rl.policies import policies_of
 from diffusion_rl.processes import together
 from diffusion_rl.progress import FinetuneSettings, FinetuneState
@@ -113,10 +112,7 @@ class Draws:
 
     def _collect(self, step: int, chosen: Tensor) -> Batch:
         generator, settings = self._generator, self._settings
-        with (
-            together("drawing videos"),
-            explain_out_of_memory(generator, settings, learning=False),
-        ):
+        with together("drawing videos"):
             batch = collect(generator, self._embeddings, settings, step=step, prompts=chosen)
             check_finite(batch.trajectory.videos, step)
         return batch

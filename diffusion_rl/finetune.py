@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -58,6 +59,7 @@ from diffusion_rl.rollout import Trajectory
 from diffusion_rl.row_settings import ForwardProcessSettings, GroupSettings
 from diffusion_rl.self_check import self_check
 from diffusion_rl.trends import REWARD, add_values, falling_beside, warn_of
+from diffusion_rl.update_memory import update_savings
 from diffusion_rl.updates import UpdateStatistics, update_policy
 
 __all__ = ["FinetuneSettings", "FinetuneState", "StepReport", "begin", "finetune"]
@@ -215,13 +217,14 @@ def look_at_base(
 ) -> None:
     """Check that replay repeats what was drawn, and measure what the guards hold the policy to."""
     own = (settings.algorithm, settings.rollout, settings.credit.clip)
-    with explain_out_of_memory(generator, settings, learning=False):
+    # Replayed with gradient, as in an update.
+    with explain_out_of_memory("the self-check", partial(update_savings, generator, settings)):
         check = self_check(generator, embeddings, *own)
-        if check.videos:
-            logger.info("self-check: ratio 1 within %.1e on replay", check.ratio_deviation)
-        state.videos_generated += check.videos if state.step == 0 else 0
-        if settings.guards and not state.reference_levels:
-            measure_base(generator, embeddings, settings, state)
+    if check.videos:
+        logger.info("self-check: ratio 1 within %.1e on replay", check.ratio_deviation)
+    state.videos_generated += check.videos if state.step == 0 else 0
+    if settings.guards and not state.reference_levels:
+        measure_base(generator, embeddings, settings, state)
 
 
 def measure_base(
@@ -355,7 +358,7 @@ def update(
     rate = settings.optimizer.learning_rate_at(state.step + 1, settings.updates)
     for options in state.optimizer.param_groups:
         options["lr"] = rate
-    with explain_out_of_memory(generator, settings, learning=True):
+    with explain_out_of_memory("the update", partial(update_savings, generator, settings)):
         statistics = update_policy(
             generator,
             trajectory,

@@ -1,25 +1,21 @@
 """What to change when memory ran out: the settings that save most, by the shapes at hand.
 
-Axes: B videos, latents [B C T H W].
+Here for drawing videos; `update_memory` knows it for the update. Axes: B videos, latents
+[B C T H W].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from diffusion_rl.full_policies import REFERENCE, FullPolicies
 from diffusion_rl.generators.base import AbstractVideoGenerator
-from diffusion_rl.lora import tuner_layers
-from diffusion_rl.optimizers import STATE_BYTES
-from diffusion_rl.policies import full_policies, policies_of
 from diffusion_rl.processes import team_size
-from diffusion_rl.progress import FinetuneSettings
 
 GIGABYTE = 1e9
 NAMED = 3
@@ -44,94 +40,50 @@ class OutOfMemoryError(RuntimeError):
 
 
 @contextmanager
-def explain_out_of_memory(
-    generator: AbstractVideoGenerator, settings: FinetuneSettings, *, learning: bool
-) -> Iterator[None]:
+def explain_out_of_memory(doing: str, savings: Callable[[], Sequence[Saving]]) -> Iterator[None]:
     """Say what to change if memory runs out in here, on a GPU or on the CPU.
 
     Args:
-        generator: whose shapes are asked.
-        settings: of the run.
-        learning: whether passes with gradient are made, or videos are drawn and decoded.
+        doing: what is done in here, as it stands in the message.
+        savings: the settings that would help, unsorted; asked when memory has run out.
 
     Raises:
-        OutOfMemoryError: memory ran out.
+        OutOfMemoryError: memory ran out; one that is explained already passes as it is.
     """
     try:
         yield
+    except OutOfMemoryError:
+        raise
     except (RuntimeError, MemoryError) as error:
         said = str(error).lower()
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and not any(phrase in said for phrase in PHRASES):
             raise
-        found = sorted(savings(generator, settings, learning=learning), key=lambda one: -one.bytes)
+        found = sorted(savings(), key=lambda one: -one.bytes)
         advice = "; ".join(
             f"{one.setting} saves about {one.bytes / GIGABYTE:.2g} GB" for one in found[:NAMED]
         )
-        doing = "the update" if learning else "drawing videos"
         raise OutOfMemoryError(f"memory ran out in {doing} ({error}); {advice}") from error
 
 
-def savings(
-    generator: AbstractVideoGenerator, settings: FinetuneSettings, *, learning: bool
+def drawing_savings(
+    generator: AbstractVideoGenerator, micro_batch: int, videos: int
 ) -> list[Saving]:
-    """Every setting that would help, with about what it saves; unsorted.
+    """Every setting that would help drawing, with about what it saves.
 
-    Of the update what passes with gradient keep for their backward pass, and what belongs to the
-    weights that learn; of drawing what a pass and the decoder hold at once.
+    Counted is what a pass and the decoder hold at once.
+
+    Args:
+        generator: whose shapes are asked.
+        micro_batch: videos of a pass, at most.
+        videos: that are drawn in all.
     """
-    drawn = settings.rollout.prompts_per_update * settings.rollout.videos_per_prompt
-    if not learning:
-        name, batch = "rollout.micro_batch", min(settings.rollout.micro_batch, drawn)
-        needed = drawing_bytes(generator, batch)
-        found = _smaller_passes(generator, name, batch, needed)
-        if (tiled := drawing_bytes(generator, batch, tiled=True)) < needed:
-            found.append(Saving("generator.execution.vae_tiling=true", needed - tiled))
-        return found
-    batch = min(settings.rollout.learning_micro_batch, drawn)
-    guided = settings.rollout.learning_guidance != 1
-    kept = kept_for_backward(generator, batch * (2 if guided else 1))
-    found = _smaller_passes(generator, "rollout.update_micro_batch", batch, kept)
-    blocks = max((len(p) for p in _parts(generator, nn.ModuleList)), default=0)
-    if blocks > 1 and not any(getattr(p, "gradient_checkpointing", False) for p in _all(generator)):
-        # What enters each block stays, and one block at a time is whole.
-        share = 1 - 1 / blocks - blocks / max(1, len(list(_linears(generator))))
-        if share > 0:
-            found.append(Saving("generator.execution.gradient_checkpointing=true", kept * share))
-    # Of weights that are split over processes, this one's part.
-    learning_here = policies_of(generator.transformer)
-    learners = [parameter.numel() for parameter in learning_here.parameters()]
-    if settings.optimizer.name in ("adamw", "muon") and not learning_here.split:
-        saved = STATE_BYTES[settings.optimizer.name] - STATE_BYTES["adamw_8bit"]
-        found.append(Saving("optimizer.name=adamw_8bit", saved * sum(learners)))
-    if (policies := full_policies(generator.transformer)) is not None:
-        copies = [copy for kind in policies.copies.values() for copy in kind.values()]
-        if not policies.on_cpu:
-            found.append(Saving("full.copies=cpu", sum(map(_size, copies))))
-        masters = sum(_size(one) for one in _masters(policies))
-        state = STATE_BYTES.get(settings.optimizer.name, 0) + 4
-        whole = sum(map(_size, policies.copies[REFERENCE].values())) * (not policies.on_cpu)
-        saved = masters + state * sum(learners) + whole
-        found.append(Saving("lora instead of full", saved))
+    batch = min(micro_batch, videos)
+    needed = drawing_bytes(generator, batch)
+    found = smaller_passes(generator, "rollout.micro_batch", batch, needed)
+    if (tiled := drawing_bytes(generator, batch, tiled=True)) < needed:
+        found.append(Saving("generator.execution.vae_tiling=true", needed - tiled))
     return found
-
-
-def kept_for_backward(generator: AbstractVideoGenerator, batch: int) -> float:
-    """About the bytes that a pass with gradient keeps: what enters and leaves each linear layer.
-
-    Of a LoRA beside weights of half precision also what enters it, in float32. Within a factor of
-    two of what was counted for Wan's transformer.
-    """
-    widths = sum(
-        (layer.in_features + layer.out_features) * layer.weight.dtype.itemsize
-        for layer in _linears(generator)
-    )
-    for layer in tuner_layers(generator.transformer):
-        base: Any = layer.get_base_layer()
-        if base.weight.dtype.itemsize < torch.float32.itemsize:
-            widths += base.in_features * torch.float32.itemsize
-    # Where two transformers learn a video passes through one of them at a time.
-    return batch * _tokens(generator) * widths / len(_all(generator))
 
 
 def drawing_bytes(generator: AbstractVideoGenerator, batch: int, *, tiled: bool = False) -> float:
@@ -144,7 +96,7 @@ def drawing_bytes(generator: AbstractVideoGenerator, batch: int, *, tiled: bool 
     """
     widest = max(
         (one.in_features + one.out_features) * one.weight.dtype.itemsize
-        for one in _linears(generator)
+        for one in linears_of(generator)
     )
     vae: Any = getattr(getattr(generator, "pipeline", None), "vae", None)
     height, width = generator.height, generator.width
@@ -156,10 +108,10 @@ def drawing_bytes(generator: AbstractVideoGenerator, batch: int, *, tiled: bool 
     if vae is not None:
         last = [part for part in vae.decoder.modules() if isinstance(part, nn.Conv2d | nn.Conv3d)]
         channels += last[-1].in_channels
-    return batch * max(_tokens(generator) * widest, 4.0 * pixels * channels)
+    return batch * max(tokens_of(generator) * widest, 4.0 * pixels * channels)
 
 
-def _smaller_passes(
+def smaller_passes(
     generator: AbstractVideoGenerator, name: str, batch: int, needed: float
 ) -> list[Saving]:
     """Fewer videos in a pass, smaller ones, shorter ones."""
@@ -180,36 +132,23 @@ def _smaller_passes(
     return found
 
 
-def _tokens(generator: AbstractVideoGenerator) -> float:
+def tokens_of(generator: AbstractVideoGenerator) -> float:
     """Tokens of a video that pass here: latent positions by the patch's size, by the team's."""
-    config: Any = getattr(_all(generator)[0], "config", None)
+    config: Any = getattr(learners_of(generator)[0], "config", None)
     patch = getattr(config, "patch_size", None) or 1
     if isinstance(patch, int):
         patch = (getattr(config, "patch_size_t", None) or 1, patch, patch)
     return math.prod(generator.latent_shape[1:]) / math.prod(patch) / team_size()
 
 
-def _all(generator: AbstractVideoGenerator) -> list[nn.Module]:
+def learners_of(generator: AbstractVideoGenerator) -> list[nn.Module]:
     """The transformers that learn."""
     whole = generator.transformer
     return list(whole.values()) if isinstance(whole, nn.ModuleDict) else [whole]
 
 
-def _parts(generator: AbstractVideoGenerator, kind: Any) -> Iterator[Any]:
-    return (part for part in generator.transformer.modules() if isinstance(part, kind))
-
-
-def _linears(generator: AbstractVideoGenerator) -> Iterator[nn.Linear]:
+def linears_of(generator: AbstractVideoGenerator) -> Iterator[nn.Linear]:
     """The transformer's own linear layers."""
     for name, part in generator.transformer.named_modules():
         if isinstance(part, nn.Linear) and "lora_" not in name:
             yield part
-
-
-def _masters(policies: FullPolicies) -> list[nn.Parameter]:
-    """The float32 masters of weights of half precision."""
-    return [one for name, one in policies.trained.items() if one is not policies.parts[name]]
-
-
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
+from diffusion_rl.out_of_memory import drawing_savings, explain_out_of_memory
 from diffusion_rl.sharding import in_step
 from diffusion_rl.shares import Share, chunks, whole
 from diffusion_rl.transitions import Transition, TransitionFunction, flow_sde, ode
@@ -236,8 +238,12 @@ def rollout(
         transition: taken at the stochastic steps; all others are `ode`.
         stochastic: places of the recorded steps in [0, K); none for a deterministic rollout.
         share: which of them are drawn here; None is all.
+
+    Raises:
+        OutOfMemoryError: memory ran out; the message says what to change.
     """
     share = whole(len(seeds), settings.micro_batch) if share is None else share
+    savings = partial(drawing_savings, generator, settings.micro_batch, len(share.rows))
     prompt_index, trunks, places, sources = _find_trunks(prompt_index, seeds, share)
     seeds = [seeds[row] for row in share.rows.tolist()]
     sigmas = generator.sigmas(settings.num_inference_steps).to(generator.device)
@@ -246,27 +252,26 @@ def rollout(
     shared, parts = text[trunks], chunks(len(trunks), settings.micro_batch)
     recorded: list[tuple[Tensor, Transition]] = []
     branching = min(stochastic, default=settings.num_inference_steps)
-    for step in range(settings.num_inference_steps):
-        if step == branching:
-            latent, shared, parts = latent[places.to(latent.device)], text, share.parts
-        prediction = predict_in_chunks(
-            generator, latent, sigmas[step], shared, settings.guidance_scale, parts
-        )
-        explores = step in stochastic
-        result = (transition if explores else ode)(
-            latent,
-            prediction,
-            sigmas[step],
-            sigmas[step + 1],
-            noise_level=settings.noise_level,
-            sigma_max=highest_sigma(sigmas),
-            generator=sources,
-        )
-        if explores:
-            recorded.append((latent, result))
-        latent = result.next_latent
-    if branching == settings.num_inference_steps:
-        latent = latent[places.to(latent.device)]
+    with explain_out_of_memory("drawing videos", savings):
+        for step in range(settings.num_inference_steps):
+            if step == branching:
+                latent, shared, parts = latent[places.to(latent.device)], text, share.parts
+            prediction = predict_in_chunks(
+                generator, latent, sigmas[step], shared, settings.guidance_scale, parts
+            )
+            explores = step in stochastic
+            result = (transition if explores else ode)(
+                *(latent, prediction, sigmas[step], sigmas[step + 1]),
+                noise_level=settings.noise_level,
+                sigma_max=highest_sigma(sigmas),
+                generator=sources,
+            )
+            if explores:
+                recorded.append((latent, result))
+            latent = result.next_latent
+        if branching == settings.num_inference_steps:
+            latent = latent[places.to(latent.device)]
+        videos = torch.cat([generator.decode(latent[part]) for part in share.parts])
     return Trajectory(
         latents=_stack([before for before, _ in recorded], latent),
         next_latents=_stack([result.next_latent for _, result in recorded], latent),
@@ -278,7 +283,7 @@ def rollout(
         steps=tuple(sorted(stochastic)),
         sigmas=sigmas,
         final_latent=latent,
-        videos=torch.cat([generator.decode(latent[part]) for part in share.parts]),
+        videos=videos,
         embeddings=text,
         prompt_index=prompt_index,
         seeds=tuple(int(seed) for seed in seeds),

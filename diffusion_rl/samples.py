@@ -113,6 +113,8 @@ def write_samples(
 def draw_sample(video: Tensor, fps: float, answers: Mapping[str, Judgement], row: int) -> Tensor:
     """A video [F C H W] with the boxes of the first report that can be read, else tinted blame.
 
+    A report that says why its reward could not judge holds no boxes, so it is none to read.
+
     Args:
         video: float in [0, 1].
         fps: frames per second.
@@ -124,7 +126,9 @@ def draw_sample(video: Tensor, fps: float, answers: Mapping[str, Judgement], row
     """
     for one in answers.values():
         report = one.reports[row] if one.reports is not None else None
-        if isinstance(report, Mapping) or hasattr(report, "to_dict"):
+        if report is not None and hasattr(report, "to_dict"):
+            report = report.to_dict()
+        if isinstance(report, Mapping) and not report.get("error"):
             return draw_clip(judged_clip(video, fps, report))
     for one in answers.values():
         if one.blame is not None:

@@ -34,6 +34,7 @@ LORA_PLACE, WEIGHTS_PLACE = "lora/", "weights.safetensors"
 """Places of what learns in a checkpoint."""
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 INDEX_FILE = WEIGHTS_FILE + ".index.json"
+PIPELINE_FILE = "model_index.json"
 
 
 def components(generator: AbstractVideoGenerator) -> dict[str, nn.Module]:
@@ -70,11 +71,20 @@ def save_transformers(generator: AbstractVideoGenerator, folder: str | Path) -> 
             for leftover in (partial, earlier):
                 shutil.rmtree(leftover, ignore_errors=True)
             model.save_pretrained(partial)
+        forget_source(partial)
         if (folder / name).exists():
             os.replace(folder / name, earlier)
         os.replace(partial, folder / name)
         shutil.rmtree(earlier, ignore_errors=True)
     return folder
+
+
+def forget_source(folder: Path) -> None:
+    """Take out of what diffusers has written where on this computer the weights were read from."""
+    for path in (*folder.rglob(CONFIG_FILE), *folder.rglob(PIPELINE_FILE)):
+        tree = json.loads(path.read_bytes())
+        if tree.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def load_transformers(generator: AbstractVideoGenerator, folder: str | Path) -> None:

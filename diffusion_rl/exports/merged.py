@@ -22,6 +22,7 @@ from diffusion_rl.lora import (
     shapes_to_attach,
     tuner_layers,
 )
+from diffusion_rl.weight_files import forget_source
 
 
 def write_merged(
@@ -60,6 +61,7 @@ def write_merged(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)
+    forget_source(partial)
     os.replace(partial, folder)
     return folder
 

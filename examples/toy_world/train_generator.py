@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from diffusion_rl.weight_files import forget_source
 from examples.toy_world.training_state import (
     clips_to_tensor,
     compile_blocks,
@@ -250,3 +251,4 @@ def save_generator(autoencoder: Path, state_file: Path, folder: Path) -> None:
         # Without a terminal the schedule's last step has next to no length and is wasted.
         scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT, shift_terminal=LAST_SIGMA),
     ).save_pretrained(folder)
+    forget_source(folder)

@@ -294,6 +294,9 @@ def test_a_merged_pipeline_is_the_one_with_the_adapter(
         keys = getattr(merged, component).state_dict()
         assert not any("lora" in key or "base_layer" in key for key in keys)
     assert not (tmp_path / "merged.partial").exists()
+    texts = [path.read_text() for path in folder.rglob("*.json")]
+    assert len(texts) > 5
+    assert not any("_name_or_path" in text or str(one.base) in text for text in texts)
 
 
 def test_merged_weights_are_rounded_once(made: Callable[[str], Made], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion_rl.finetune import FinetuneSettings
 from diffusion_rl.optimizers import (
@@ -20,7 +20,15 @@ from diffusion_rl.optimizers import (
     take_step,
 )
 
-OWN = [name for name in OPTIMIZERS if name not in FROM_BITSANDBYTES]
+NOT_THERE = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+# On the CPU it keeps paged states where they are, and says so.
+UNPAGED = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+EACH = [
+    pytest.param(name, marks=(NOT_THERE, UNPAGED)) if name in FROM_BITSANDBYTES else name
+    for name in OPTIMIZERS
+]
 
 
 def test_adams_second_memory_is_as_long_as_asked_for() -> None:
@@ -41,9 +49,10 @@ def test_adams_second_memory_is_as_long_as_asked_for() -> None:
 
 
 def weights() -> list[nn.Parameter]:
-    """A matrix, a bias and the five axes of a patch embedding."""
+    """A matrix, a bias, the five axes of a patch embedding, and a matrix large enough for states
+    of 8 bits."""
     source = torch.Generator().manual_seed(0)
-    shapes = ((6, 4), (6,), (3, 2, 1, 2, 2))
+    shapes = ((6, 4), (6,), (3, 2, 1, 2, 2), (80, 64))
     return [nn.Parameter(torch.randn(shape, generator=source)) for shape in shapes]
 
 
@@ -54,7 +63,7 @@ def step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], seed:
     take_step(optimizer)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", EACH)
 def test_every_optimiser_moves_all_and_resumes_to_the_bit(name: str) -> None:
     settings = OptimizerSettings(name=name, learning_rate=0.01)
     parameters, others = weights(), weights()
@@ -71,9 +80,12 @@ def test_every_optimiser_moves_all_and_resumes_to_the_bit(name: str) -> None:
         if seed >= 2:
             step(resumed, others, seed)
             assert all(map(torch.equal, others, parameters))
+    kept = optimizer.state[parameters[3]].values()
+    types = {one.dtype for one in kept if isinstance(one, Tensor)}
+    assert (torch.uint8 in types) == name.endswith("8bit")
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", EACH)
 def test_every_optimiser_takes_the_rate_that_a_schedule_gives_it(name: str) -> None:
     moved = []
     for rate in (0.0, 1e-3, 2e-3):
@@ -84,23 +96,24 @@ def test_every_optimiser_takes_the_rate_that_a_schedule_gives_it(name: str) -> N
         step(optimizer, parameters, 0)
         pairs = zip(weights(), parameters, strict=True)
         moved.append([(one - other).abs().max().item() for one, other in pairs])
-    assert moved[0] == [0.0] * 3
+    assert moved[0] == [0.0] * 4
     assert moved[2] == pytest.approx([2 * one for one in moved[1]], rel=1e-3)
 
 
 def test_muon_is_torchs_on_matrices_and_adamw_elsewhere() -> None:
     settings = OptimizerSettings(name="muon", learning_rate=0.01, weight_decay=0.1, adam_beta2=0.9)
-    own, matrix, others = weights(), weights()[:1], weights()[1:]
+    own, parameters = weights(), weights()
+    matrices = [one for one in parameters if one.ndim == 2]
+    others = [one for one in parameters if one.ndim != 2]
     optimizer = build_optimizer(own, settings)
-    muon = torch.optim.Muon(matrix, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, lr=0.01, weight_decay=0.1, betas=(0.9, 0.9))
     for seed in range(3):
         step(optimizer, own, seed)
         source = torch.Generator().manual_seed(seed)
-        parameters = [*matrix, *others]
         for parameter in parameters:
             parameter.grad = torch.randn(parameter.shape, generator=source)
-        nn.utils.clip_grad_norm_(parameters, 1.0)  # One norm over both parts.
+        nn.utils.clip_grad_norm_([*matrices, *others], 1.0)  # One norm over both parts.
         muon.step()
         adamw.step()
     assert all(map(torch.equal, own, parameters))
@@ -126,9 +139,7 @@ def test_optimisers_of_bitsandbytes_are_asked_of_it_or_refused(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
-)
+@NOT_THERE
 @pytest.mark.parametrize("name", FROM_BITSANDBYTES)
 def test_optimisers_of_bitsandbytes_move_weights(name: str) -> None:
     parameters = [nn.Parameter(one.detach().cuda()) for one in weights()]

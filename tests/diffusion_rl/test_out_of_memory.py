@@ -2,28 +2,35 @@
 
 import dataclasses
 import re
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from diffusion_rl import out_of_memory
+from diffusion_rl.before_after import build_samplers
 from diffusion_rl.finetune import FinetuneSettings, finetune
 from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.guards import GuardSettings
+from diffusion_rl.held_out import EvaluationSettings, HeldOut
 from diffusion_rl.lora import LoraSettings, tuner_layers
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.out_of_memory import (
     OutOfMemoryError,
+    Saving,
     drawing_bytes,
+    drawing_savings,
     explain_out_of_memory,
-    kept_for_backward,
-    savings,
 )
 from diffusion_rl.policies import attach_policies, trained_parameters
+from diffusion_rl.reward_contract import RewardSettings
 from diffusion_rl.rewards import Reward
-from diffusion_rl.rollout import RolloutSettings
+from diffusion_rl.rollout import RolloutSettings, rollout
+from diffusion_rl.samples import SampleSettings, write_samples
 from diffusion_rl.sharding import shard
+from diffusion_rl.update_memory import kept_for_backward, update_savings
 from tests.several import run_on
 from tests.tiny_wan import SIZE, build_tiny_wan
 
@@ -67,7 +74,7 @@ def test_what_a_pass_keeps_is_estimated_within_a_factor_of_two(
 
 def test_savings_follow_from_the_shapes() -> None:
     generator = build(LoraSettings(rank=2))
-    found = dict(savings(generator, SETTINGS, learning=True))
+    found = dict(update_savings(generator, SETTINGS))
     kept = kept_for_backward(generator, 4)
     assert found["rollout.update_micro_batch=2"] == pytest.approx(kept / 2)
     assert found["generator.height and width near 48 and 48"] == pytest.approx(kept * 7 / 16)
@@ -77,38 +84,36 @@ def test_savings_follow_from_the_shapes() -> None:
     count = sum(parameter.numel() for parameter in trained_parameters(generator.transformer))
     assert found["optimizer.name=adamw_8bit"] == 6 * count
     guided = dataclasses.replace(SETTINGS.rollout, guidance_scale=4.0)
-    twice = dict(savings(generator, FinetuneSettings(rollout=guided), learning=True))
+    twice = dict(update_savings(generator, FinetuneSettings(rollout=guided)))
     assert twice["rollout.update_micro_batch=2"] == pytest.approx(kept)
     generator.transformer.enable_gradient_checkpointing()
-    assert not any(
-        "checkpointing" in one.setting for one in savings(generator, SETTINGS, learning=True)
-    )
+    assert not any("checkpointing" in one.setting for one in update_savings(generator, SETTINGS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_full_fine_tuning_may_be_left_for_a_lora(dtype: torch.dtype) -> None:
     generator = build(FullSettings(), dtype)
     count = sum(parameter.numel() for parameter in trained_parameters(generator.transformer))
-    found = dict(savings(generator, SETTINGS, learning=True))
+    found = dict(update_savings(generator, SETTINGS))
     own = dtype.itemsize
     # Gradient and two moments, float32 masters where the weights are not, reference.
     assert found["lora instead of full"] == count * (4 + 8 + (4 if own == 2 else 0) + own)
     assert found["full.copies=cpu"] == count * (own + 4)  # The average is float32.
     other = build(FullSettings(copies="cpu"), dtype)
-    found = dict(savings(other, SETTINGS, learning=True))
+    found = dict(update_savings(other, SETTINGS))
     assert "full.copies=cpu" not in found
     assert found["lora instead of full"] == count * (4 + 8 + (4 if own == 2 else 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_process_saves_what_it_holds_of_split_weights(dtype: torch.dtype) -> None:
-    whole = dict(savings(build(FullSettings(), dtype), SETTINGS, learning=True))
+    whole = dict(update_savings(build(FullSettings(), dtype), SETTINGS))
 
     def of_a_part() -> dict[str, float]:
         generator = WanGenerator(build_tiny_wan(layers=4, heads=4).to(dtype), **LARGER)
         shard(generator.transformer)
         attach_policies(generator.transformer, FullSettings(), average=True)
-        return dict(savings(generator, SETTINGS, learning=True))
+        return dict(update_savings(generator, SETTINGS))
 
     first, second = run_on(2, of_a_part)
     for name in ("lora instead of full", "full.copies=cpu"):
@@ -132,12 +137,12 @@ def test_a_decoder_may_work_tile_by_tile() -> None:
     vae.tile_sample_min_height, vae.tile_sample_min_width = 32, 64
     needed, tiled = (drawing_bytes(generator, 8, tiled=one) for one in (False, True))
     assert tiled == pytest.approx(needed / 2)
-    found = dict(savings(generator, SETTINGS, learning=False))
+    found = dict(drawing_savings(generator, 8, 64))
     assert found["generator.execution.vae_tiling=true"] == pytest.approx(needed - tiled)
     vae.enable_tiling()
     vae.tile_sample_min_height, vae.tile_sample_min_width = 32, 64
     assert drawing_bytes(generator, 8) == tiled
-    found = dict(savings(generator, SETTINGS, learning=False))
+    found = dict(drawing_savings(generator, 8, 64))
     assert "generator.execution.vae_tiling=true" not in found
 
 
@@ -148,7 +153,9 @@ def test_a_pass_holds_no_more_videos_than_an_update_has(learning: bool) -> None:
     )
     few = dataclasses.replace(few, update_micro_batch=16)
     settings = dataclasses.replace(SETTINGS, rollout=few)
-    found = dict(savings(build(LoraSettings(rank=2)), settings, learning=learning))
+    generator = build(LoraSettings(rank=2))
+    drawing = drawing_savings(generator, 16, 2)
+    found = dict(update_savings(generator, settings) if learning else drawing)
     name = "rollout.update_micro_batch=1" if learning else "rollout.micro_batch=1"
     assert found[name] > 0
 
@@ -163,8 +170,8 @@ def test_the_first_drawing_of_a_run_is_explained(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(generator, "predict", exhausted)
-    rollout = dataclasses.replace(SETTINGS.rollout, prompts_per_update=1, videos_per_prompt=2)
-    settings = dataclasses.replace(SETTINGS, rollout=rollout, guards=guards, updates=1)
+    drawn = dataclasses.replace(SETTINGS.rollout, prompts_per_update=1, videos_per_prompt=2)
+    settings = dataclasses.replace(SETTINGS, rollout=drawn, guards=guards, updates=1)
     red = Reward("red", lambda videos, prompts, *, fps: videos[:, :, 0].mean((1, 2, 3)))
     with pytest.raises(OutOfMemoryError, match="in drawing videos .*rollout.micro_batch=1 saves"):
         next(finetune(generator, [red], ["a red circle"], settings))
@@ -172,7 +179,7 @@ def test_the_first_drawing_of_a_run_is_explained(
 
 def test_drawing_has_advice_of_its_own() -> None:
     generator = build(LoraSettings(rank=2))
-    found = dict(savings(generator, SETTINGS, learning=False))
+    found = dict(drawing_savings(generator, 8, 64))
     needed = drawing_bytes(generator, 8)
     pixels = 4 * 8 * 9 * 64 * 64
     assert needed >= pixels * 3
@@ -183,37 +190,97 @@ def test_drawing_has_advice_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("error", "phase"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "update"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "the update"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
             "drawing videos",
         ),
-        (MemoryError(), "update"),
+        (MemoryError(), "the update"),
     ],
 )
 def test_the_message_names_the_three_settings_that_help_most(error: Exception, phase: str) -> None:
     generator = build(LoraSettings(rank=2))
-    learning = phase == "update"
+    found = drawing_savings(generator, 8, 64)
+    if phase == "the update":
+        found = update_savings(generator, SETTINGS)
     with (
-        pytest.raises(OutOfMemoryError, match=f"memory ran out in .*{phase}") as raised,
-        explain_out_of_memory(generator, SETTINGS, learning=learning),
+        pytest.raises(OutOfMemoryError, match=f"memory ran out in {phase}") as raised,
+        explain_out_of_memory(phase, lambda: found),
     ):
         raise error
     assert raised.value.__cause__ is error
     named = re.findall(r"(?:; )(\S.*?) saves about ([\d.e+-]+) GB", str(raised.value))
-    expected = sorted(savings(generator, SETTINGS, learning=learning), key=lambda one: -one.bytes)
+    expected = sorted(found, key=lambda one: -one.bytes)
     assert [name for name, _ in named] == [one.setting for one in expected[:3]]
     for (_, gigabytes), one in zip(named, expected, strict=False):
         assert gigabytes == f"{one.bytes / 1e9:.2g}"
 
 
-def test_other_errors_pass_as_they_are() -> None:
-    generator = build(LoraSettings(rank=2))
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not fit"), OutOfMemoryError("memory ran out in it already")]
+)
+def test_other_errors_pass_as_they_are(error: RuntimeError) -> None:
     with (
-        pytest.raises(RuntimeError, match=r"^shapes do not fit$"),
-        explain_out_of_memory(generator, SETTINGS, learning=True),
+        pytest.raises(RuntimeError) as raised,
+        explain_out_of_memory("the update", lambda: [Saving("less", 1.0)]),
     ):
-        raise RuntimeError("shapes do not fit")
+        raise error
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("drawn_for", ["held-out rewards", "samples", "a comparison"])
+def test_drawing_for_others_than_training_is_explained(
+    drawn_for: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    generator = build(LoraSettings(rank=2), layers=1)
+    options, texts = RolloutSettings(num_inference_steps=2), ["a red circle", "a blue square"]
+    embeddings = generator.encode_prompts(texts)
+    own = rollout(generator, embeddings, torch.tensor([0]), [0], options)
+    sample = build_samplers(generator, texts, options)["tuned"]
+    settings = EvaluationSettings(rewards=(RewardSettings(name="red", target="m:red"),), prompts="")
+    held_out = HeldOut(settings, [], texts, embeddings)
+    shown = SampleSettings(prompts=tuple(texts))
+
+    def exhausted(latent: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(generator, "decode", exhausted)
+    draw = {
+        "held-out rewards": partial(
+            held_out.measure, generator, options, missing_limit=0.5, own=own, texts=texts[:1]
+        ),
+        "samples": partial(
+            write_samples, generator, [], shown, embeddings, options, tmp_path / "samples"
+        ),
+        "a comparison": partial(sample, texts, [0, 1]),
+    }
+    with pytest.raises(OutOfMemoryError, match="in drawing videos .*rollout.micro_batch=1 saves"):
+        draw[drawn_for]()
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_the_self_check_replays_with_gradient(
+    checked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = build(LoraSettings(rank=2), layers=1)
+    predict = generator.predict
+
+    def exhausted(*inputs: object) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(*inputs)
+
+    monkeypatch.setattr(generator, "predict", exhausted)
+    if not checked:
+        monkeypatch.setattr("diffusion_rl.finetune.self_check", lambda *_: NoCheck())
+    drawn = dataclasses.replace(
+        SETTINGS.rollout, stochastic_steps=1, prompts_per_update=1, videos_per_prompt=2
+    )
+    settings = dataclasses.replace(SETTINGS, rollout=drawn, updates=1)
+    red = Reward("red", lambda videos, prompts, *, fps: videos[:, :, 0].mean((1, 2, 3)))
+    where = "in the self-check" if checked else "in the update"
+    with pytest.raises(OutOfMemoryError, match=f"{where} .*rollout.update_micro_batch=1 saves"):
+        next(finetune(generator, [red], ["a red circle"], settings))
 
 
 @pytest.mark.parametrize("learning", [True, False])

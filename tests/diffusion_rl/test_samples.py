@@ -161,6 +161,12 @@ def test_boxes_come_before_blame_and_blame_is_tinted() -> None:
     assert torch.equal(changed.any((1, 2)), torch.tensor([False, True, False, False]))
     assert bool(changed[1, : height // 2, height // 2 : height].all())
     assert changed[1].sum() == (height // 2) ** 2
+    failed = {"a": Judgement(score, None, [{"error": "no answer"}])}
+    assert torch.equal(draw_sample(video, 8.0, failed, 0), plain)
+    failed["b"] = Judgement(score, blame)
+    assert torch.equal(draw_sample(video, 8.0, failed, 0), tinted)
+    failed["c"] = Judgement(score, None, [report])
+    assert torch.equal(draw_sample(video, 8.0, failed, 0), with_box)
     assert torch.equal(draw_sample(video, 8.0, {"a": Judgement(score)}, 0), plain)
     half = tint_blame(torch.zeros(1, 3, 2, 2), torch.full((1, 1, 1), 0.5))
     torch.testing.assert_close(half[0, :, 0, 0], 0.5 * 0.6 * torch.tensor([0.90, 0.16, 0.22]))

@@ -76,6 +76,7 @@ def test_diffusers_loads_the_transformer_and_makes_the_same_videos(
     assert save_result(generator, tmp_path) == tmp_path / TUNED
     save_result(generator, tmp_path)  # Over the earlier one.
     assert [path.name for path in (tmp_path / TUNED).iterdir()] == ["transformer"]
+    assert "_name_or_path" not in (tmp_path / TUNED / "transformer" / "config.json").read_text()
 
     types = {"default": getattr(torch, dtype), "vae": torch.float32}
     stock = WanTransformer3DModel.from_pretrained(

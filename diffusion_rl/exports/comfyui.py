@@ -3,7 +3,8 @@
 ComfyUI finds a layer's LoRA by the layer's name in its own model: `<name>.lora_down.weight` [r in],
 `<name>.lora_up.weight` [out r] and `<name>.alpha` (0-d), applied as alpha / r * up @ down. Its
 models are those of the papers, not diffusers', so the names differ (`comfy/lora.py`,
-`comfy/weight_adapter/lora.py` and `comfy/ldm/*/model.py` of ComfyUI, read as of January 2026).
+`comfy/weight_adapter/lora.py` and `comfy/ldm/*/model.py` of ComfyUI, read as of January 2026;
+`comfy/ldm/cogvideo/model.py`, which came in 2026, as of November).
 """
 
 from __future__ import annotations
@@ -75,24 +76,30 @@ _HUNYUAN = (
         r"txt_in.individual_token_refiner.blocks.\1.mlp.2",
     ),
 )
+_COGVIDEOX = (
+    (r"transformer_blocks\.(\d+)\.attn1\.to_([qkv])", r"blocks.\1.\2"),
+    (r"transformer_blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.attn_out"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"blocks.\1.ff_proj"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"blocks.\1.ff_out"),
+    (r"transformer_blocks\.(\d+)\.(norm[12]\.linear)", r"blocks.\1.\2"),
+    (r"time_embedding\.(linear_[12])", r"time_embedding_\1"),
+    (r"(patch_embed\.(?:text_)?proj|norm_out\.linear|proj_out)", r"\1"),
+)
 NAMES: Mapping[str, Sequence[tuple[str, str]]] = {
     "wan": _WAN,
     "wan2.2": _WAN,
     "ltx": _LTX,
     "hunyuan1.5": _HUNYUAN,
+    "cogvideox": _COGVIDEOX,
 }
 """By family: diffusers' name of a layer (whole, as a pattern) and ComfyUI's."""
-REFUSED = {
-    "cogvideox": "ComfyUI has no CogVideoX of its own; the custom nodes that do load diffusers' "
-    "pipeline and read --format diffusers"
-}
 
 
 def write_comfyui(parts: Sequence[LoraPart], family: str, folder: Path) -> list[Path]:
     """Write a LoRA for ComfyUI's LoRA loaders: one file, or one for each of two models.
 
     Raises:
-        ValueError: ComfyUI has no such model, or none of a layer that is adapted.
+        ValueError: ComfyUI's model has none of a layer that is adapted, or the LoRA is a DoRA.
     """
     contents = {part.component: comfyui_state(part, family) for part in parts}
     names = TWO_FILES if len(parts) > 1 or "transformer_2" in contents else None
@@ -115,10 +122,6 @@ def comfyui_state(part: LoraPart, family: str) -> dict[str, Tensor]:
     Raises:
         ValueError: see `write_comfyui`.
     """
-    if family in REFUSED:
-        raise ValueError(
-            f"format comfyui must have a model to load it, got family {family}: {REFUSED[family]}"
-        )
     if part.settings.dora:
         raise ValueError(
             "format comfyui must be given a plain LoRA, got a DoRA; use --format merged"

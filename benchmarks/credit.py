@@ -1,15 +1,16 @@
-"""Videos that the toy generator needs to halve its faults: uniform, grounded and random credit.
+"""Videos that the toy generator needs to halve its faults, with each kind of credit.
 
     python -m benchmarks.credit --seeds 0 1 2 3 4
     python -m benchmarks.credit --arms grounded --seeds 0   # One process for each arm.
     python -m benchmarks.credit --only-table
 
-Every run is that of a row of `benchmarks.algorithms` with another seed and another `credit.name`;
+Every run is that of a row of `benchmarks.algorithms` with another seed and another `credit`;
 the judge looks in full mode, so that its blame has boxes. The oracle only watches: a reward of
 weight 0 whose score of every update's own videos stands in metrics.jsonl. A run ends when it has
 halved the base's rate. What is finished is not run again and what was stopped goes on from its last
 checkpoint, so that arms may run in several processes. Writes credit.json and credit.md (also
-printed) into the folder.
+printed) into the folder. With --keep the curves are written to a folder, too, and read from there
+where a run is gone.
 """
 
 from __future__ import annotations
@@ -27,11 +28,10 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from benchmarks.algorithms import ROWS, row_tree
-from benchmarks.runs import train_to_end
+from benchmarks.runs import keep_curve, kept_curve, train_to_end
 from cac_reward.whole_files import whole_file
 from diffusion_rl.collect import collect
 from diffusion_rl.configuration import RunSettings, build, to_tree
-from diffusion_rl.credit import CREDITS
 from diffusion_rl.launch import Run, prepare
 from diffusion_rl.progress import StepReport
 from diffusion_rl.tracking import METRICS_FILE, read_metrics
@@ -40,6 +40,7 @@ from examples.toy_world import oracle
 ROW = "awm"
 """Rows that replay recorded steps do not halve the rate in so many updates."""
 OUTPUT = Path("runs/credit")
+BASE_FILE = "base.json"
 ORACLE = {
     "name": "oracle",
     "target": "examples.toy_world.demo_evaluation:judge_by_oracle",
@@ -49,6 +50,14 @@ WINDOW = 320
 """Training videos that make one measurement of the rate; whole updates."""
 DRAWS = 10_000
 """Of the bootstrap."""
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "uniform": {"name": "uniform"},
+    "grounded": {"name": "grounded"},
+    "random": {"name": "random"},
+    "grounded_balanced": {"name": "grounded", "balanced": True},
+    "random_balanced": {"name": "random", "balanced": True},
+}
+"""Settings of credit, without mix and clip."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ def run_settings(options: argparse.Namespace, arm: str, seed: int) -> RunSetting
     tree["rewards"][0]["options"]["mode"] = "full"
     tree["rewards"].append(ORACLE)
     mix = None if arm == "uniform" else options.mix
-    tree["credit"] = {"name": arm, "mix": mix, "clip": options.clip}
+    tree["credit"] = {**ARMS[arm], "mix": mix, "clip": options.clip}
     output = str(options.output / f"{arm}_{seed}")
     return build({**tree, "seed": seed, "updates": options.updates, "output": output})
 
@@ -89,9 +98,10 @@ def said_of(report: StepReport) -> str:
 
 def base_rate(options: argparse.Namespace) -> dict[str, float]:
     """How often the base generator breaks videos under the recipe's own exploration; kept."""
-    path = options.output / "base.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+    path = options.output / BASE_FILE
+    for folder in (options.output, options.keep):
+        if folder is not None and (folder / BASE_FILE).is_file():
+            return json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
     settings = run_settings(options, "uniform", seed=options.base_seed)
     tree = {**to_tree(settings), "output": str(options.output / "base")}
     run: Run = prepare(build(tree))
@@ -114,10 +124,11 @@ def half_width(rate: float, count: int) -> float:
 
 
 def read_curve(options: argparse.Namespace, arm: str, seed: int) -> Curve | None:
-    """What a run has written so far; None before its second update."""
+    """What a run has written so far, or what was kept of it; None before its second update."""
     lines = read_metrics(options.output / f"{arm}_{seed}" / METRICS_FILE)
     if len(lines) < 2:
-        return None
+        kept = kept_curve(options.keep, f"{arm}_{seed}")
+        return None if kept is None else Curve(**kept)
     first = lines[0]["videos_generated"]
     each = lines[1]["videos_generated"] - first
     areas = [line["focus_area"] for line in lines if line["focus_area"] is not None]
@@ -186,11 +197,11 @@ def summarise(options: argparse.Namespace) -> dict[str, Any]:
     base = base_rate(options)
     curves = [
         curve
-        for arm in CREDITS
+        for arm in ARMS
         for seed in options.seeds
         if (curve := read_curve(options, arm, seed)) is not None
     ]
-    needed: dict[str, dict[int, float]] = {arm: {} for arm in CREDITS}
+    needed: dict[str, dict[int, float]] = {arm: {} for arm in ARMS}
     rows = []
     # Runs of different lengths are compared up to where the shortest one has come.
     shared = min((len(curve.rates) for curve in curves), default=0)
@@ -218,8 +229,18 @@ def summarise(options: argparse.Namespace) -> dict[str, Any]:
                 "focus_area": curve.focus_area if math.isfinite(curve.focus_area) else None,
             }
         )
-    ratios = {arm: compare(needed, arm) for arm in CREDITS if arm != "uniform"}
+    ratios = {arm: compare(needed, arm) for arm in ARMS if arm != "uniform"}
     return {"base": base, "window": WINDOW, "compared": shared, "runs": rows, "ratios": ratios}
+
+
+def keep_all(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:
+    """Write the curves and the base's rate to where they outlast the runs."""
+    for arm in ARMS:
+        for seed in options.seeds:
+            if (curve := read_curve(options, arm, seed)) is not None:
+                keep_curve(options.keep, f"{arm}_{seed}", curve)
+    with whole_file(options.keep / BASE_FILE) as file:
+        file.write(json.dumps(figures["base"]) + "\n")
 
 
 def write_table(figures: Mapping[str, Any]) -> str:
@@ -257,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--row", choices=ROWS, default=ROW)
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--arms", nargs="+", choices=CREDITS, default=CREDITS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--mix", type=float, default=1.0)
@@ -267,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the row's config"
     )
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of curves beside the runs")
     parser.add_argument("--only-table", action="store_true")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -275,6 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             enough = partial(has_halved, options, arm, seed)
             train_to_end(run_settings(options, arm, seed), said_of, enough)
     figures = summarise(options)
+    if options.keep is not None:
+        keep_all(options, figures)
     with whole_file(options.output / "credit.json") as file:
         file.write(json.dumps(figures, indent=1))
     table = write_table(figures)

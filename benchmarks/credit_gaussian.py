@@ -50,7 +50,9 @@ ARMS: dict[str, tuple[CreditSettings, RewardFunction]] = {
     "grounded, mix 0.5": (CreditSettings(name="grounded", mix=0.5), judge),
     "grounded, clip position": (CreditSettings(name="grounded", clip="position"), judge),
     "grounded, times only": (CreditSettings(name="grounded"), judge_of_times),
+    "grounded, balanced": (CreditSettings(name="grounded", balanced=True), judge),
     "random": (CreditSettings(name="random"), judge),
+    "random, balanced": (CreditSettings(name="random", balanced=True), judge),
 }
 
 

@@ -48,6 +48,7 @@ from examples.toy_world import oracle
 from examples.toy_world.annotated_clips import snap
 
 TRUE = "true places"
+BALANCED = ", balanced"
 REFERENCE = "reference"
 JUDGE = "cac"
 """The reward that has blame."""
@@ -79,8 +80,9 @@ def credits_of(run: Run, update: JudgedUpdate, truth: Tensor, mix: float) -> dic
     """The same videos and advantages with every credit, and the oracle's own advantages."""
     settings = run.settings.finetune_settings()
 
-    def laid(judged: JudgedUpdate, name: str) -> Credit:
-        focus = CreditSettings(name=name, mix=None if name == "uniform" else mix)
+    def laid(judged: JudgedUpdate, name: str, balanced: bool = False) -> Credit:
+        share = None if name == "uniform" else mix
+        focus = CreditSettings(name=name, mix=share, balanced=balanced)
         said = (run.rewards, judged.judged, judged.guarded, judged.batch)
         return place(judged.advantages, run.generator, *said, replace(settings, credit=focus))
 
@@ -91,7 +93,9 @@ def credits_of(run: Run, update: JudgedUpdate, truth: Tensor, mix: float) -> dic
     row, options = algorithm(settings.algorithm.name), settings.algorithm.advantage_options
     score = judgements[runs.ORACLE["name"]].score
     advantages = row.advantages(score, update.batch.group, **options)
-    return {**own, TRUE: laid(known, "grounded"), REFERENCE: Credit(advantages)}
+    own |= {name + BALANCED: laid(update, name, balanced=True) for name in ("grounded", "random")}
+    true = {TRUE: laid(known, "grounded"), TRUE + BALANCED: laid(known, "grounded", balanced=True)}
+    return {**own, **true, REFERENCE: Credit(advantages)}
 
 
 def shared_focus(run: Run, update: JudgedUpdate, truth: Tensor) -> list[tuple[float, float, float]]:
@@ -162,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.updates < 3:
         parser.error(f"--updates must be at least 3, got {options.updates}")
-    own = argparse.Namespace(**vars(options), clip="video")
+    own = argparse.Namespace(**vars(options), clip="video", keep=None)
     run = prepare(build(to_tree(runs.run_settings(own, "grounded", seed=0))))
     measure_base(run.generator, run.embeddings, run.settings.finetune_settings(), run.state)
     gradients: dict[str, list[Tensor]] = {}

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from cac_reward.whole_files import whole_file
 from diffusion_rl.configuration import RunSettings
 from diffusion_rl.launch import prepare, train
 from diffusion_rl.progress import StepReport
 from diffusion_rl.tracking import METRICS_FILE, read_metrics
+
+
+def keep_curve(folder: Path, name: str, curve: Any) -> None:
+    """Write a dataclass of numbers as `folder/name.json`, to be found when the run is gone."""
+    numbers = {key: None if value != value else value for key, value in asdict(curve).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / f"{name}.json") as file:
+        file.write(json.dumps(numbers) + "\n")
+
+
+def kept_curve(folder: Path | None, name: str) -> Mapping[str, Any] | None:
+    """What `keep_curve` wrote; None where there is none."""
+    path = None if folder is None else folder / f"{name}.json"
+    if path is None or not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {key: math.nan if value is None else value for key, value in found.items()}
 
 
 def train_to_end(

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_rl.processes import gather_rows
 from diffusion_rl.shapes import check_shape
 
 CREDITS = ("uniform", "grounded", "random")
@@ -42,6 +43,9 @@ class CreditSettings:
     mix: float | None = None
     """Share of the blamed disadvantage that is focused, in [0, 1]; None is 1. With 0 all is spread,
     with 1 what lies outside the blame learns nothing of it. `uniform` takes none."""
+    balanced: bool = False
+    """Lay what is above average where its group's blame is, too, so that the advantages of a group
+    cancel at every position and not only over whole videos (see `balance`)."""
     clip: str = "video"
     """Whether a `video` has one ratio, of the mean of its log-probabilities under the weights, or
     each latent `position` its own. Only for rows that replay recorded steps."""
@@ -50,6 +54,10 @@ class CreditSettings:
         for name, value, known in (("name", self.name, CREDITS), ("clip", self.clip, CLIPS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
+        if self.name == "uniform" and self.balanced:
+            raise ValueError(
+                "balanced must be left out with name 'uniform', got True; it would be ignored"
+            )
         if self.mix is None:
             return
         if self.name == "uniform":
@@ -231,9 +239,9 @@ def assign_credit(
 ) -> Credit:
     """Lay the advantages on the latents' positions.
 
-    Advantages of at least 0 are spread: that nothing is wrong is said of all of a video. So is the
-    advantage of a video without blame, or with the same blame everywhere, and all of them where no
-    part has blame (`check_blame` refuses what never will).
+    Advantages of at least 0 are spread unless they are balanced: that nothing is wrong is said of
+    all of a video. So is the advantage of a video without blame, or with the same blame everywhere,
+    and all of them where no part has blame (`check_blame` refuses what never will).
 
     Args:
         advantages: [B], 0 for videos not judged.
@@ -244,7 +252,8 @@ def assign_credit(
             videos with that seed it is.
         settings: uniform, grounded or random, and how much.
         rows: [R] places of the videos that `blame` is of, and that credit is wanted for, where
-            other processes have the others; None is all.
+            other processes have the others; None is all. All of them call this where advantages
+            are balanced.
 
     Raises:
         ValueError: A shape is wrong.
@@ -252,7 +261,7 @@ def assign_credit(
     axes = check_shape("advantages", advantages, "B")
     rows = torch.arange(axes["B"]) if rows is None else rows
     uniform = Credit(advantages[rows], None, settings.clip)
-    if settings.focus == 0 or all(part.blame is None for part in parts):
+    if settings.focus == 0:
         return uniform
     shares = blamed_shares(torch.stack([part.score for part in parts]), group)
     shares = (shares * (advantages < 0))[:, rows]
@@ -265,9 +274,42 @@ def assign_credit(
         if settings.name == "random":
             focus = move_at_random(focus, grid, seeds, rows)
         weights += settings.focus * share.double().view(-1, 1, 1, 1) * (focus - 1)
+    if settings.balanced:
+        weights = balance(gather_rows(weights, rows, axes["B"]), advantages, group)[rows]
     # Float64 so far, so that even blame is 1 and no weight below 0 after rounding.
     credit = replace(uniform, weights=weights.float().clamp_min(0))
     return credit if bool(credit.focused.any()) else uniform
+
+
+def balance(weights: Tensor, advantages: Tensor, group: Tensor) -> Tensor:
+    """Give what is above average in a group the weights of what is below it, as a mean.
+
+    weights of advantages above 0 = sum of |advantage| * weights / sum of |advantage|,
+                                    over the group's advantages below 0
+
+    Advantages of a group cancel over whole videos: what its videos have in common is neither learnt
+    nor unlearnt. Focused ones alone no longer cancel position by position: where faults are blamed
+    often, all of the group is pushed away from, and drawn to elsewhere. Where the gradient of what
+    a policy has drawn is 0 on average, as of an exact log-probability, that is noise. The losses of
+    the forward process only come near to it, and have no end in one direction.
+
+    Args:
+        weights: [B T H W] of mean 1 in each video, as the disadvantage is laid.
+        advantages: [B].
+        group: [B] integer, equal for the videos of one prompt.
+
+    Returns:
+        [B T H W] of mean 1; those of advantages of at most 0, and of groups that have none below 0,
+        as they were.
+    """
+    balanced = weights.clone()
+    for index in group.unique():
+        above, below = (group == index) & (advantages > 0), (group == index) & (advantages < 0)
+        if not bool(below.any()):
+            continue
+        size = advantages[below].double().abs().view(-1, 1, 1, 1)
+        balanced[above] = (size * weights[below]).sum(dim=0) / size.sum()
+    return balanced
 
 
 def blamed_shares(scores: Tensor, group: Tensor) -> Tensor:

@@ -16,7 +16,12 @@ from benchmarks import credit, credit_gaussian, runs
 from diffusion_rl.tracking import METRICS_FILE
 
 OPTIONS = argparse.Namespace(
-    row=credit.ROW, set=["rollout.prompts_per_update=2"], mix=0.5, clip="video", updates=6
+    row=credit.ROW,
+    set=["rollout.prompts_per_update=2"],
+    mix=0.5,
+    clip="video",
+    updates=6,
+    keep=None,
 )
 
 
@@ -70,9 +75,10 @@ def test_arms_are_compared_by_seed() -> None:
 
 def test_every_arm_is_the_recipe_with_other_credit(tmp_path: Path) -> None:
     OPTIONS.output = tmp_path
-    of_arms = {arm: credit.run_settings(OPTIONS, arm, seed=3) for arm in credit.CREDITS}
+    of_arms = {arm: credit.run_settings(OPTIONS, arm, seed=3) for arm in credit.ARMS}
     for arm, settings in of_arms.items():
-        assert settings.credit.name == arm
+        assert settings.credit.name == arm.partition("_")[0]
+        assert settings.credit.balanced == arm.endswith("_balanced")
         assert settings.credit.mix == (None if arm == "uniform" else 0.5)
         assert settings.algorithm.name == credit.ROW
         assert settings.seed == 3
@@ -80,7 +86,7 @@ def test_every_arm_is_the_recipe_with_other_credit(tmp_path: Path) -> None:
         assert settings.rewards[0].options["mode"] == "full"
         assert [one.weight for one in settings.rewards if one.name == "oracle"] == [0.0]
         assert settings.algorithm == of_arms["uniform"].algorithm
-    assert len({settings.output for settings in of_arms.values()}) == 3
+    assert len({settings.output for settings in of_arms.values()}) == 5
 
 
 def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +96,27 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(runs, "train", lambda run: iter(()))
     write_run(tmp_path / "grounded_0", [0.5] * 6)
     write_run(tmp_path / "random_0", [0.5] * 5)
-    for arm in credit.CREDITS:
+    for arm in credit.ARMS:
         runs.train_to_end(credit.run_settings(OPTIONS, arm, seed=0), credit.said_of)
-    assert [Path(output).name for output in asked] == ["uniform_0", "random_0"]
+    assert [Path(output).name for output in asked] == [
+        *("uniform_0", "random_0", "grounded_balanced_0", "random_balanced_0")
+    ]
+
+
+def test_curves_outlast_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = '{"rate": 0.8, "videos": 512, "half_width": 0.03}'
+    output, kept = tmp_path / "runs", tmp_path / "kept"
+    write_run(output / "uniform_0", [0.8] * 5 + [0.4] * 5, area=None)
+    write_run(output / "grounded_0", [0.8] * 3 + [0.4] * 5)
+    (output / "base.json").write_text(base)
+    words = ["--only-table", "--output", str(output), "--keep", str(kept)]
+    credit.main(words)
+    table = capsys.readouterr().out
+    assert "grounded against uniform: 0.80 times the videos, 1 seed(s)" in table
+    assert "NaN" not in "".join(path.read_text() for path in kept.iterdir())
+    shutil.rmtree(output)
+    credit.main(words)
+    assert capsys.readouterr().out == table
 
 
 def test_a_run_ends_when_it_has_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,9 @@ def test_every_credit_gets_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (said,) = [line for line in lines if "broken by the oracle" in line]
     assert said.startswith("12 videos, ")
     rows = [line.split(" | ") for line in lines if line.startswith("| ")]
-    names = ["| credit", "| uniform", "| grounded", "| random", "| true places"]
+    names = ["| credit", "| uniform", "| grounded", "| random"]
+    names += ["| grounded, balanced", "| random, balanced"]
+    names += ["| true places", "| true places, balanced"]
     assert [row[0] for row in rows] == 2 * names
     assert [row[2] for row in rows if row[0] == "| uniform"][0] == "1.00 (1.00 to 1.00) |"
 

@@ -207,6 +207,67 @@ def test_without_any_blame_all_is_spread() -> None:
         assert credit.advantages.tolist() == [-1.0, 1.0, -2.0, 2.0]
 
 
+BALANCED = CreditSettings(name="grounded", balanced=True)
+
+
+def parts_of(blame: Tensor | None) -> list[ScorePart]:
+    return one_part([0.0, 1.0, 0.0, 1.0], blame)
+
+
+@pytest.mark.parametrize("name", ["grounded", "random"])
+@pytest.mark.parametrize("mix", [0.4, 1.0])
+def test_balanced_advantages_of_a_group_cancel_at_every_position(name: str, mix: float) -> None:
+    """By loops: what is above average has the mean weights of what is below."""
+    parts = [
+        *one_part([0.0, 0.2, 1.0, 0.9, 0.1, 0.1, 0.3, 0.8], noise(8, 9, 5, 4)),
+        *one_part([0.5, 0.3, 0.9, 1.0, 0.5, 0.2, 0.2, 0.9], None),
+    ]
+    advantages = torch.tensor([-2.0, -0.5, 1.5, 1.0, -0.5, -1.0, 0.0, 1.5])
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    places = (group, GRID, range(8))
+    plain, balanced = (
+        assign_credit(
+            advantages, parts, *places, CreditSettings(name=name, mix=mix, balanced=balanced)
+        ).weights
+        for balanced in (False, True)
+    )
+    for index in range(2):
+        members = [row for row in range(8) if group[row] == index]
+        below = [row for row in members if advantages[row] < 0]
+        size = -sum(advantages[row].item() for row in below)
+        expected = sum(-advantages[row] / size * plain[row] for row in below)
+        for row in members:
+            own = expected if advantages[row] > 0 else plain[row]
+            torch.testing.assert_close(balanced[row], own)
+        total = sum(advantages[row] * balanced[row] for row in members)
+        torch.testing.assert_close(total, torch.zeros(3, 3, 2), rtol=0, atol=1e-6)
+        assert sum(advantages[row] * plain[row] for row in members).abs().max() > 0.1
+    torch.testing.assert_close(balanced.mean((1, 2, 3)), torch.ones(8))
+    assert bool((balanced >= 0).all())
+
+
+def test_balanced_credit_leaves_alone_what_no_video_of_the_group_is_blamed_for() -> None:
+    blame = torch.zeros(4, 9, 6, 4)
+    blame[0, :, :2, :2] = 1.0
+    blame[2, :, 4:, 2:] = 1.0
+    credit = assign([-1.0, 1.0, -2.0, 2.0], parts_of(blame), BALANCED)
+    for pair in ((0, 1), (2, 3)):
+        first, second = (credit.weights[row] for row in pair)
+        assert torch.equal(first, second)
+        assert torch.count_nonzero(first) == len(GROUPS)
+    assert credit.focused.tolist() == [True] * 4
+    # Of the disadvantage alone, as without balance.
+    assert credit.focused_share == assign([-1.0, 1.0, -2.0, 2.0], parts_of(blame)).focused_share
+
+
+def test_balanced_credit_without_places_is_uniform_credit() -> None:
+    for blame in (torch.full((4, 9, 7, 5), 0.3), torch.zeros(4, 9, 7, 5), None):
+        assert assign([-1.0, 1.0, -1.0, 1.0], parts_of(blame), BALANCED).weights is None
+    # A group in which nothing is below average, and one whose videos could not be judged.
+    blame = noise(4, 9, 6, 4)
+    assert assign([0.0, 1.0, 0.0, 0.0], parts_of(blame), BALANCED).weights is None
+
+
 def test_random_credit_is_the_same_region_at_another_place() -> None:
     blame = torch.zeros(4, 9, 6, 4)
     blame[:, 1:5, :2, :2] = 0.8
@@ -274,6 +335,7 @@ def test_how_much_is_focused_is_said() -> None:
         ({"name": "grounded", "mix": 1.5}, r"mix must be in \[0, 1\], got 1.5"),
         ({"name": "random", "mix": NAN}, r"mix must be in \[0, 1\], got nan"),
         ({"mix": 0.5}, "mix must be left out with name 'uniform', got 0.5"),
+        ({"balanced": True}, "balanced must be left out with name 'uniform', got True"),
     ],
 )
 def test_settings_outside_their_range_are_refused(options: dict[str, Any], message: str) -> None:

@@ -141,7 +141,7 @@ ROWS = {
     "grounded": settings_for(
         GrpoSettings(clip_range=0.02), credit=CreditSettings(name="grounded", clip="position")
     ),
-    "nft": settings_for(NftSettings(), credit=CreditSettings(name="grounded")),
+    "nft": settings_for(NftSettings(), credit=CreditSettings(name="grounded", balanced=True)),
     "awm": settings_for(AwmSettings(inner_steps=2, noise_levels=2)),
     "raft": settings_for(RaftSettings(keep=2, inner_steps=2)),
     "stale": settings_for(GrpoSettings(clip_range=0.02), staleness=1),

@@ -1,11 +1,11 @@
 """Why grounded credit helps or does not: where the blame lies, and what it makes of a gradient.
 
-    python -m benchmarks.credit_gradients --updates 20
+    python -m benchmarks.credit_gradients --updates 20 --steps 0.01 0.04
 
 At the untrained generator, draws and judges the videos of some updates once and computes their
-gradients with every credit; no step is taken. Beside `uniform`, `grounded` and `random`, `true
+gradients with every credit. Beside `uniform`, `grounded` and `random`, `true
 places` is grounded with the oracle's own windows and boxes in place of the judge's: what a perfect
-judge of places would give. Three measurements:
+judge of places would give. Four measurements:
 
 - places: how much of the judge's focus lies where the oracle's does, 1 - total variation of both
   sets of weights, against the same of the focus moved at random;
@@ -13,7 +13,11 @@ judge of places would give. Three measurements:
 - direction: the mean cosine of an update's gradient with that of other updates whose advantages
   are of the oracle's verdicts alone, uniform. The latter are noisy and the same for all credits, so
   that cosines are small and their ratios are what counts: videos needed to know the direction
-  equally well go with one over the ratio's square.
+  equally well go with one over the ratio's square;
+- effect: the share of held-out videos that break, by the oracle, once the weights are moved against
+  the mean gradient of all updates until the policy's divergence from the untrained one is that of
+  --steps: how much each direction mends at the same price. The held-out videos are the same for
+  all, so that differences are paired.
 """
 
 from __future__ import annotations
@@ -44,16 +48,27 @@ from diffusion_rl.credit import (
 )
 from diffusion_rl.finetune import measure_base, place
 from diffusion_rl.launch import Run, prepare
+from diffusion_rl.losses import velocity_kl
+from diffusion_rl.policies import trained_parameters
+from diffusion_rl.rollout import rollout
+from diffusion_rl.step_losses import noise_videos
 from examples.toy_world import oracle
 from examples.toy_world.annotated_clips import snap
 
 TRUE = "true places"
 BALANCED = ", balanced"
 REFERENCE = "reference"
+UNTRAINED = "untrained"
 JUDGE = "cac"
 """The reward that has blame."""
 DRAWS = 2_000
 """Of the bootstrap."""
+PER_PROMPT = 2
+"""Held-out videos of each training prompt."""
+HELD_OUT_SEED = 1 << 30
+"""Of the first; training draws none there."""
+ROUNDS = 4
+"""Of scaling a step to its divergence, which is nearly a square of its length."""
 
 
 def true_blame(run: Run, update: JudgedUpdate) -> Tensor:
@@ -124,6 +139,63 @@ def direction(gradients: Tensor, reference: Tensor) -> Tensor:
     return (unit[0] @ unit[1].T).double()
 
 
+def velocities(run: Run, update: JudgedUpdate) -> Tensor:
+    """[B C T H W] of a micro batch of the update's videos, noised alike at every call."""
+    generator, trajectory = run.generator, update.batch.trajectory
+    noised = noise_videos(generator, trajectory, torch.Generator().manual_seed(0))
+    rows = torch.arange(min(len(trajectory.final_latent), run.settings.rollout.micro_batch))
+    with torch.no_grad():
+        return generator.predict(
+            noised.latent[rows], noised.sigma[rows], trajectory.embeddings[rows], 1.0
+        )
+
+
+def step_against(run: Run, gradient: Tensor, divergence: float, update: JudgedUpdate) -> None:
+    """Move the untrained adapter against a gradient [P] until it differs by a mean square."""
+    parameters = trained_parameters(run.generator.transformer)
+    start = [one.detach().clone() for one in parameters]
+    before, length = velocities(run, update), 1.0
+    parts = (gradient / gradient.norm()).split([one.numel() for one in parameters])
+    for _ in range(ROUNDS):
+        with torch.no_grad():
+            for one, origin, part in zip(parameters, start, parts, strict=True):
+                one.copy_(origin - length * part.view_as(origin))
+        found = velocity_kl(velocities(run, update), before).item()
+        length *= math.sqrt(divergence / found)
+
+
+def broken_after(
+    run: Run, gradients: Mapping[str, Tensor], divergence: float, update: JudgedUpdate
+) -> dict[str, Tensor]:
+    """By credit, [N] whether held-out videos break after a step against its mean gradient."""
+    parameters = trained_parameters(run.generator.transformer)
+    start = [one.detach().clone() for one in parameters]
+    index = torch.arange(len(run.prompts)).repeat_interleave(PER_PROMPT)
+    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(index))
+    texts = [run.prompts[place] for place in index.tolist()]
+    broken = {}
+    for name, own in {UNTRAINED: None, **gradients}.items():
+        if own is not None:
+            step_against(run, own, divergence, update)
+        drawn = rollout(run.generator, run.embeddings, index, seeds, run.settings.rollout)
+        reports = oracle.judge_videos(drawn.videos, texts, run.generator.fps)
+        broken[name] = torch.tensor([report.broken for report in reports]).double()
+        with torch.no_grad():
+            for one, origin in zip(parameters, start, strict=True):
+                one.copy_(origin)
+    return broken
+
+
+def show_effect(broken: Mapping[str, Tensor], divergence: float) -> None:
+    """Print the rates after steps of one divergence, and their paired differences."""
+    print(f"| credit, divergence {divergence:g} | broken | less than uniform |\n|---|---|---|")
+    for name, own in broken.items():
+        less = broken["uniform"] - own
+        half = 1.96 * float(less.std()) / math.sqrt(len(less))
+        print(f"| {name} | {own.mean():.3f} | {less.mean():+.3f} +- {half:.3f} |")
+    print(flush=True)
+
+
 def mean_of_pairs(cosines: np.ndarray, updates: Sequence[int]) -> float:
     """Mean over known pairs of two different updates; one drawn twice is no pair with itself.
 
@@ -160,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--updates", type=int, default=20, help="at least 3 (20)")
     parser.add_argument("--mix", type=float, default=1.0)
     parser.add_argument("--output", type=Path, default=Path("runs/credit_gradients"))
+    parser.add_argument("--steps", nargs="*", type=float, default=[], metavar="DIVERGENCE")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the row's config"
     )
@@ -181,6 +254,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             gradients.setdefault(name, []).append(gradient_of(run, update, credit))
         print(f"update {step}/{options.updates}", flush=True)
     show(gradients, places, broken)
+    means = {name: torch.stack(own).mean(dim=0) for name, own in gradients.items()}
+    for divergence in options.steps:
+        show_effect(broken_after(run, means, divergence, update), divergence)
 
 
 def show(

@@ -18,6 +18,7 @@ import diffusion_rl.launch
 from diffusion_rl import processes
 from diffusion_rl.checkpoint import best_checkpoint, checkpoints, latest_checkpoint
 from diffusion_rl.configuration import RunSettings, build, load_config
+from diffusion_rl.credit import CreditSettings
 from diffusion_rl.finetune import StepReport
 from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.generators.settings import (
@@ -37,7 +38,7 @@ from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.preflight import check_processes, check_run
 from diffusion_rl.reward_contract import RewardSettings
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.row_settings import SETTINGS, GrpoSettings
+from diffusion_rl.row_settings import SETTINGS, GrpoSettings, NftSettings
 from diffusion_rl.run_folder import check_same_run, differences, set_aside
 from diffusion_rl.run_lock import LOCK_FILE, release_lock
 from diffusion_rl.samples import SampleSettings
@@ -286,6 +287,23 @@ def test_a_run_without_guards_is_warned_of(
     assert caplog.text == ""
     check_run(dataclasses.replace(settings, guards=()))
     assert "guards is empty: nothing keeps the policy from still" in caplog.text
+
+
+def test_unbalanced_focus_is_warned_of_where_losses_are_not_exact(
+    settings: RunSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    rollout = dataclasses.replace(settings.rollout, stochastic_steps=1)
+    settings = dataclasses.replace(settings, rollout=rollout)
+    for row, credit, warned in (
+        (NftSettings(), CreditSettings(name="grounded"), True),
+        (NftSettings(), CreditSettings(name="grounded", balanced=True), False),
+        (NftSettings(), CreditSettings(name="grounded", mix=0.0), False),
+        (NftSettings(), CreditSettings(), False),
+        (GrpoSettings(), CreditSettings(name="grounded"), False),
+    ):
+        caplog.clear()
+        check_run(dataclasses.replace(settings, algorithm=row, credit=credit))
+        assert ("credit.balanced is off: with nft" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("written", [False, True])

@@ -8,7 +8,8 @@ Every run is a config of configs/rl with another `algorithm`; rewards, guards, p
 an update are the same for all. The oracle watches as an evaluation reward: the same held-out videos
 (prompts and noise), drawn without exploration by what the run would save. What is finished is not
 run again and what was stopped goes on from its last checkpoint. Writes algorithms.md (also printed)
-into the folder.
+into the folder. With --keep the curves are written to a folder, too, and read from there where a
+run is gone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.runs import train_to_end
+from benchmarks.runs import keep_curve, kept_curve, train_to_end
 from cac_reward.whole_files import whole_file
 from diffusion_rl.configuration import RunSettings, build, load_config, to_tree
 from diffusion_rl.launch import prepare
@@ -33,6 +34,7 @@ from diffusion_rl.tracking import METRICS_FILE, read_metrics
 from examples.toy_world import oracle
 
 OUTPUT = Path("runs/algorithms")
+BASE_FILE = "base.txt"
 RECORDED, NOISED = "configs/rl/toy_grpo.yaml", "configs/rl/toy_nft.yaml"
 ORACLE = {"name": "oracle", "target": "examples.toy_world.demo_evaluation:judge_by_oracle"}
 PROMPTS = "examples/toy_world/prompts/evaluation.txt"
@@ -129,9 +131,10 @@ def said_of(report: StepReport) -> str | None:
 
 def base_rate(options: argparse.Namespace) -> float:
     """How often the untrained generator breaks the held-out videos; kept."""
-    path = options.output / "base.txt"
-    if path.is_file():
-        return float(path.read_text(encoding="utf-8"))
+    path = options.output / BASE_FILE
+    for folder in (options.output, options.keep):
+        if folder is not None and (folder / BASE_FILE).is_file():
+            return float((folder / BASE_FILE).read_text(encoding="utf-8"))
     tree = to_tree(run_settings(options, "nft", seed=0))
     run = prepare(build({**tree, "output": str(options.output / "base")}))
     assert run.held_out is not None
@@ -149,11 +152,12 @@ def base_rate(options: argparse.Namespace) -> float:
 
 
 def read_curve(options: argparse.Namespace, row: str, seed: int) -> Curve | None:
-    """What a run has written so far; None if the oracle has not looked."""
+    """What a run has written so far, or what was kept of it; None if the oracle has not looked."""
     lines = read_metrics(options.output / f"{row}_{seed}" / METRICS_FILE)
     seen = [line for line in lines if line.get(MEASURED) is not None]
     if not seen:
-        return None
+        kept = kept_curve(options.keep, f"{row}_{seed}")
+        return None if kept is None else Curve(**kept)
     each = PER_PROMPT * len(read_prompts(PROMPTS))
     return Curve(
         row,
@@ -213,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--updates", type=int, default=120)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of curves beside the runs")
     parser.add_argument("--only-table", action="store_true")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -225,7 +230,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in options.seeds
         if (curve := read_curve(options, row, seed)) is not None
     ]
-    table = write_table(base_rate(options), curves)
+    base = base_rate(options)
+    if options.keep is not None:
+        for curve in curves:
+            keep_curve(options.keep, f"{curve.row}_{curve.seed}", curve)
+        with whole_file(options.keep / BASE_FILE) as file:
+            file.write(f"{base!r}\n")
+    table = write_table(base, curves)
     with whole_file(options.output / "algorithms.md") as file:
         file.write(table)
     print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ HELD_OUT = 32 * algorithms.PER_PROMPT
 
 
 def options(folder: Path) -> argparse.Namespace:
-    return argparse.Namespace(output=folder, updates=60)
+    return argparse.Namespace(output=folder, updates=60, keep=None)
 
 
 def write_run(folder: Path, rates: dict[int, float]) -> None:
@@ -73,3 +74,17 @@ def test_the_table_says_how_many_seeds_came_there(tmp_path: Path) -> None:
         "| 640, 1 of 2 seeds | 50 | 5.0 (5.0 to 5.0) |"
     )
     assert raft == "| raft | 1 | 10 | 60.0% | 20% | 60.0% | not reached |  | 5.0 |"
+
+
+def test_curves_outlast_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, kept = tmp_path / "runs", tmp_path / "kept"
+    write_run(output / "nft_0", {1: 0.75, 10: 0.375})
+    (output / "base.txt").write_text("0.78125")
+    words = ["--only-table", "--seeds", "0", "--output", str(output), "--keep", str(kept)]
+    algorithms.main(words)
+    table = capsys.readouterr().out
+    assert "| nft | 1 | 10 | 37.5% | 52% | 37.5% | 640 | 50 | 5.0 |" in table
+    shutil.rmtree(output)
+    algorithms.main(words)
+    assert capsys.readouterr().out == table
+    assert sorted(path.name for path in kept.iterdir()) == ["base.txt", "nft_0.json"]

@@ -8,7 +8,8 @@ places` is grounded with the oracle's own windows and boxes in place of the judg
 judge of places would give. Four measurements:
 
 - places: how much of the judge's focus lies where the oracle's does, 1 - total variation of both
-  sets of weights, against the same of the focus moved at random;
+  sets of weights, against the same of the focus moved at random; and how much of what the row
+  learns from lies at the oracle's faults whatever the credit;
 - agreement: the mean cosine of two updates' gradients (see `benchmarks.gradient_agreement`);
 - direction: the mean cosine of an update's gradient with that of other updates whose advantages
   are of the oracle's verdicts alone, uniform. The latter are noisy and the same for all credits, so
@@ -50,7 +51,8 @@ from diffusion_rl.finetune import measure_base, place
 from diffusion_rl.launch import Run, prepare
 from diffusion_rl.losses import velocity_kl
 from diffusion_rl.policies import trained_parameters
-from diffusion_rl.rollout import rollout
+from diffusion_rl.rollout import predict_in_chunks, rollout
+from diffusion_rl.shares import chunks
 from diffusion_rl.step_losses import noise_videos
 from examples.toy_world import oracle
 from examples.toy_world.annotated_clips import snap
@@ -67,6 +69,8 @@ PER_PROMPT = 2
 """Held-out videos of each training prompt."""
 HELD_OUT_SEED = 1 << 30
 """Of the first; training draws none there."""
+LEVELS = 6
+"""Noise levels at which each video's error is measured."""
 ROUNDS = 4
 """Of scaling a step to its divergence, which is nearly a square of its length."""
 
@@ -139,6 +143,29 @@ def direction(gradients: Tensor, reference: Tensor) -> Tensor:
     return (unit[0] @ unit[1].T).double()
 
 
+def room(run: Run, update: JudgedUpdate, truth: Tensor) -> list[tuple[float, float, float]]:
+    """Of each broken video: how much of the latent is at fault, how much of the squared error that
+    noised videos teach by lies there, and the share of the latent that all of it is worth."""
+    generator, trajectory = run.generator, update.batch.trajectory
+    grid = LatentGrid(generator.frame_groups, *generator.latent_shape[2:])
+    weights = blame_weights(pool_blame(truth, grid), grid)
+    source, errors = torch.Generator().manual_seed(0), torch.zeros(())
+    parts = chunks(len(weights), run.settings.rollout.micro_batch)
+    for _ in range(LEVELS):
+        noised = noise_videos(generator, trajectory, source)
+        with torch.no_grad():
+            own = predict_in_chunks(generator, *noised, trajectory.embeddings, 1.0, parts)
+        target = noised.latent - trajectory.final_latent
+        errors = errors + ((own - target / noised.sigma.view(-1, 1, 1, 1, 1)) ** 2).mean(dim=1)
+    found = []
+    for error, weight in zip(errors.double(), weights, strict=True):
+        if (weight != 1).any():
+            faulty, share = weight > 0, error / error.sum()
+            even = 1 / (share.square().sum() * share.numel())
+            found.append((faulty.double().mean().item(), share[faulty].sum().item(), even.item()))
+    return found
+
+
 def velocities(run: Run, update: JudgedUpdate) -> Tensor:
     """[B C T H W] of a micro batch of the update's videos, noised alike at every call."""
     generator, trajectory = run.generator, update.batch.trajectory
@@ -165,12 +192,12 @@ def step_against(run: Run, gradient: Tensor, divergence: float, update: JudgedUp
 
 
 def broken_after(
-    run: Run, gradients: Mapping[str, Tensor], divergence: float, update: JudgedUpdate
+    run: Run, gradients: Mapping[str, Tensor], divergence: float, update: JudgedUpdate, prompts: int
 ) -> dict[str, Tensor]:
     """By credit, [N] whether held-out videos break after a step against its mean gradient."""
     parameters = trained_parameters(run.generator.transformer)
     start = [one.detach().clone() for one in parameters]
-    index = torch.arange(len(run.prompts)).repeat_interleave(PER_PROMPT)
+    index = torch.arange(min(prompts, len(run.prompts))).repeat_interleave(PER_PROMPT)
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(index))
     texts = [run.prompts[place] for place in index.tolist()]
     broken = {}
@@ -233,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mix", type=float, default=1.0)
     parser.add_argument("--output", type=Path, default=Path("runs/credit_gradients"))
     parser.add_argument("--steps", nargs="*", type=float, default=[], metavar="DIVERGENCE")
+    parser.add_argument("--prompts", type=int, default=256, help="of the held-out videos (256)")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the row's config"
     )
@@ -244,19 +272,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure_base(run.generator, run.embeddings, run.settings.finetune_settings(), run.state)
     gradients: dict[str, list[Tensor]] = {}
     places: list[tuple[float, float, float]] = []
+    rooms: list[tuple[float, float, float]] = []
     broken: list[bool] = []
     for step in range(1, options.updates + 1):
         update = judge_update(run, step)
         truth = true_blame(run, update)
         broken += (update.judged.judgements[runs.ORACLE["name"]].score < 1).tolist()
         places += shared_focus(run, update, truth)
+        rooms += room(run, update, truth)
         for name, credit in credits_of(run, update, truth, options.mix).items():
             gradients.setdefault(name, []).append(gradient_of(run, update, credit))
         print(f"update {step}/{options.updates}", flush=True)
     show(gradients, places, broken)
+    at_fault, error, even = np.mean(rooms, axis=0) if rooms else (math.nan,) * 3
+    print(
+        f"of the {len(rooms)} with a fault that has a place, {at_fault:.3f} of the latent is at "
+        f"fault and holds {error:.3f} of the squared error, which is worth {even:.3f} of it\n"
+    )
     means = {name: torch.stack(own).mean(dim=0) for name, own in gradients.items()}
     for divergence in options.steps:
-        show_effect(broken_after(run, means, divergence, update), divergence)
+        show_effect(broken_after(run, means, divergence, update, options.prompts), divergence)
 
 
 def show(

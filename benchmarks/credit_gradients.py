@@ -38,14 +38,11 @@ from benchmarks.gradient_agreement import JudgedUpdate, gradient_of, judge_updat
 from cac_reward.frames import blame_map
 from cac_reward.report import Box, Finding, TimeWindow
 from diffusion_rl.algorithms import algorithm
+from diffusion_rl.blame import LatentGrid, blame_weights, move_at_random, pool_blame
 from diffusion_rl.configuration import build, to_tree
 from diffusion_rl.credit import (
     Credit,
     CreditSettings,
-    LatentGrid,
-    blame_weights,
-    move_at_random,
-    pool_blame,
 )
 from diffusion_rl.finetune import measure_base, place
 from diffusion_rl.launch import Run, prepare

@@ -25,10 +25,10 @@ from diffusion_rl.advantages import (
     tied_share,
 )
 from diffusion_rl.algorithms import algorithm
+from diffusion_rl.blame import LatentGrid
 from diffusion_rl.collect import Batch, collect, update_source
 from diffusion_rl.credit import (
     Credit,
-    LatentGrid,
     ScorePart,
     assign_credit,
     check_blame,

@@ -76,7 +76,7 @@ LAYERS = {
     ],
     "diffusion_rl": [
         *("shapes", "processes", "sharding", "shares", "packing", "run_lock", "transitions"),
-        *("advantages", "credit", "losses", "surrogates"),
+        *("advantages", "blame", "credit", "losses", "surrogates"),
         *("algorithms", "row_settings", "guards", "trends", "prompts"),
         *("loading", "prompt_sampling"),
         *("reward_contract", "reward_worker", "remote_rewards"),

@@ -12,17 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion_rl.blame import LatentGrid, blame_weights, move_at_random, pool_blame
 from diffusion_rl.credit import (
     Credit,
     CreditSettings,
-    LatentGrid,
     ScorePart,
     assign_credit,
-    blame_weights,
     blamed_shares,
     check_blame,
-    move_at_random,
-    pool_blame,
 )
 from diffusion_rl.generators.base import AbstractVideoGenerator
 

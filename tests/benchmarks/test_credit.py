@@ -73,6 +73,20 @@ def test_arms_are_compared_by_seed() -> None:
     assert (found["low"], found["ratio"], found["high"]) == pytest.approx((0.5, 0.5**0.5, 1.0))
 
 
+def test_rates_are_subtracted_by_seed() -> None:
+    means = {"uniform": {0: 0.5, 1: 0.7}, "grounded": {0: 0.6, 1: 0.75, 2: 0.1}, "random": {3: 1.0}}
+    found = credit.subtract(means, "grounded")
+    assert found is not None
+    assert (found["seeds"], found["more"]) == (2, pytest.approx(0.075))
+    assert (found["low"], found["high"]) == pytest.approx((0.05, 0.1))
+    assert credit.subtract(means, "random") is None
+    means["random"][0] = 0.5
+    one = credit.subtract(means, "random")
+    assert one is not None
+    assert one["more"] == 0.0
+    assert math.isnan(one["low"])
+
+
 def test_every_arm_is_the_recipe_with_other_credit(tmp_path: Path) -> None:
     OPTIONS.output = tmp_path
     of_arms = {arm: credit.run_settings(OPTIONS, arm, seed=3) for arm in credit.ARMS}

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.runs import keep_curve, kept_curve, train_to_end
+from benchmarks.runs import first_there, keep_curve, kept_curve, train_to_end
 from cac_reward.whole_files import whole_file
 from diffusion_rl.configuration import RunSettings, build, load_config, to_tree
 from diffusion_rl.launch import prepare
@@ -131,10 +131,9 @@ def said_of(report: StepReport) -> str | None:
 
 def base_rate(options: argparse.Namespace) -> float:
     """How often the untrained generator breaks the held-out videos; kept."""
-    path = options.output / BASE_FILE
-    for folder in (options.output, options.keep):
-        if folder is not None and (folder / BASE_FILE).is_file():
-            return float((folder / BASE_FILE).read_text(encoding="utf-8"))
+    known = first_there(BASE_FILE, options.output, options.keep)
+    if known is not None:
+        return float(known.read_text(encoding="utf-8"))
     tree = to_tree(run_settings(options, "nft", seed=0))
     run = prepare(build({**tree, "output": str(options.output / "base")}))
     assert run.held_out is not None
@@ -146,7 +145,7 @@ def base_rate(options: argparse.Namespace) -> float:
     texts = [prompts[one] for one in index.tolist()]
     reports = oracle.judge_videos(drawn.videos, texts, run.generator.fps)
     rate = float(np.mean([report.broken for report in reports]))
-    with whole_file(path) as file:
+    with whole_file(options.output / BASE_FILE) as file:
         file.write(repr(rate))
     return rate
 

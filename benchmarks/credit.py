@@ -28,7 +28,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from benchmarks.algorithms import ROWS, row_tree
-from benchmarks.runs import keep_curve, kept_curve, train_to_end
+from benchmarks.runs import first_there, keep_curve, kept_curve, train_to_end
 from cac_reward.whole_files import whole_file
 from diffusion_rl.collect import collect
 from diffusion_rl.configuration import RunSettings, build, to_tree
@@ -98,10 +98,9 @@ def said_of(report: StepReport) -> str:
 
 def base_rate(options: argparse.Namespace) -> dict[str, float]:
     """How often the base generator breaks videos under the recipe's own exploration; kept."""
-    path = options.output / BASE_FILE
-    for folder in (options.output, options.keep):
-        if folder is not None and (folder / BASE_FILE).is_file():
-            return json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
+    known = first_there(BASE_FILE, options.output, options.keep)
+    if known is not None:
+        return json.loads(known.read_text(encoding="utf-8"))
     settings = run_settings(options, "uniform", seed=options.base_seed)
     tree = {**to_tree(settings), "output": str(options.output / "base")}
     run: Run = prepare(build(tree))
@@ -113,7 +112,7 @@ def base_rate(options: argparse.Namespace) -> dict[str, float]:
         broken += [report.broken for report in reports]
     rate = float(np.mean(broken))
     figures = {"rate": rate, "videos": len(broken), "half_width": half_width(rate, len(broken))}
-    with whole_file(path) as file:
+    with whole_file(options.output / BASE_FILE) as file:
         file.write(json.dumps(figures))
     return figures
 
@@ -170,6 +169,17 @@ def has_halved(options: argparse.Namespace, arm: str, seed: int) -> bool:
     return curve is not None and math.isfinite(videos_to_halve(curve, base_rate(options)["rate"]))
 
 
+def mean_over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean and its 95% bootstrap; NaN in place of that where there is one seed only."""
+    numbers, random = np.array(values), np.random.default_rng(0)
+    mean = float(numbers.mean())
+    if len(numbers) == 1:
+        return mean, math.nan, math.nan
+    draws = numbers[random.integers(len(numbers), size=(DRAWS, len(numbers)))].mean(axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return mean, float(low), float(high)
+
+
 def compare(
     needed: Mapping[str, Mapping[int, float]], arm: str, other: str = "uniform"
 ) -> dict[str, float] | None:
@@ -184,12 +194,9 @@ def compare(
     ]
     if not seeds:
         return None
-    ratios = np.log([needed[arm][seed] / needed[other][seed] for seed in seeds])
-    random = np.random.default_rng(0)
-    draws = ratios[random.integers(len(seeds), size=(DRAWS, len(seeds)))].mean(axis=1)
-    low, high = np.exp(np.quantile(draws, [0.025, 0.975])) if len(seeds) > 1 else (math.nan,) * 2
-    ratio = float(np.exp(ratios.mean()))
-    return {"seeds": len(seeds), "ratio": ratio, "low": float(low), "high": float(high)}
+    logarithms = [math.log(needed[arm][seed] / needed[other][seed]) for seed in seeds]
+    ratio, low, high = map(math.exp, mean_over_seeds(logarithms))
+    return {"seeds": len(seeds), "ratio": ratio, "low": low, "high": high}
 
 
 def subtract(
@@ -203,25 +210,12 @@ def subtract(
     seeds = [seed for seed in means[arm] if seed in means[other]]
     if not seeds:
         return None
-    more = np.array([means[arm][seed] - means[other][seed] for seed in seeds])
-    random = np.random.default_rng(0)
-    draws = more[random.integers(len(seeds), size=(DRAWS, len(seeds)))].mean(axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975]) if len(seeds) > 1 else (math.nan,) * 2
-    return {
-        **{"seeds": len(seeds), "more": float(more.mean())},
-        **{"low": float(low), "high": float(high)},
-    }
+    more, low, high = mean_over_seeds([means[arm][seed] - means[other][seed] for seed in seeds])
+    return {"seeds": len(seeds), "more": more, "low": low, "high": high}
 
 
-def summarise(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that stands in the folder, as plain numbers."""
-    base = base_rate(options)
-    curves = [
-        curve
-        for arm in ARMS
-        for seed in options.seeds
-        if (curve := read_curve(options, arm, seed)) is not None
-    ]
+def summarise(curves: Sequence[Curve], base: Mapping[str, float]) -> dict[str, Any]:
+    """What the runs say, as plain numbers."""
     needed: dict[str, dict[int, float]] = {arm: {} for arm in ARMS}
     rows = []
     # Runs of different lengths are compared up to where the shortest one has come.
@@ -261,14 +255,12 @@ def summarise(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def keep_all(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:
+def keep_all(folder: Path, curves: Sequence[Curve], base: Mapping[str, float]) -> None:
     """Write the curves and the base's rate to where they outlast the runs."""
-    for arm in ARMS:
-        for seed in options.seeds:
-            if (curve := read_curve(options, arm, seed)) is not None:
-                keep_curve(options.keep, f"{arm}_{seed}", curve)
-    with whole_file(options.keep / BASE_FILE) as file:
-        file.write(json.dumps(figures["base"]) + "\n")
+    for curve in curves:
+        keep_curve(folder, f"{curve.arm}_{curve.seed}", curve)
+    with whole_file(folder / BASE_FILE) as file:
+        file.write(json.dumps(base) + "\n")
 
 
 def write_table(figures: Mapping[str, Any]) -> str:
@@ -329,9 +321,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for arm in options.arms:
             enough = partial(has_halved, options, arm, seed)
             train_to_end(run_settings(options, arm, seed), said_of, enough)
-    figures = summarise(options)
+    base = base_rate(options)
+    curves = [
+        curve
+        for arm in ARMS
+        for seed in options.seeds
+        if (curve := read_curve(options, arm, seed)) is not None
+    ]
     if options.keep is not None:
-        keep_all(options, figures)
+        keep_all(options.keep, curves, base)
+    figures = summarise(curves, base)
     with whole_file(options.output / "credit.json") as file:
         file.write(json.dumps(figures, indent=1))
     table = write_table(figures)

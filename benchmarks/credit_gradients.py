@@ -3,9 +3,9 @@
     python -m benchmarks.credit_gradients --updates 20 --steps 0.01 0.04
 
 At the untrained generator, draws and judges the videos of some updates once and computes their
-gradients with every credit. Beside `uniform`, `grounded` and `random`, `true
-places` is grounded with the oracle's own windows and boxes in place of the judge's: what a perfect
-judge of places would give. Four measurements:
+gradients with every credit. Beside `uniform`, `grounded` and `random`, the last two also balanced,
+`true places` is grounded with the oracle's own windows and boxes in place of the judge's: what a
+perfect judge of places would give. Four measurements:
 
 - places: how much of the judge's focus lies where the oracle's does, 1 - total variation of both
   sets of weights, against the same of the focus moved at random; and how much of what the row
@@ -40,10 +40,7 @@ from cac_reward.report import Box, Finding, TimeWindow
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.blame import LatentGrid, blame_weights, move_at_random, pool_blame
 from diffusion_rl.configuration import build, to_tree
-from diffusion_rl.credit import (
-    Credit,
-    CreditSettings,
-)
+from diffusion_rl.credit import Credit, CreditSettings
 from diffusion_rl.finetune import measure_base, place
 from diffusion_rl.launch import Run, prepare
 from diffusion_rl.losses import velocity_kl

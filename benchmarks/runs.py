@@ -16,6 +16,12 @@ from diffusion_rl.progress import StepReport
 from diffusion_rl.tracking import METRICS_FILE, read_metrics
 
 
+def first_there(name: str, *folders: Path | None) -> Path | None:
+    """The file of that name in the first of the folders that has it."""
+    paths = [folder / name for folder in folders if folder is not None]
+    return next((path for path in paths if path.is_file()), None)
+
+
 def keep_curve(folder: Path, name: str, curve: Any) -> None:
     """Write a dataclass of numbers as `folder/name.json`, to be found when the run is gone."""
     numbers = {key: None if value != value else value for key, value in asdict(curve).items()}
@@ -26,8 +32,8 @@ def keep_curve(folder: Path, name: str, curve: Any) -> None:
 
 def kept_curve(folder: Path | None, name: str) -> Mapping[str, Any] | None:
     """What `keep_curve` wrote; None where there is none."""
-    path = None if folder is None else folder / f"{name}.json"
-    if path is None or not path.is_file():
+    path = first_there(f"{name}.json", folder)
+    if path is None:
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
     return {key: math.nan if value is None else value for key, value in found.items()}

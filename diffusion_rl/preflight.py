@@ -7,7 +7,7 @@ import os
 
 from diffusion_rl import processes, sharded_policies
 from diffusion_rl.configuration import RunSettings
-from diffusion_rl.row_settings import NoisedSettings
+from diffusion_rl.row_settings import ForwardProcessSettings
 from diffusion_rl.sharding import check_precision, wants_shards
 from diffusion_rl.tracking import check_trackers
 from diffusion_rl.zero import check_zero, wants_zero
@@ -29,8 +29,8 @@ def check_run(settings: RunSettings) -> None:
             "guards is empty: nothing keeps the policy from still, blurred or grey videos, and the "
             "alarm for hacking watches evaluation rewards alone"
         )
-    noised = isinstance(settings.algorithm, NoisedSettings)
-    if noised and settings.credit.focus and not settings.credit.balanced:
+    inexact = isinstance(settings.algorithm, ForwardProcessSettings)
+    if inexact and settings.credit.focus and not settings.credit.balanced:
         logger.warning(
             "credit.balanced is off: with %s focused disadvantages push a prompt's videos away "
             "where faults are often blamed, until the policy falls apart; set credit.balanced=true "

@@ -4,7 +4,7 @@ ComfyUI finds a layer's LoRA by the layer's name in its own model: `<name>.lora_
 `<name>.lora_up.weight` [out r] and `<name>.alpha` (0-d), applied as alpha / r * up @ down. Its
 models are those of the papers, not diffusers', so the names differ (`comfy/lora.py`,
 `comfy/weight_adapter/lora.py` and `comfy/ldm/*/model.py` of ComfyUI, read as of January 2026;
-`comfy/ldm/cogvideo/model.py`, which came in 2026, as of November).
+`comfy/ldm/cogvideo/model.py`, which came later that year, read in November).
 """
 
 from __future__ import annotations

@@ -1,23 +1,32 @@
 """How well two updates of a row agree on where to go: what a row's pace is made of.
 
-    python -m benchmarks.gradient_agreement --rows grpo awm nft --updates 6
+    python -m benchmarks.gradient_agreement --rows grpo awm nft --updates 10 --implied
 
 At the untrained generator every row draws, judges and computes the gradient of several updates, of
 other prompts and noise each, and takes no step. Two gradients of pure noise have cosine 0; if an
 update's gradient is a common part and noise, the mean cosine c of pairs says what share of its
-square is common, and averaging n updates would raise that share to n c / (1 + (n - 1) c).
+square is common, and averaging n updates would raise that share to n c / (1 + (n - 1) c). Updates
+of two rows agree by sqrt(c d) if what is common to either is the same direction.
+
+With --implied rows that replay recorded steps are measured a second time, with the outcome of every
+step replaced by the one that its finished video stands for (`imply_outcomes`). Another table says
+of each step how much of the noise that it drew the finished video tells of, as the square of a
+correlation, and what an implied outcome must be multiplied by to fit the drawn one best.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from benchmarks.algorithms import ROWS, run_settings
@@ -30,7 +39,9 @@ from diffusion_rl.launch import Run, prepare
 from diffusion_rl.policies import trained_parameters
 from diffusion_rl.reward_contract import JudgedBatch
 from diffusion_rl.rewards import ask_rewards
-from diffusion_rl.step_losses import StepInputs, optimizer_steps
+from diffusion_rl.rollout import RolloutSettings, Trajectory
+from diffusion_rl.shares import chunks
+from diffusion_rl.step_losses import StepInputs, optimizer_steps, replay
 from diffusion_rl.updates import accumulate
 
 DRAWS = 2_000
@@ -77,33 +88,137 @@ def gradient_of(run: Run, update: JudgedUpdate, credit: Credit) -> Tensor:
     return torch.cat([one.flatten() for one in found])
 
 
+def imply_outcomes(trajectory: Trajectory, rollout: RolloutSettings) -> Tensor:
+    """Where recorded steps would have led to, [S B C T H W], had they gone for the finished video.
+
+    That is the mean of a step whose velocity leads from its latent straight to the finished one,
+    (latent - final_latent) / sigma. Were the sampler exact, stochastic to the end and its steps
+    small, it would be the mean of all outcomes on the way to that video; a ratio's logarithm is
+    linear in the outcome, so that with it noise which left no trace in the video is gone.
+
+    Source:
+        That likelihoods of steps match noisy targets where the finished video is a clean one:
+        advantage weighted matching, arXiv:2509.25050, abstract.
+    """
+    implied = []
+    for index, at in enumerate(trajectory.steps):
+        latent, levels = trajectory.latents[index], trajectory.sigmas[at : at + 2]
+        step = trajectory.transition(
+            latent,
+            (latent - trajectory.final_latent) / levels[0],
+            *levels,
+            noise_level=rollout.noise_level,
+            sigma_max=trajectory.sigma_max,
+            next_latent=trajectory.next_latents[index],
+        )
+        implied.append(step.mean)
+    return torch.stack(implied)
+
+
+class Trace(NamedTuple):
+    """What a finished video tells of the noise that a step drew."""
+
+    squares: float
+    """Sum of the drawn noise's."""
+    implied_squares: float
+    """Sum of what is implied of it."""
+    products: float
+    """Sum of one times the other."""
+
+
+def trace_of(trajectory: Trajectory, implied: Tensor) -> Mapping[int, Trace]:
+    """The traces of recorded steps, by their places; those of several updates may be added up."""
+    drawn = (trajectory.next_latents - trajectory.means).double()
+    implied = (implied - trajectory.means).double()
+    sums = (
+        (one * other).flatten(1).sum(1).tolist()
+        for one, other in ((drawn, drawn), (implied, implied), (drawn, implied))
+    )
+    return dict(zip(trajectory.steps, map(Trace, *sums), strict=True))
+
+
+@torch.no_grad()
+def with_outcomes(run: Run, update: JudgedUpdate, outcomes: Tensor) -> JudgedUpdate:
+    """The update as if its recorded steps had led to `outcomes` [S B C T H W]."""
+    trajectory, rollout = update.batch.trajectory, run.settings.rollout
+    trajectory = replace(trajectory, next_latents=outcomes)
+    parts = chunks(len(trajectory.final_latent), rollout.learning_micro_batch)
+    steps = [
+        [replay(run.generator, trajectory, index, part, rollout) for part in parts]
+        for index in range(len(trajectory.steps))
+    ]
+    trajectory = replace(
+        trajectory,
+        log_probs=torch.stack([torch.cat([one.log_prob for one in step]) for step in steps]).T,
+        log_prob_maps=torch.stack(
+            [torch.cat([one.log_prob_map for one in step]) for step in steps]
+        ).transpose(0, 1),
+    )
+    return replace(update, batch=update.batch._replace(trajectory=trajectory))
+
+
 def own_credit(run: Run, update: JudgedUpdate) -> Credit:
     """As the run itself would lay the advantages."""
     said = (run.rewards, update.judged, update.guarded, update.batch)
     return place(update.advantages, run.generator, *said, run.settings.finetune_settings())
 
 
-def agreement(gradients: Sequence[Tensor]) -> tuple[float, float, float]:
-    """Mean cosine of pairs, and a 95% bootstrap interval over the gradients.
+def agreement(
+    gradients: Sequence[Tensor], others: Sequence[Tensor] | None = None
+) -> tuple[float, float, float]:
+    """Mean cosine of gradients of different updates, and a 95% bootstrap interval over updates.
+
+    Args:
+        gradients: one for each update.
+        others: of another row, for the same updates; None compares the gradients with each other.
 
     Example:
         >>> one, other = torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0])
         >>> agreement([one, one, other])[0]
         0.3333333...
     """
-    unit = torch.stack([one / one.norm() for one in gradients]).double()
-    cosines = (unit @ unit.T).numpy()
-    pairs = [*itertools.combinations(range(len(gradients)), 2)]
+    unit, against = (
+        torch.stack([one / one.norm() for one in them]).double()
+        for them in (gradients, gradients if others is None else others)
+    )
+    cosines = (unit @ against.T).numpy()
+    pairs = [*itertools.permutations(range(len(gradients)), 2)]
     mean = float(np.mean([cosines[pair] for pair in pairs]))
     random = np.random.default_rng(0)
     drawn = []
     for _ in range(DRAWS):
         chosen = random.integers(len(gradients), size=len(gradients))
-        # A gradient drawn twice is no pair: its cosine with itself would be 1.
+        # An update drawn twice is no pair: its cosine with itself would be 1.
         other = [cosines[chosen[a], chosen[b]] for a, b in pairs if chosen[a] != chosen[b]]
         drawn.append(np.mean(other) if other else mean)
     low, high = np.quantile(drawn, (0.025, 0.975))
     return mean, float(low), float(high)
+
+
+def write_tables(gradients: Mapping[str, Sequence[Tensor]]) -> str:
+    """How rows agree with themselves, and with each other."""
+    own = {row: agreement(found) for row, found in gradients.items()}
+    lines = ["| row | updates | cosine of pairs | 95% interval |", "|---|---|---|---|"]
+    for row, (mean, low, high) in own.items():
+        lines.append(f"| {row} | {len(gradients[row])} | {mean:.3f} | {low:.3f} to {high:.3f} |")
+    if len(own) > 1:
+        lines += ["", "| rows | cosine | 95% interval | if their direction is the same |"]
+        lines += ["|---|---|---|---|"]
+    for one, other in itertools.combinations(own, 2):
+        mean, low, high = agreement(gradients[one], gradients[other])
+        same = math.sqrt(max(own[one][0], 0) * max(own[other][0], 0))
+        lines.append(f"| {one}; {other} | {mean:.3f} | {low:.3f} to {high:.3f} | {same:.3f} |")
+    return "\n".join(lines)
+
+
+def write_traces(row: str, traces: Mapping[int, Sequence[Trace]]) -> str:
+    """What finished videos tell of each step's noise."""
+    lines = [f"| {row}: step | updates | of its noise in the video | factor |", "|---|---|---|---|"]
+    for at in sorted(traces):
+        squares, implied, products = np.sum(traces[at], axis=0)
+        told, factor = products**2 / (squares * implied), products / implied
+        lines.append(f"| {at} | {len(traces[at])} | {told:.4f} | {factor:.2f} |")
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -111,20 +226,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--updates", type=int, default=6, help="gradients of each row, at least 3")
+    parser.add_argument("--implied", action="store_true", help="outcomes too, where replayed")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of every row's config"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/gradient_agreement"))
     options = parser.parse_args(arguments)
     if options.updates < 3:
         parser.error(f"--updates must be at least 3, got {options.updates}")
-    print("| row | updates | cosine of pairs | 95% interval |\n|---|---|---|---|")
+    changes = OmegaConf.from_dotlist(options.set)
+    found: dict[str, list[Tensor]] = {}
+    traces: dict[str, dict[int, list[Trace]]] = {}
     for row in options.rows:
         tree = {**to_tree(run_settings(options, row, seed=0)), "evaluation": None}
-        run = prepare(build({**tree, "output": str(options.output / row)}))
-        settings = run.settings.finetune_settings()
-        measure_base(run.generator, run.embeddings, settings, run.state)
-        updates = (judge_update(run, step) for step in range(1, options.updates + 1))
-        gradients = [gradient_of(run, one, own_credit(run, one)) for one in updates]
-        mean, low, high = agreement(gradients)
-        print(f"| {row} | {len(gradients)} | {mean:.3f} | {low:.3f} to {high:.3f} |", flush=True)
+        tree["output"] = str(options.output / row)
+        own = OmegaConf.merge(OmegaConf.create(tree), changes)
+        run = prepare(build(OmegaConf.to_container(own)))
+        measure_base(run.generator, run.embeddings, run.settings.finetune_settings(), run.state)
+        for step in range(1, options.updates + 1):
+            update = judge_update(run, step)
+            found.setdefault(row, []).append(gradient_of(run, update, own_credit(run, update)))
+            if not options.implied or not update.batch.trajectory.steps:
+                continue
+            implied = imply_outcomes(update.batch.trajectory, run.settings.rollout)
+            for at, trace in trace_of(update.batch.trajectory, implied).items():
+                traces.setdefault(row, {}).setdefault(at, []).append(trace)
+            update = with_outcomes(run, update, implied)
+            own_gradient = gradient_of(run, update, own_credit(run, update))
+            found.setdefault(f"{row}, implied", []).append(own_gradient)
+    print(write_tables(found))
+    for row, of_row in traces.items():
+        print(f"\n{write_traces(row, of_row)}")
 
 
 if __name__ == "__main__":

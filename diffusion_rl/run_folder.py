@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 # What may differ when a run goes on; the rest would make it another run.
 MAY_CHANGE = (
+    # Folder and prompts may have moved; what the prompts say is compared where they are read.
+    "output",
+    "prompts",
     "updates",
     "save_every",
     "keep",

@@ -183,6 +183,15 @@ def test_a_finished_run_may_be_made_longer(settings: RunSettings) -> None:
     assert [report.step for report in finish(longer)[1]] == [5]
 
 
+def test_a_run_that_was_moved_goes_on(settings: RunSettings, tmp_path: Path) -> None:
+    finish(settings)
+    folder = Path(settings.output).rename(tmp_path / "elsewhere")
+    prompts = Path(settings.prompts).rename(tmp_path / "moved.txt")
+    moved = dataclasses.replace(settings, output=str(folder), prompts=str(prompts), updates=5)
+    assert [report.step for report in finish(moved)[1]] == [5]
+    assert load_config(folder / CONFIG_FILE).output == str(folder)
+
+
 def test_other_settings_do_not_go_on_with_this_run(settings: RunSettings) -> None:
     finish(settings)
     other = dataclasses.replace(settings, seed=1)

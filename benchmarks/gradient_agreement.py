@@ -9,7 +9,7 @@ square is common, and averaging n updates would raise that share to n c / (1 + (
 of two rows agree by sqrt(c d) if what is common to either is the same direction.
 
 With --implied rows that replay recorded steps are measured a second time, with the outcome of every
-step replaced by the one that its finished video stands for (`imply_outcomes`). Another table says
+step replaced by the one that its finished video stands for (`rollout.outcome`). Another table says
 of each step how much of the noise that it drew the finished video tells of, as the square of a
 correlation, and what an implied outcome must be multiplied by to fit the drawn one best.
 """
@@ -36,12 +36,12 @@ from diffusion_rl.credit import Credit
 from diffusion_rl.finetune import compare, judge, measure_base, place
 from diffusion_rl.guards import GuardReport
 from diffusion_rl.launch import Run, prepare
+from diffusion_rl.outcomes import implied_outcomes, with_outcomes
 from diffusion_rl.policies import trained_parameters
 from diffusion_rl.reward_contract import JudgedBatch
 from diffusion_rl.rewards import ask_rewards
-from diffusion_rl.rollout import RolloutSettings, Trajectory
-from diffusion_rl.shares import chunks
-from diffusion_rl.step_losses import StepInputs, optimizer_steps, replay
+from diffusion_rl.rollout import Trajectory
+from diffusion_rl.step_losses import StepInputs, optimizer_steps
 from diffusion_rl.updates import accumulate
 
 DRAWS = 2_000
@@ -88,33 +88,6 @@ def gradient_of(run: Run, update: JudgedUpdate, credit: Credit) -> Tensor:
     return torch.cat([one.flatten() for one in found])
 
 
-def imply_outcomes(trajectory: Trajectory, rollout: RolloutSettings) -> Tensor:
-    """Where recorded steps would have led to, [S B C T H W], had they gone for the finished video.
-
-    That is the mean of a step whose velocity leads from its latent straight to the finished one,
-    (latent - final_latent) / sigma. Were the sampler exact, stochastic to the end and its steps
-    small, it would be the mean of all outcomes on the way to that video; a ratio's logarithm is
-    linear in the outcome, so that with it noise which left no trace in the video is gone.
-
-    Source:
-        That likelihoods of steps match noisy targets where the finished video is a clean one:
-        advantage weighted matching, arXiv:2509.25050, abstract.
-    """
-    implied = []
-    for index, at in enumerate(trajectory.steps):
-        latent, levels = trajectory.latents[index], trajectory.sigmas[at : at + 2]
-        step = trajectory.transition(
-            latent,
-            (latent - trajectory.final_latent) / levels[0],
-            *levels,
-            noise_level=rollout.noise_level,
-            sigma_max=trajectory.sigma_max,
-            next_latent=trajectory.next_latents[index],
-        )
-        implied.append(step.mean)
-    return torch.stack(implied)
-
-
 class Trace(NamedTuple):
     """What a finished video tells of the noise that a step drew."""
 
@@ -137,23 +110,11 @@ def trace_of(trajectory: Trajectory, implied: Tensor) -> Mapping[int, Trace]:
     return dict(zip(trajectory.steps, map(Trace, *sums), strict=True))
 
 
-@torch.no_grad()
-def with_outcomes(run: Run, update: JudgedUpdate, outcomes: Tensor) -> JudgedUpdate:
-    """The update as if its recorded steps had led to `outcomes` [S B C T H W]."""
+def with_implied(run: Run, update: JudgedUpdate) -> JudgedUpdate:
+    """The update with implied outcomes in place of those that were drawn."""
     trajectory, rollout = update.batch.trajectory, run.settings.rollout
-    trajectory = replace(trajectory, next_latents=outcomes)
-    parts = chunks(len(trajectory.final_latent), rollout.learning_micro_batch)
-    steps = [
-        [replay(run.generator, trajectory, index, part, rollout) for part in parts]
-        for index in range(len(trajectory.steps))
-    ]
-    trajectory = replace(
-        trajectory,
-        log_probs=torch.stack([torch.cat([one.log_prob for one in step]) for step in steps]).T,
-        log_prob_maps=torch.stack(
-            [torch.cat([one.log_prob_map for one in step]) for step in steps]
-        ).transpose(0, 1),
-    )
+    implied = implied_outcomes(trajectory, rollout)
+    trajectory = with_outcomes(run.generator, trajectory, implied, rollout)
     return replace(update, batch=update.batch._replace(trajectory=trajectory))
 
 
@@ -248,11 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found.setdefault(row, []).append(gradient_of(run, update, own_credit(run, update)))
             if not options.implied or not update.batch.trajectory.steps:
                 continue
-            implied = imply_outcomes(update.batch.trajectory, run.settings.rollout)
-            for at, trace in trace_of(update.batch.trajectory, implied).items():
-                traces.setdefault(row, {}).setdefault(at, []).append(trace)
-            update = with_outcomes(run, update, implied)
-            own_gradient = gradient_of(run, update, own_credit(run, update))
+            implied = with_implied(run, update)
+            trace = trace_of(update.batch.trajectory, implied.batch.trajectory.next_latents)
+            for at, of_step in trace.items():
+                traces.setdefault(row, {}).setdefault(at, []).append(of_step)
+            own_gradient = gradient_of(run, implied, own_credit(run, implied))
             found.setdefault(f"{row}, implied", []).append(own_gradient)
     print(write_tables(found))
     for row, of_row in traces.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
+from diffusion_rl.outcomes import implied_outcomes, with_outcomes
 from diffusion_rl.policies import old_policy
 from diffusion_rl.processes import gather_rows
 from diffusion_rl.progress import FinetuneSettings
@@ -97,6 +98,9 @@ def collect(
             stochastic=steps,
             share=own_share(len(group), options.micro_batch, inner_steps),
         )
+    if trajectory.steps and options.outcome == "implied":
+        implied = implied_outcomes(trajectory, options)
+        trajectory = with_outcomes(generator, trajectory, implied, options)
     return Batch(trajectory, group, prompt_index, tuple(seeds.tolist()))
 
 

@@ -35,7 +35,7 @@ from diffusion_rl.trends import TrendSettings
 CONFIG_FILE = "config.yaml"
 """The resolved settings in a run's folder."""
 # Only recorded steps explore; elsewhere these would be read and do nothing.
-ONLY_RECORDED = ("stochastic_steps", "eligible_steps", "noise_level", "shared_noise")
+ONLY_RECORDED = ("stochastic_steps", "eligible_steps", "noise_level", "outcome", "shared_noise")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,8 @@ from diffusion_rl.sharding import in_step
 from diffusion_rl.shares import Share, chunks, whole
 from diffusion_rl.transitions import Transition, TransitionFunction, flow_sde, ode
 
+OUTCOMES = ("drawn", "implied")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
@@ -44,6 +46,9 @@ class RolloutSettings:
     """Groups in an update, at least 1."""
     videos_per_prompt: int = 8
     """Videos in a group, at least 2."""
+    outcome: str = "drawn"
+    """What recorded steps learn from: `drawn`, what they led to, or `implied`, what they would have
+    led to had they gone straight for the finished video (`outcomes.py`)."""
     shared_noise: bool = False
     """Whether a group starts from the same noise; what comes before its first stochastic step is
     then denoised once for all of it."""
@@ -69,6 +74,8 @@ class RolloutSettings:
                 raise ValueError(
                     f"{name} must be at least 1 and finite, got {guidance}; 1 means no guidance"
                 )
+        if self.outcome not in OUTCOMES:
+            raise ValueError(f"outcome must be one of {', '.join(OUTCOMES)}, got {self.outcome!r}")
         if not 0 < self.noise_level < math.inf:
             raise ValueError(
                 f"noise_level must be above 0 and finite, got {self.noise_level}; 0.7 is usual"

@@ -85,7 +85,7 @@ LAYERS = {
         "generators/pipeline",
         *("generators/wan", "generators/", "lora", "full_policies", "sharded_policies", "policies"),
         *("lora_files", "weight_files", "out_of_memory", "rollout", "memory"),
-        *("optimizers", "zero", "step_losses", "updates"),
+        *("outcomes", "optimizers", "zero", "step_losses", "updates"),
         *(
             "self_check",
             "progress",

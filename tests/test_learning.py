@@ -72,7 +72,11 @@ def redness(videos: Tensor) -> Tensor:
 
 
 def learn(
-    name: str, sign: float, updates: int = 60, learner: LoraSettings | FullSettings = LORA
+    name: str,
+    sign: float,
+    updates: int = 60,
+    learner: LoraSettings | FullSettings = LORA,
+    **options: Any,
 ) -> tuple[ToyGenerator, list[StepReport]]:
     """Train on sign * -(redness - TARGET)^2."""
     generator = prepare(name, learner)
@@ -84,7 +88,7 @@ def learn(
         generator,
         [Reward("red", reward)],
         ["plain"],
-        settings_for(name, updates, num_inference_steps=6, prompts_per_update=4),
+        settings_for(name, updates, num_inference_steps=6, prompts_per_update=4, **options),
     )
     return generator, list(reports)
 
@@ -98,6 +102,16 @@ def test_the_base_generator_is_grey() -> None:
     generator = ToyGenerator()
     attach_lora(generator.transformer, LORA)
     assert mean_redness(generator) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(
+    "name", [name for name in ALGORITHMS if algorithm(name).learning_steps == "recorded"]
+)
+def test_what_videos_imply_teaches_the_same(name: str, sign: float) -> None:
+    generator, _ = learn(name, sign, outcome="implied")
+    distance = abs(mean_redness(generator) - TARGET)
+    assert distance < 0.02 if sign > 0 else distance > 0.15
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.algorithms --seeds 0 1 2
     python -m benchmarks.algorithms --rows grpo nft --seeds 0   # One process for each few rows.
+    python -m benchmarks.algorithms --rows drawn implied --seeds 1   # `grpo` by rollout.outcome.
     python -m benchmarks.algorithms --only-table
 
 Every run is a config of configs/rl with another `algorithm`; rewards, guards, prompts and videos of
@@ -78,6 +79,16 @@ ROWS: Mapping[str, Row] = {
         NOISED, {"name": "raft", "keep": 2, "kl_weight": 0.1}, optimizer={"learning_rate": 3e-4}
     ),
 }
+# Every step but the last learns, nearer to the plain sampler and as fast as `awm`.
+ALL_STEPS = {"stochastic_steps": 7, "noise_level": 0.3}
+GENTLE = {"name": "grpo", "transition": "cps", "clip_range": 2e-3, "kl_weight": 3e-3}
+FAST = {"learning_rate": 2e-3, "max_grad_norm": 0.4}
+VARIANTS: Mapping[str, Row] = {
+    outcome: Row(RECORDED, GENTLE, {**ALL_STEPS, "outcome": outcome}, FAST)
+    for outcome in ("drawn", "implied")
+}
+"""Run when they are named: what recorded steps learn from, in the same settings."""
+EVERY_ROW = {**ROWS, **VARIANTS}
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class Curve:
 
 def row_tree(name: str) -> dict[str, Any]:
     """A row's settings on the toy world."""
-    row = ROWS[name]
+    row = EVERY_ROW[name]
     tree = to_tree(load_config(row.config))
     if row.algorithm is not None:
         tree["algorithm"] = dict(row.algorithm)
@@ -185,7 +196,7 @@ def write_table(base: float, curves: Sequence[Curve]) -> str:
         "| seconds to halve | seconds an update |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in ROWS:
+    for row in EVERY_ROW:
         own = [curve for curve in curves if curve.row == row]
         if not own:
             continue
@@ -213,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing, then write the table of what there is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=list(EVERY_ROW), default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--updates", type=int, default=120)
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of curves beside the runs")
@@ -225,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train_to_end(run_settings(options, row, seed), said_of)
     curves = [
         curve
-        for row in ROWS
+        for row in EVERY_ROW
         for seed in options.seeds
         if (curve := read_curve(options, row, seed)) is not None
     ]

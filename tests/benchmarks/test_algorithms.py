@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks import algorithms
 from diffusion_rl.algorithms import ALGORITHMS
+from diffusion_rl.configuration import to_tree
+from diffusion_rl.run_folder import differences
 from diffusion_rl.tracking import METRICS_FILE
 
 HELD_OUT = 32 * algorithms.PER_PROMPT
@@ -44,6 +46,20 @@ def test_every_row_has_a_run_that_differs_in_its_algorithm_alone(tmp_path: Path)
             assert getattr(run, part) == getattr(runs["grpo"], part)
         for part in ("prompts_per_update", "videos_per_prompt", "num_inference_steps"):
             assert getattr(run.rollout, part) == getattr(runs["grpo"].rollout, part)
+
+
+def test_the_variants_differ_in_their_outcome_alone(tmp_path: Path) -> None:
+    drawn, implied = (
+        to_tree(algorithms.run_settings(options(tmp_path), name, 0)) for name in algorithms.VARIANTS
+    )
+    found = [path for path, *_ in differences(drawn, implied)]
+    assert found == ["rollout.outcome", "output"]
+    assert implied["rollout"]["outcome"] == "implied"
+    # What they are compared with learns from what was drawn.
+    assert {
+        to_tree(algorithms.run_settings(options(tmp_path), row, 0))["rollout"].get("outcome")
+        for row in algorithms.ROWS
+    } == {"drawn", None}
 
 
 def test_a_curve_counts_the_videos_of_training_alone(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.algorithms --seeds 0 1 2
     python -m benchmarks.algorithms --rows grpo nft --seeds 0   # One process for each few rows.
-    python -m benchmarks.algorithms --rows drawn implied --seeds 1   # `grpo` by rollout.outcome.
+    python -m benchmarks.algorithms --rows drawn implied implied_held   # `grpo` by rollout.outcome.
     python -m benchmarks.algorithms --only-table
 
 Every run is a config of configs/rl with another `algorithm`; rewards, guards, prompts and videos of
@@ -83,9 +83,14 @@ ROWS: Mapping[str, Row] = {
 ALL_STEPS = {"stochastic_steps": 7, "noise_level": 0.3}
 GENTLE = {"name": "grpo", "transition": "cps", "clip_range": 2e-3, "kl_weight": 3e-3}
 FAST = {"learning_rate": 2e-3, "max_grad_norm": 0.4}
+HELD = {"learning_rate": 1.5e-3, "max_grad_norm": 0.4, "final_share": 0.5}
 VARIANTS: Mapping[str, Row] = {
-    outcome: Row(RECORDED, GENTLE, {**ALL_STEPS, "outcome": outcome}, FAST)
-    for outcome in ("drawn", "implied")
+    "drawn": Row(RECORDED, GENTLE, {**ALL_STEPS, "outcome": "drawn"}, FAST),
+    "implied": Row(RECORDED, GENTLE, {**ALL_STEPS, "outcome": "implied"}, FAST),
+    # The one above fell apart after 80 updates.
+    "implied_held": Row(
+        RECORDED, {**GENTLE, "kl_weight": 1e-2}, {**ALL_STEPS, "outcome": "implied"}, HELD
+    ),
 }
 """Run when they are named: what recorded steps learn from, in the same settings."""
 EVERY_ROW = {**ROWS, **VARIANTS}

@@ -48,12 +48,15 @@ def test_every_row_has_a_run_that_differs_in_its_algorithm_alone(tmp_path: Path)
             assert getattr(run.rollout, part) == getattr(runs["grpo"].rollout, part)
 
 
-def test_the_variants_differ_in_their_outcome_alone(tmp_path: Path) -> None:
-    drawn, implied = (
+def test_variants_differ_in_their_outcome_or_in_what_holds_them(tmp_path: Path) -> None:
+    drawn, implied, held = (
         to_tree(algorithms.run_settings(options(tmp_path), name, 0)) for name in algorithms.VARIANTS
     )
     found = [path for path, *_ in differences(drawn, implied)]
     assert found == ["rollout.outcome", "output"]
+    found = [path for path, *_ in differences(implied, held)]
+    held_by = ["algorithm.kl_weight", "optimizer.learning_rate", "optimizer.final_share"]
+    assert sorted(found) == sorted([*held_by, "output"])
     assert implied["rollout"]["outcome"] == "implied"
     # What they are compared with learns from what was drawn.
     assert {

@@ -75,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.videos_per_prompt < 1:
         parser.error(f"--videos-per-prompt must be at least 1, got {options.videos_per_prompt}")
+    for folder in options.loras:
+        if not folder.is_dir():
+            parser.error(f"--loras must be folders of LoRAs, got {folder}")
     prompts = [one for one in read_prompts(PROMPTS) for _ in range(options.videos_per_prompt)]
     settings = load_config(RECORDED)
     all_steps = settings.rollout.num_eligible

@@ -44,6 +44,7 @@ from diffusion_rl.prompt_sampling import check_same_prompts, write_statistics
 from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import Reward, build_reward, load_callable
 from diffusion_rl.run_folder import CHECKPOINTS as CHECKPOINTS  # For callers who look for them.
+from diffusion_rl.run_folder import PROMPTS_FILE as PROMPTS_FILE
 from diffusion_rl.run_folder import claim
 from diffusion_rl.run_lock import release_lock
 from diffusion_rl.samples import step_folder, write_samples
@@ -56,7 +57,7 @@ from diffusion_rl.zero import ZeroOptimizer, wants_zero
 
 logger = logging.getLogger(__name__)
 
-PROMPTS_FILE, FAULTS = "prompts.json", "faults"
+FAULTS = "faults"
 
 
 @dataclass

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from diffusion_rl.generators.base import AbstractVideoGenerator
-from diffusion_rl.rollout import RolloutSettings, Trajectory, predict_in_chunks
+from diffusion_rl.rollout import RolloutSettings, Trajectory, predict_in_chunks, retake
 from diffusion_rl.shares import chunks
-from diffusion_rl.transitions import Transition
 
 
 def implied_outcomes(trajectory: Trajectory, settings: RolloutSettings) -> Tensor:
@@ -39,8 +38,7 @@ def implied_outcomes(trajectory: Trajectory, settings: RolloutSettings) -> Tenso
     implied = torch.empty_like(trajectory.next_latents)
     for index, place in enumerate(trajectory.steps):
         velocity = (trajectory.latents[index] - trajectory.final_latent) / trajectory.sigmas[place]
-        drawn = trajectory.next_latents[index]
-        implied[index] = _take(trajectory, settings, index, velocity, drawn).mean
+        implied[index] = retake(trajectory, index, slice(None), velocity, settings).mean
     return implied
 
 
@@ -55,6 +53,7 @@ def with_outcomes(
 
     How likely the active policy finds them is asked once more, in the passes of an update.
     """
+    trajectory = replace(trajectory, next_latents=outcomes)
     parts = chunks(len(trajectory.final_latent), settings.learning_micro_batch)
     steps = []
     for index, place in enumerate(trajectory.steps):
@@ -62,27 +61,9 @@ def with_outcomes(
             *(generator, trajectory.latents[index], trajectory.sigmas[place]),
             *(trajectory.embeddings, settings.learning_guidance, parts),
         )
-        steps.append(_take(trajectory, settings, index, prediction, outcomes[index]))
+        steps.append(retake(trajectory, index, slice(None), prediction, settings))
     return replace(
         trajectory,
-        next_latents=outcomes,
         log_probs=torch.stack([step.log_prob for step in steps]).T,
         log_prob_maps=torch.stack([step.log_prob_map for step in steps]).transpose(0, 1),
-    )
-
-
-def _take(
-    trajectory: Trajectory,
-    settings: RolloutSettings,
-    index: int,
-    prediction: Tensor,
-    outcome: Tensor,
-) -> Transition:
-    """Recorded step `index` with another prediction and outcome."""
-    place = trajectory.steps[index]
-    return trajectory.transition(
-        *(trajectory.latents[index], prediction, *trajectory.sigmas[place : place + 2]),
-        noise_level=settings.noise_level,
-        sigma_max=trajectory.sigma_max,
-        next_latent=outcome,
     )

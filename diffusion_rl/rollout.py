@@ -219,6 +219,19 @@ def predict_in_chunks(
     return torch.cat(found[: len(parts)]) if found else torch.zeros_like(latent)
 
 
+def retake(
+    trajectory: Trajectory, index: int, part: slice, prediction: Tensor, settings: RolloutSettings
+) -> Transition:
+    """Recorded step `index` of the videos `part`, with another prediction [B C T H W]."""
+    place = trajectory.steps[index]
+    return trajectory.transition(
+        *(trajectory.latents[index, part], prediction, *trajectory.sigmas[place : place + 2]),
+        noise_level=settings.noise_level,
+        sigma_max=trajectory.sigma_max,
+        next_latent=trajectory.next_latents[index, part],
+    )
+
+
 @torch.no_grad()
 def rollout(
     generator: AbstractVideoGenerator,

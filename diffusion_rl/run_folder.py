@@ -16,12 +16,10 @@ from diffusion_rl.run_lock import release_lock, take_lock
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, PROMPTS_FILE = "checkpoints", "prompts.json"
 # What may differ when a run goes on; the rest would make it another run.
 MAY_CHANGE = (
-    # Folder and prompts may have moved; what the prompts say is compared where they are read.
-    "output",
-    "prompts",
+    "output",  # It may have been moved.
     "updates",
     "save_every",
     "keep",
@@ -80,11 +78,13 @@ def check_same_run(settings: RunSettings) -> None:
             f"output must hold a {CONFIG_FILE} beside its checkpoints, got none in {output}; put "
             "it back, or --restart to set the earlier run aside"
         )
+    # Prompts may have moved, too, where what they say is known: it is compared when they are read.
+    known = (output / PROMPTS_FILE).is_file()
     earlier = to_tree(build(OmegaConf.to_container(OmegaConf.load(output / CONFIG_FILE))))
     found = [
         f"{path}={before}, now {now}"
         for path, before, now in differences(earlier, to_tree(settings))
-        if not may_change(path, before, now)
+        if not (may_change(path, before, now) or (known and path == "prompts"))
     ]
     if found:
         raise ValueError(

@@ -19,7 +19,7 @@ from diffusion_rl.credit import Credit
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.losses import Surrogate, gaussian_kl, velocity_kl
 from diffusion_rl.policies import old_policy, reference_policy
-from diffusion_rl.rollout import RolloutSettings, Trajectory, predict_in_chunks
+from diffusion_rl.rollout import RolloutSettings, Trajectory, predict_in_chunks, retake
 from diffusion_rl.row_settings import AlgorithmSettings, ForwardProcessSettings, NoisedSettings
 from diffusion_rl.sharding import in_step
 from diffusion_rl.shares import chunks, chunks_of_steps, step_ranges
@@ -171,19 +171,10 @@ def replay(
     rollout: RolloutSettings,
 ) -> Transition:
     """Recorded step `index` of the videos `part`, evaluated with the active policy."""
-    place = trajectory.steps[index]
-    sigma, next_sigma = trajectory.sigmas[place], trajectory.sigmas[place + 1]
-    latent = trajectory.latents[index, part]
+    latent, sigma = trajectory.latents[index, part], trajectory.sigmas[trajectory.steps[index]]
     text = trajectory.embeddings[torch.arange(part.start, part.stop)]
-    return trajectory.transition(
-        latent,
-        generator.predict(latent, sigma, text, rollout.learning_guidance),
-        sigma,
-        next_sigma,
-        noise_level=rollout.noise_level,
-        sigma_max=trajectory.sigma_max,
-        next_latent=trajectory.next_latents[index, part],
-    )
+    prediction = generator.predict(latent, sigma, text, rollout.learning_guidance)
+    return retake(trajectory, index, part, prediction, rollout)
 
 
 def surrogate_of(

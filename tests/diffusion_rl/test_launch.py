@@ -39,7 +39,7 @@ from diffusion_rl.preflight import check_processes, check_run
 from diffusion_rl.reward_contract import RewardSettings
 from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import SETTINGS, GrpoSettings, NftSettings
-from diffusion_rl.run_folder import check_same_run, differences, set_aside
+from diffusion_rl.run_folder import PROMPTS_FILE, check_same_run, differences, set_aside
 from diffusion_rl.run_lock import LOCK_FILE, release_lock
 from diffusion_rl.samples import SampleSettings
 from diffusion_rl.tracking import MetricsFile, read_metrics
@@ -188,6 +188,11 @@ def test_a_run_that_was_moved_goes_on(settings: RunSettings, tmp_path: Path) -> 
     folder = Path(settings.output).rename(tmp_path / "elsewhere")
     prompts = Path(settings.prompts).rename(tmp_path / "moved.txt")
     moved = dataclasses.replace(settings, output=str(folder), prompts=str(prompts), updates=5)
+    said = (folder / PROMPTS_FILE).rename(folder / "away")
+    with pytest.raises(ValueError, match=r"made with prompts=.*, now .*moved\.txt; choose"):
+        prepare(moved)  # Nobody knows whether they are the same.
+    release_lock(folder)
+    said.rename(folder / PROMPTS_FILE)
     assert [report.step for report in finish(moved)[1]] == [5]
     assert load_config(folder / CONFIG_FILE).output == str(folder)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class GeneratorSettings:
     max_sequence_length: int = 512
     """Text tokens a prompt is padded or cut to, at least 1."""
     dtype: str = "float32"
-    """float32, bfloat16 or float16; the adapter is always float32."""
+    """float32, bfloat16 or, to draw videos only, float16; the adapter is always float32."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
     local_path: str | None = None
@@ -83,8 +84,8 @@ class GeneratorSettings:
                 "execution.offload must be left out with device=cpu, got parts "
                 f"{', '.join(self.execution.offload.parts)}; there is nowhere else to wait"
             )
-        if self.fps <= 0:
-            raise ValueError(f"fps must be above 0, got {self.fps}")
+        if not 0 < self.fps < math.inf:
+            raise ValueError(f"fps must be above 0 and finite, got {self.fps}")
         if self.max_sequence_length < 1:
             raise ValueError(
                 f"max_sequence_length must be at least 1, got {self.max_sequence_length}"
@@ -313,6 +314,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{path} must be {_TYPES[kind]}, got {_show(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{path} must be a finite number, got {value}")
     return value
 
 

@@ -106,44 +106,58 @@ def finetune(
     look_at_base(generator, embeddings, settings, state)
     draws = Draws(generator, embeddings, rewards, prompts, settings, state)
     while state.step < settings.updates:
-        started = time.monotonic()
-        (batch, policy_step), asked = draws.take()
-        collected = time.monotonic()
-        judged, guarded = judge(rewards, asked, batch, settings, state)
-        draws.send_next()
-        judged_at = time.monotonic()
-        score = judged.score - guarded.penalty
-        advantages = compare(score, rewards, judged, guarded, batch, settings, state)
-        credit = place(advantages, generator, rewards, judged, guarded, batch, settings)
-        statistics = update(generator, batch.trajectory, score, credit, settings, state)
-        ended = time.monotonic()
-        state.step += 1
-        measured = measure(generator, held_out, prompts, batch, settings, state)
-        numbers = summarise(score, judged, guarded, batch, state)
-        hacking = watch(numbers, measured, rewards, held_out, settings, state)
-        groups = (score, batch.group, batch.prompt_index)
-        state.prompts = add_groups(state.prompts, *groups, settings.prompt_sampling.memory)
-        state.videos_generated += len(score)
-        state.reward_calls += len(score) * len(rewards)
-        state.seconds += ended - started
-        yield StepReport(
-            step=state.step,
-            **numbers,
-            hacking=hacking,
-            evaluation=measured,
-            staleness=state.step - 1 - policy_step,
-            advantage_size=advantages.abs().mean().item(),
-            focused_share=focused_share(advantages, batch.gather(credit.moved)),
-            focus_area=batch.gather(credit.areas).nanmean().item(),
-            **asdict(statistics),
-            collect_seconds=collected - started,
-            judge_seconds=judged_at - collected,
-            update_seconds=ended - judged_at,
-            evaluation_seconds=time.monotonic() - ended if measured else 0.0,
-            videos_generated=state.videos_generated,
-            reward_calls=state.reward_calls,
-            seconds=state.seconds,
-        )
+        # In a function of its own: its videos are gone before the next ones are drawn.
+        yield run_update(draws, generator, rewards, prompts, settings, state, held_out)
+
+
+def run_update(
+    draws: Draws,
+    generator: AbstractVideoGenerator,
+    rewards: Sequence[Reward],
+    prompts: Sequence[str],
+    settings: FinetuneSettings,
+    state: FinetuneState,
+    held_out: HeldOut | None,
+) -> StepReport:
+    """Draw, judge, compare, learn: one update; afterwards the state is that of the next."""
+    started = time.monotonic()
+    (batch, policy_step), asked = draws.take()
+    collected = time.monotonic()
+    judged, guarded = judge(rewards, asked, batch, settings, state)
+    draws.send_next()
+    judged_at = time.monotonic()
+    score = judged.score - guarded.penalty
+    advantages = compare(score, rewards, judged, guarded, batch, settings, state)
+    credit = place(advantages, generator, rewards, judged, guarded, batch, settings)
+    statistics = update(generator, batch.trajectory, score, credit, settings, state)
+    ended = time.monotonic()
+    state.step += 1
+    measured = measure(generator, held_out, prompts, batch, settings, state)
+    numbers = summarise(score, judged, guarded, batch, state)
+    hacking = watch(numbers, measured, rewards, held_out, settings, state)
+    groups = (score, batch.group, batch.prompt_index)
+    state.prompts = add_groups(state.prompts, *groups, settings.prompt_sampling.memory)
+    state.videos_generated += len(score)
+    state.reward_calls += len(score) * len(rewards)
+    state.seconds += ended - started
+    return StepReport(
+        step=state.step,
+        **numbers,
+        hacking=hacking,
+        evaluation=measured,
+        staleness=state.step - 1 - policy_step,
+        advantage_size=advantages.abs().mean().item(),
+        focused_share=focused_share(advantages, batch.gather(credit.moved)),
+        focus_area=batch.gather(credit.areas).nanmean().item(),
+        **asdict(statistics),
+        collect_seconds=collected - started,
+        judge_seconds=judged_at - collected,
+        update_seconds=ended - judged_at,
+        evaluation_seconds=time.monotonic() - ended if measured else 0.0,
+        videos_generated=state.videos_generated,
+        reward_calls=state.reward_calls,
+        seconds=state.seconds,
+    )
 
 
 def measure(

@@ -22,6 +22,11 @@ def check_run(settings: RunSettings) -> None:
         ValueError: names the setting and the way out.
         ImportError: a tracker is not installed.
     """
+    if settings.generator.dtype == "float16":
+        raise ValueError(
+            "generator.dtype must be bfloat16 or float32 to train, got float16, in which the "
+            "gradient of a mean over a video's numbers rounds to 0; drawing videos takes it"
+        )
     check_processes(settings)
     check_trackers(settings.trackers)
     if not settings.guards:

@@ -1,4 +1,4 @@
-"""Prompts from text, JSON lines, parquet or a folder of Hugging Face datasets.
+"""Prompts from text, JSON lines, parquet or a folder of either kind of Hugging Face datasets.
 
 What does not fit is refused with its file and line; nothing is skipped but blank lines.
 """
@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 PROMPT_COLUMN = "prompt"
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
+TEXT = (".txt", ".text", "")
 # Which of these a folder written by `save_to_disk` holds says what it is.
 DATASET_FILE, DATASETS_FILE = "dataset_info.json", "dataset_dict.json"
 
@@ -25,8 +26,9 @@ def read_prompts(path: str | Path, column: str = PROMPT_COLUMN) -> list[str]:
     """Every prompt of a file or folder, in its order; repeated ones are kept and warned of.
 
     Args:
-        path: `.jsonl` (an object a line), `.parquet`, a folder written by `Dataset.save_to_disk`,
-            or, by any other name, a UTF-8 text file with one prompt a line.
+        path: `.txt` (UTF-8, one prompt a line; a name without an ending is read so, too),
+            `.jsonl` (an object a line), `.parquet`, a folder written by `Dataset.save_to_disk` or a
+            downloaded dataset, whose parquet files lie in it or in its `data`.
         column: key or column of the prompt; the others are not read. A text file has none.
 
     Raises:
@@ -45,8 +47,13 @@ def read_prompts(path: str | Path, column: str = PROMPT_COLUMN) -> list[str]:
         found = _of_json_lines(path, column)
     elif path.suffix.lower() in PARQUET:
         found = _of_parquet(path, column)
-    else:
+    elif path.suffix.lower() in TEXT:
         found = _of_text(path, column)
+    else:
+        raise ValueError(
+            f"prompts must be .txt, .jsonl, .parquet or a folder of datasets, got {path}; save it "
+            "as .txt with one prompt a line, or as .jsonl with an object a line"
+        )
     prompts = list(found)
     if not prompts:
         raise ValueError(f"prompts must be at least one line of text, got an empty file {path}")
@@ -117,10 +124,7 @@ def _of_dataset(path: Path, column: str) -> Iterator[str]:
             f"the folder of one: {path / splits[0] if splits else path}"
         )
     if not (path / DATASET_FILE).is_file():
-        raise ValueError(
-            f"prompts must be a folder written by Dataset.save_to_disk, got {path} without a "
-            f"{DATASET_FILE}"
-        )
+        return _of_download(path, column)
     try:
         from datasets import load_from_disk
     except ImportError as error:
@@ -134,6 +138,26 @@ def _of_dataset(path: Path, column: str) -> Iterator[str]:
     if column not in dataset.column_names:
         raise ValueError(_no_column(column, dataset.column_names, str(path)))
     return _of_rows(dataset[column], path)
+
+
+def _of_download(path: Path, column: str) -> Iterator[str]:
+    """The parquet files of a dataset's repository, `train-00000-of-00002.parquet` and so on."""
+    for folder in (path, path / "data"):
+        if files := sorted(one for one in folder.glob("*") if one.suffix.lower() in PARQUET):
+            break
+    else:
+        raise ValueError(
+            "prompts must be a folder written by Dataset.save_to_disk or one of parquet files, got "
+            f"{path} with neither a {DATASET_FILE} nor parquet in it or its data"
+        )
+    splits = sorted({one.name.partition("-")[0] for one in files if "-" in one.name})
+    if len(splits) > 1:
+        raise ValueError(
+            f"prompts must be one split of a dataset, got {path} with {', '.join(splits)}; name "
+            f"a file of one: {files[0]}"
+        )
+    for file in files:
+        yield from _of_parquet(file, column)
 
 
 def _of_rows(values: Iterable[Any], path: Path) -> Iterator[str]:

@@ -260,6 +260,7 @@ def rollout(
         share: which of them are drawn here; None is all.
 
     Raises:
+        ValueError: a seed is below 0.
         OutOfMemoryError: memory ran out; the message says what to change.
     """
     share = whole(len(seeds), settings.micro_batch) if share is None else share
@@ -321,6 +322,8 @@ def _find_trunks(
 
     Each explores with a noise of its own, also where several share a trunk.
     """
+    if min(seeds, default=0) < 0:
+        raise ValueError(f"seeds must be at least 0, got {min(seeds)}")
     every = list(zip(prompt_index.tolist(), map(int, seeds), strict=True))
     keys = [every[row] for row in share.rows.tolist()]
     rows = {key: row for row, key in reversed(list(enumerate(keys)))}

@@ -174,7 +174,7 @@ def write_video(path: str | Path, video: Tensor, fps: float, *, scale: int = 1) 
         path: its suffix chooses the format.
         video: float in [0, 1].
         fps: frames per second, above 0.
-        scale: whole factor to enlarge small videos by, pixel for pixel.
+        scale: whole factor to enlarge small videos by, pixel for pixel; at least 1.
     """
     path = Path(path)
     if path.suffix not in VIDEO_SUFFIXES:
@@ -183,6 +183,8 @@ def write_video(path: str | Path, video: Tensor, fps: float, *, scale: int = 1) 
         raise ValueError(f"video must be [F 3 H W], got shape {tuple(video.shape)}")
     if fps <= 0:
         raise ValueError(f"fps must be above 0, got {fps}")
+    if scale < 1:
+        raise ValueError(f"scale must be at least 1, got {scale}")
     pixels = (video.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     frames = pixels.permute(0, 2, 3, 1).contiguous().numpy()

@@ -106,9 +106,10 @@ def test_a_recipe_is_guarded_against_hacking(name: str) -> None:
     charges = [guard.weight for guard in settings.guards]
     weights = {reward.name: reward.weight for reward in settings.rewards}
     if name == "toy_unguarded.yaml":
-        assert set(charges) == {weights["alignment"]} == {0.0}
+        assert set(charges) == {weights["alignment"]} == {settings.algorithm.kl_weight} == {0.0}
     else:
         assert min(charges) > 0
+        assert settings.algorithm.kl_weight > 0
         assert weights["alignment"] > 0
 
 

@@ -87,23 +87,25 @@ def check_options(family: str, options: dict[str, object]) -> None:
 
 
 def check_pipeline_class(folder: str | Path, wanted: str) -> None:
-    """Refuse a pipeline's folder that another family loads.
+    """Refuse a pipeline's folder of another class than the family's.
 
     Args:
         folder: with a model_index.json.
         wanted: class name of the pipeline that is going to be loaded.
 
     Raises:
-        ValueError: names the families that load it.
+        ValueError: names the families that load it, if there are any.
     """
     index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
     found = index.get("_class_name")
+    if found == wanted:
+        return
+    # Not loaded all the same: diffusers would, and leave out or make up what differs.
     others = [name for name, family in FAMILIES.items() if family.pipeline == found]
-    if others and found != wanted:
-        raise ValueError(
-            f"generator.path must be a {wanted}, got a {found} in {folder}; use "
-            f"generator.family={' or '.join(others)}"
-        )
+    remedy = "no family loads that; docs/generators.md tells how to add one"
+    if others:
+        remedy = f"use generator.family={' or '.join(others)}"
+    raise ValueError(f"generator.path must be a {wanted}, got a {found} in {folder}; {remedy}")
 
 
 def default_targets(transformer: str) -> tuple[str, ...]:

@@ -109,8 +109,8 @@ class LtxGenerator(AbstractPipelineGenerator):
     def _decode_one(self, latent: Tensor) -> Tensor:
         """[1 C T H W] to pixels in [-1, 1]; every video meets the same noise."""
         vae, timestep = self.pipeline.vae, None
-        devices = [latent.device] if latent.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        gpus = range(torch.cuda.device_count())  # All: manual_seed seeds those of judges, too.
+        with torch.random.fork_rng(gpus):
             torch.manual_seed(0)
             if vae.config.timestep_conditioning:
                 noise = torch.randn(latent.shape).to(latent)

@@ -112,6 +112,8 @@ def test_saving_and_loading_gives_the_same_settings(
         ("algorithm.beta=1", "^algorithm.beta must be a known key, got none of that name"),
         ("updates=many", "^updates must be a whole number, got 'many' "),
         ("updates=2.5", "^updates must be a whole number, got 2.5 "),
+        ("generator.fps=.nan", "^generator.fps must be a finite number, got nan"),
+        ("rewards[0].weight=-.inf", r"^rewards\[0\].weight must be a finite number, got -inf"),
         ("updates=true", "^updates must be a whole number, got True "),
         ("generator.fps=fast", "^generator.fps must be a number, got 'fast' "),
         ("generator.path=7", "^generator.path must be a text, got 7 "),
@@ -126,7 +128,7 @@ def test_saving_and_loading_gives_the_same_settings(
         ("algorithm.clip_range=2", r"^algorithm.clip_range must be in \(0, 1\], got 2"),
         ("lora.rank=0", "^lora.rank must be at least 1, got 0"),
         ("rollout.videos_per_prompt=1", "^rollout.videos_per_prompt must be at least 2, got 1"),
-        ("generator.fps=0", "^generator.fps must be above 0, got 0"),
+        ("generator.fps=0", "^generator.fps must be above 0 and finite, got 0"),
         (
             "generator.family=wam",
             "^generator.family must be one of wan, .*; did you mean wan",

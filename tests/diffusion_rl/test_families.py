@@ -82,8 +82,10 @@ def test_another_familys_folder_is_refused_with_the_way_out(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=message):
         WanGenerator.from_pretrained(tmp_path, **WAN_SIZE)
     check_pipeline_class(tmp_path, "CogVideoXPipeline")
-    (tmp_path / "model_index.json").write_text('{"_class_name": "OwnPipeline"}')
-    check_pipeline_class(tmp_path, "WanPipeline")
+    # diffusers would load it, and leave out what only that class has.
+    (tmp_path / "model_index.json").write_text('{"_class_name": "LTXConditionPipeline"}')
+    with pytest.raises(ValueError, match="got a LTXConditionPipeline in .*; no family loads that"):
+        check_pipeline_class(tmp_path, "LTXPipeline")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import diffusion_rl.drawing
 import diffusion_rl.finetune
 from diffusion_rl.advantages import group_advantages, history_advantages, separate_advantages
 from diffusion_rl.algorithms import algorithm
-from diffusion_rl.collect import FIRST_TRAINING_SEED, choose_prompts, collect
+from diffusion_rl.collect import FIRST_TRAINING_SEED, Batch, choose_prompts, collect
 from diffusion_rl.finetune import (
     FinetuneSettings,
     FinetuneState,
@@ -113,6 +115,24 @@ def test_a_report_says_what_happened() -> None:
     spent = first.collect_seconds + first.judge_seconds + first.update_seconds
     assert first.seconds == pytest.approx(spent)
     assert second.seconds > first.seconds
+
+
+def test_an_updates_videos_are_gone_before_the_next_are_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    def spy(*args: object, **options: object) -> Batch:
+        alive.extend(one() is not None for one in drawn)
+        batch = collect(*args, **options)
+        drawn.append(weakref.ref(batch.trajectory.videos))
+        return batch
+
+    monkeypatch.setattr(diffusion_rl.drawing, "collect", spy)
+    kept = run(settings_for(GrpoSettings(), updates=3))
+    assert len(kept[1]) == len(drawn) == 3
+    assert alive == [False] * 3
 
 
 def test_the_old_policy_draws_the_videos_and_follows() -> None:

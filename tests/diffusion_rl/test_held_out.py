@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_rl.finetune import begin, finetune
+from diffusion_rl.guards import GuardSettings, contrast
 from diffusion_rl.held_out import EvaluationSettings, HeldOut
 from diffusion_rl.lora import lora_state
 from diffusion_rl.optimizers import OptimizerSettings
@@ -142,6 +143,21 @@ def test_what_the_reward_is_paid_for_with_raises_the_alarm_once(
     assert found[3][0].hacking == ()
     said = [one.getMessage() for one in caplog.records if "possible reward hacking" in one.message]
     assert 1 <= sum("evaluation/blue falls" in one for one in said) <= 2
+
+
+def test_a_guards_level_that_the_reward_is_paid_for_with_raises_the_alarm() -> None:
+    """It falls long before it comes to the floor at which the guard itself would speak."""
+
+    def flat(videos: Tensor, prompts: list[str], *, fps: float) -> Tensor:
+        return -contrast(videos)
+
+    guards = (GuardSettings(statistic="contrast", weight=0.0, floor=0.01),)
+    alarm = TrendSettings(window=8)
+    rewards = [Reward("flat", flat)]
+    found = list(run(None, 12, rewards, ["plain"], hacking_alarm=alarm, guards=guards, **EAGER))
+    falling = {name for report, *_ in found for name in report.hacking}
+    assert falling == {"contrast"}
+    assert not any(report.alarms for report, *_ in found)
 
 
 def test_a_reward_of_negative_weight_ought_to_fall() -> None:

@@ -303,6 +303,13 @@ def test_a_run_without_guards_is_warned_of(
     assert "guards is empty: nothing keeps the policy from still" in caplog.text
 
 
+def test_float16_is_for_drawing_alone(settings: RunSettings) -> None:
+    """The gradient of a mean over a million numbers is below what float16 can hold."""
+    half = dataclasses.replace(settings.generator, dtype="float16")
+    with pytest.raises(ValueError, match="generator.dtype must be bfloat16 or float32 to train, g"):
+        check_run(dataclasses.replace(settings, generator=half))
+
+
 def test_unbalanced_focus_is_warned_of_where_losses_are_not_exact(
     settings: RunSettings, caplog: pytest.LogCaptureFixture
 ) -> None:

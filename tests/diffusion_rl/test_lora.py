@@ -1,6 +1,7 @@
 """The three policies of one transformer, and the LoRA on its way to diffusers and back."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -260,7 +261,8 @@ def test_saving_or_attaching_at_the_wrong_time_is_refused(tmp_path: Path) -> Non
     ("options", "message"),
     [
         ({"rank": 0}, "rank must be at least 1, got 0"),
-        ({"alpha": 0}, "alpha must be above 0, got 0"),
+        ({"alpha": 0}, "alpha must be above 0 and finite, got 0"),
+        ({"alpha": math.inf}, "alpha must be above 0 and finite, got inf"),
         ({"targets": ()}, "targets must name at least one layer, got none"),
     ],
 )

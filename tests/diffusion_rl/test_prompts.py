@@ -38,6 +38,32 @@ def test_text_has_a_prompt_a_line(tmp_path: Path) -> None:
         read_prompts(path, "caption")
 
 
+@pytest.mark.parametrize("name", ["prompts.json", "prompts.csv", "prompts.v2"])
+def test_a_file_of_another_kind_is_not_read_as_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("id,prompt\n1,a cat\n")
+    with pytest.raises(ValueError, match=f"must be .txt, .jsonl, .* got .*{name}; save it as .txt"):
+        read_prompts(tmp_path / name)
+    (tmp_path / "prompts").write_text("a cat\n")
+    assert read_prompts(tmp_path / "prompts") == ["a cat"]
+
+
+@pytest.mark.parametrize("below", ["", "data"])
+def test_a_downloaded_dataset_is_read_part_by_part(tmp_path: Path, below: str) -> None:
+    folder = tmp_path / below
+    folder.mkdir(exist_ok=True)
+    (tmp_path / "README.md").write_text("a dataset")
+    for part, texts in enumerate([PROMPTS[:2], PROMPTS[2:]]):
+        rows = pyarrow.table({"prompt": texts})
+        parquet.write_table(rows, folder / f"train-0000{part}-of-00002.parquet")
+    assert read_prompts(tmp_path) == PROMPTS
+    with pytest.raises(ValueError, match="must have 'caption', got prompt in .*train-00000-of"):
+        read_prompts(tmp_path, "caption")
+    parquet.write_table(rows, folder / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="must be one split .* with test, train; name a file of"):
+        read_prompts(tmp_path)
+    assert read_prompts(folder / "test-00000-of-00001.parquet") == PROMPTS[2:]
+
+
 def test_nothing_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="prompts must be an existing text, .jsonl or .par"):
         read_prompts(tmp_path / "nothing.txt")
@@ -111,9 +137,7 @@ def test_a_bad_row_of_a_table_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_must_be_one_split(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="must be a folder written by Dataset.save_to_disk, got .*"
-    ):
+    with pytest.raises(ValueError, match="must be a folder written by Dataset.save_to_disk or one"):
         read_prompts(tmp_path)
     split = Dataset.from_dict({"prompt": ["a", "b"], "id": [1, 2]})
     DatasetDict(train=split, test=split).save_to_disk(tmp_path / "both")

@@ -128,6 +128,8 @@ def test_a_videos_exploration_ignores_who_shares_the_batch() -> None:
     # Seeds 2 and 3 show prompts 0 and 1 in both.
     torch.testing.assert_close(many.videos[2:4], few.videos)
     assert not torch.allclose(many.videos[0], many.videos[2])
+    with pytest.raises(ValueError, match="seeds must be at least 0, got -2"):
+        draw(generator, settings, seeds=range(-2, 3))
 
 
 @pytest.mark.parametrize("seed", [0, 7, (1 << 31) + 12345])

@@ -203,3 +203,5 @@ def test_bad_videos_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         write_video(tmp_path / name, video, fps)
+    with pytest.raises(ValueError, match="scale must be at least 1, got 0"):
+        write_video(tmp_path / "a.mp4", torch.zeros(2, 3, 4, 4), 8.0, scale=0)

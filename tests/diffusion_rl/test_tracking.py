@@ -141,7 +141,6 @@ def test_videos_go_to_those_who_take_them_and_frames_to_those_who_take_pictures(
 
 
 def test_tensorboard_holds_numbers_and_frames(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tracker = AccelerateTracker(["tensorboard"], tmp_path, "run", {"seed": "0"})

@@ -232,7 +232,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
             raise ValueError(f"overrides must be key=value, got {override!r}")
         try:
             OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value)
-        except (OmegaConfBaseException, YAMLError, AttributeError, TypeError) as error:
+        except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"overrides must fit {path}, got {override!r}: {error}") from error
     try:
         tree = OmegaConf.to_container(config, resolve=True)

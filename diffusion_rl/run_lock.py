@@ -31,7 +31,8 @@ def take_lock(folder: str | Path) -> None:
         folder: made if missing.
 
     Raises:
-        ValueError: another process writes there, or one on another host has not said that it ended.
+        ValueError: another process writes there, or one on another host has not said that it
+            ended, or the file system has no locks.
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,6 +49,12 @@ def take_lock(folder: str | Path) -> None:
             f"output must be a folder that no other process writes to, got {folder}, where "
             f"{holder.get('name', 'another process')} is training; wait for it, stop it, or choose "
             "another output"
+        ) from error
+    except OSError as error:
+        file.close()
+        raise ValueError(
+            f"output must be on a file system with locks, got {folder}: {error.strerror}; mount it "
+            "with them (Lustre: -o flock), or choose another output"
         ) from error
     if not _is(file, path):  # Its holder took the file away between the two lines above.
         file.close()

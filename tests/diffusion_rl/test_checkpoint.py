@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import stat
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +228,25 @@ def test_a_full_disk_loses_nothing(trained: tuple, monkeypatch: pytest.MonkeyPat
     assert raised.value.errno == errno.ENOSPC
     assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]
     assert read_checkpoint(folder / "step-000002").step == 2
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_flushes_no_folders_is_good_enough(
+    trained: tuple, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    generator, state, folder = trained
+    state.step = 3
+    flush = os.fsync
+
+    def files_only(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    with pytest.raises(OSError, match="Input/o") if number == errno.EIO else nullcontext():
+        save_checkpoint(folder, take_snapshot(generator, state))
+    assert read_checkpoint(folder / "step-000003").step == 3
 
 
 def test_a_checkpoint_appears_only_when_it_is_whole(

@@ -205,6 +205,8 @@ def test_files_that_are_no_configuration_are_refused(config: Path) -> None:
         load_config(config, ["updates"])
     with pytest.raises(ValueError, match="overrides must fit .*small.yaml, got"):
         load_config(config, ["rewards[7].weight=1"])
+    with pytest.raises(ValueError, match="overrides must fit .*small.yaml, got 'rewards.0.weight"):
+        load_config(config, ["rewards[0.weight=1"])
     config.write_text("a: [1, 2")
     with pytest.raises(ValueError, match="config must be readable YAML, got .*small.yaml"):
         load_config(config)

@@ -1,5 +1,6 @@
 """One writer for a folder, however the one before it ended."""
 
+import errno
 import json
 import os
 import signal
@@ -24,6 +25,22 @@ def refused(folder: Path) -> str:
     (said,) = run_on(1, take)
     assert isinstance(said, str), said
     return said
+
+
+def test_a_file_system_without_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.raises(
+        ValueError, match="must be on a file system with locks, got .*run: Function"
+    ):
+        take_lock(tmp_path / "run")
+    monkeypatch.undo()
+    take_lock(tmp_path / "run")
+    release_lock(tmp_path / "run")
 
 
 def test_the_second_process_is_refused_and_told_who_the_first_is(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import http.client
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -44,7 +45,8 @@ class ProcessReward:
     """A reward built and asked in a process of its own.
 
     Reports come back as plain dictionaries (what their `to_dict` says) or texts. A process that
-    has died is started again when it is next asked, so `retries` covers that, too.
+    has died is started again when it is next asked, so `retries` covers that, too. What the reward
+    starts ends with it, but for what leaves its session (`start_new_session`).
 
     Args:
         settings: target and options of the reward; timeout_seconds of its start and of each call.
@@ -76,7 +78,7 @@ class ProcessReward:
         with self._lock:
             if self._closed:
                 raise RewardRefused("its process was closed")
-            if self._process.poll() is not None:
+            if self._has_ended():
                 self._start()
             header, tensors = self._ask({"prompts": list(prompts), "fps": fps}, {"videos": videos})
         if "failed" in header:
@@ -86,10 +88,20 @@ class ProcessReward:
         return {"reports": header["reports"], **tensors}
 
     def close(self) -> None:
-        """End the process; a call under way fails."""
+        """End the process and what it started; a call under way fails."""
         self._closed = True
-        self._process.kill()
-        self._process.wait()
+        if not self._has_ended():
+            _kill_group(self._process)
+            self._process.wait()
+
+    def _has_ended(self) -> bool:
+        """Whether the process is no more; then what it started is ended, too."""
+        if self._process.returncode is not None:  # As was seen before, and done.
+            return True
+        if self._process.poll() is None:
+            return False
+        _kill_group(self._process)
+        return True
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
@@ -127,7 +139,7 @@ class ProcessReward:
 
         def expire() -> None:
             expired.set()
-            process.kill()
+            _kill_group(process)
 
         timer = threading.Timer(self._seconds, expire)
         timer.start()
@@ -142,11 +154,10 @@ class ProcessReward:
             return reply
         with suppress(BrokenPipeError):
             process.stdin.close()
-        try:
-            status = process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            status = process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(END_SECONDS)
+        _kill_group(process)
+        status = process.wait()
         self._reader.join(END_SECONDS)
         last = "\n".join(self._last) or "nothing"
         if expired.is_set():
@@ -154,6 +165,17 @@ class ProcessReward:
         else:
             happened = f"ended with status {status}"
         raise RewardFailed(f"its process {happened}; the last it wrote: {last}")
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and what it started, which may hold its pipes and memory of the GPU."""
+    if not hasattr(os, "killpg"):
+        process.kill()
+        return
+    # Its group bears its number, which no other gets as long as one of the group is there. Where
+    # all of them have ended and nobody has asked for their status, macOS speaks of permissions.
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 class HttpReward:

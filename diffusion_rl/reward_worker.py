@@ -1,7 +1,8 @@
 """A reward in a process of its own: python -m diffusion_rl.reward_worker, started by ProcessReward.
 
 Messages go through standard input and output: two lengths, a JSON header, tensors as safetensors.
-Nothing is pickled. The process ends when its input does, so that it never outlives the run.
+Nothing is pickled. The process ends when its input does, and what the
+reward started with it, so that neither outlives the run.
 
 Axes: B videos, F frames, C channels, H height, W width.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import sys
 from collections.abc import Mapping
@@ -59,8 +61,14 @@ def read_message(file: IO[bytes]) -> tuple[dict[str, Any], dict[str, Tensor]] | 
 def main() -> None:
     """Build the reward of the first message, then answer one message at a time."""
     # What libraries print must not be taken for an answer.
+    errors = sys.stderr.fileno()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    os.dup2(errors, sys.stdout.fileno())
+    if hasattr(os, "register_at_fork"):
+        # A process that the reward forks must not keep this one's end from being seen.
+        os.register_at_fork(
+            after_in_child=lambda: os.dup2(errors, answers.fileno(), inheritable=False)
+        )
     first = read_message(sys.stdin.buffer)
     if first is None:
         return
@@ -71,6 +79,8 @@ def main() -> None:
     write_message(answers, {"ready": True}, {})
     while (message := read_message(sys.stdin.buffer)) is not None:
         write_message(answers, *answer(settings.name, function, *message))
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)  # The run is gone: what the reward started goes, too.
 
 
 def answer(

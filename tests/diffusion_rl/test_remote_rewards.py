@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cac_reward.client import RewardClient
-from diffusion_rl import processes
+from diffusion_rl import processes, remote_rewards
 from diffusion_rl.remote_rewards import HttpReward, ProcessReward
 from diffusion_rl.reward_contract import RewardFailed, RewardRefused
 from diffusion_rl.rewards import Reward, RewardSettings, ask_rewards, build_reward, judge_videos
@@ -24,6 +28,7 @@ from tests.serving import running_server
 
 PROMPTS = ["a", "b", "unknown", "d"]
 VIDEOS = torch.rand(4, 3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 RED = VIDEOS[:, :, 0].mean((1, 2, 3))
 
 
@@ -41,6 +46,9 @@ def act(videos: Tensor, prompts: Sequence[str], *, fps: float, bonus: float = 0.
     """A reward that does what the first prompt says."""
     print("a library prints")
     word, _, value = prompts[0].partition(" ")
+    if word == "help":
+        start_helpers(value)
+        word, _, value = prompts[1].partition(" ")
     if word == "die":
         print("the card fell off the bus", file=sys.stderr, flush=True)
         os._exit(7)
@@ -55,6 +63,48 @@ def act(videos: Tensor, prompts: Sequence[str], *, fps: float, bonus: float = 0.
     blame = videos.mean(2)
     reports = [Report("told not to know" if prompt == "unknown" else None) for prompt in prompts]
     return {"score": score, "blame": blame, "reports": reports}
+
+
+HELPER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write("held")
+file.flush()
+time.sleep(600)
+"""
+
+
+def start_helpers(folder: str) -> None:
+    """A forked process and a started one, each with a lock on a file for as long as it lives."""
+    paths = [os.path.join(folder, name) for name in ("exec", "fork")]
+    subprocess.Popen([sys.executable, "-c", HELPER, paths[0]])
+    if os.fork() == 0:
+        sys.argv = ["helper", paths[1]]
+        exec(HELPER, {})
+        os._exit(0)
+    while not all(os.path.exists(path) and os.path.getsize(path) for path in paths):
+        time.sleep(0.01)
+
+
+def held(folder: Path) -> list[str]:
+    """Names of the files in a folder whose process still lives."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append(path.name)
+    return found
+
+
+def comes_true(said: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Whether something becomes so within a time."""
+    end = time.monotonic() + seconds
+    while not said() and time.monotonic() < end:
+        time.sleep(0.02)
+    return said()
 
 
 def settings(**changes: Any) -> RewardSettings:
@@ -95,16 +145,62 @@ def test_what_goes_wrong_in_the_process_is_told(process: ProcessReward) -> None:
     assert ask(process)["reports"][0]["process"] != before  # Started again.
 
 
-def test_a_process_that_hangs_is_ended_and_one_that_is_closed_is_not_asked() -> None:
+def test_a_process_that_hangs_is_ended_and_one_that_is_closed_is_not_asked(tmp_path: Path) -> None:
     reward = ProcessReward(settings(timeout_seconds=60.0))
     reward._seconds = 0.3
     started = time.monotonic()
     with pytest.raises(RewardFailed, match=r"took longer than 0.3 s and was ended"):
         ask(reward, "sleep 60")
     assert time.monotonic() - started < 30
+    reward._seconds = 60.0
+    ask(reward, f"help {tmp_path}")
+    assert held(tmp_path) == ["exec", "fork"]
     reward.close()
+    assert comes_true(lambda: not held(tmp_path))
     with pytest.raises(RewardRefused, match="its process was closed"):
         ask(reward)
+
+
+def test_what_the_reward_started_neither_holds_a_call_nor_outlives_it(
+    process: ProcessReward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask_helped(name: str, then: str) -> tuple[Any, Path]:
+        folder = tmp_path / name
+        folder.mkdir()
+        return ask(process, f"help {folder}", then), folder
+
+    with pytest.raises(RewardFailed, match="(?s)ended with status 7; .*card fell off the bus"):
+        ask_helped("died", "die")
+    assert comes_true(lambda: not held(tmp_path / "died"))
+
+    answer, folder = ask_helped("killed", "b")
+    assert held(folder) == ["exec", "fork"]
+    number = answer["reports"][0]["process"]
+    os.kill(number, signal.SIGKILL)
+    assert comes_true(lambda: os.waitid(os.P_PID, number, ENDED) is not None)
+    assert ask(process)["reports"][0]["process"] != number
+    assert comes_true(lambda: not held(folder))
+
+    with monkeypatch.context() as brief:
+        brief.setattr(process, "_seconds", 10.0)
+        with pytest.raises(RewardFailed, match="took longer than 10 s and was ended"):
+            ask_helped("late", "sleep 600")
+    assert comes_true(lambda: not held(tmp_path / "late"))
+
+    _, folder = ask_helped("left", "b")
+    assert held(folder) == ["exec", "fork"]
+    assert process._process.stdin is not None
+    process._process.stdin.close()  # All that it sees of a run that was killed.
+    assert comes_true(lambda: not held(folder))
+
+
+def test_where_there_are_no_groups_the_process_alone_is_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(os, "killpg")
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+        remote_rewards._kill_group(process)
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_a_process_that_does_not_start_says_why() -> None:

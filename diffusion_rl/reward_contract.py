@@ -269,11 +269,15 @@ def ask_once(
 ) -> Judgement:
     """Call a reward once and check what it answers.
 
+    That it changed the videos is seen where torch changed them, in any tensor that shares their
+    memory; what numpy writes into `videos.numpy()`, or torch into `videos.data`, is not seen.
+
     Raises:
         RewardRefused: The reward is elsewhere and will not answer.
         RewardFailed: It raised anything else.
-        ValueError: Its answer breaks the contract.
+        ValueError: Its answer breaks the contract, or it changed the videos.
     """
+    before = _changes(videos)
     try:
         with torch.no_grad():
             answer = function(videos, list(prompts), fps=fps)
@@ -282,9 +286,11 @@ def ask_once(
     except RewardFailed as error:
         raise RewardFailed(f"reward '{name}': {error}; {RESUME}", error.after_seconds) from error
     except Exception as error:
+        _check_unchanged(name, videos, before)
         raise RewardFailed(
             f"reward '{name}' raised {type(error).__name__}: {error}; {RESUME}"
         ) from error
+    _check_unchanged(name, videos, before)
     if not isinstance(answer, Mapping):
         answer = {"score": answer}
     unknown = set(answer) - {"score", "blame", "reports"}
@@ -302,6 +308,20 @@ def ask_once(
             f"got {len(reports)}; {RESUME}"
         )
     return Judgement(score, blame, reports)
+
+
+def _changes(videos: Tensor) -> int:
+    """How often torch has changed a tensor, or another that shares its memory, in place."""
+    return 0 if videos.is_inference() else videos._version  # Inference tensors do not count.
+
+
+def _check_unchanged(name: str, videos: Tensor, before: int) -> None:
+    """Refuse what guards and further rewards, or a second call, would take for the videos."""
+    if _changes(videos) != before:
+        raise ValueError(
+            f"videos must not be changed by a reward, got {_changes(videos) - before} changes in "
+            f"place by reward '{name}'; have it change videos.clone() instead; {RESUME}"
+        )
 
 
 def _check_score(name: str, score: Any, count: int) -> Tensor:

@@ -315,6 +315,54 @@ def test_bad_settings_are_refused():
         RewardSettings(name="a", target="a:b", weight=NAN)
 
 
+def alter_all(videos):
+    videos.mul_(0.5)
+
+
+def alter_a_part(videos):
+    videos[0, 0, 0].flatten()[0] = 0.5
+
+
+def alter_detached(videos):
+    videos.detach().clamp_(0.2, 0.8)
+
+
+@pytest.mark.parametrize("change", [alter_all, alter_a_part, alter_detached])
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("options", [{}, {"videos_per_call": 2, "on_error": "missing"}])
+def test_a_reward_that_changes_the_videos_is_named(change, raises, options):
+    seen = []
+
+    def careless(videos, prompts, *, fps):
+        change(videos)
+        if raises:
+            raise KeyError("lens")
+        return torch.zeros(len(videos))
+
+    def later(videos, prompts, *, fps):
+        seen.append(videos)
+        return torch.zeros(len(videos))
+
+    rewards = [Reward("careless", careless, calls=Calls(**options)), Reward("later", later)]
+    message = r"changed by a reward, got 1 changes .* by reward 'careless'; .* videos.clone\(\)"
+    with pytest.raises(ValueError, match=message):
+        judge_videos(rewards, VIDEOS.clone(), PROMPTS, fps=8.0)
+    assert not seen
+
+
+def test_a_reward_may_change_a_copy_of_the_videos():
+    def careful(videos, prompts, *, fps):
+        own = videos.clone().mul_(0.5)
+        return own[:, 0, 0, 0, 0]
+
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            videos = VIDEOS.clone()
+            batch = judge(careful, videos=videos)
+        assert torch.equal(batch.score, VIDEOS[:, 0, 0, 0, 0] / 2)
+        assert torch.equal(videos, VIDEOS)
+
+
 def failing(times: int, **others):
     """A reward that raises at its first calls, then scores by brightness."""
     calls = []

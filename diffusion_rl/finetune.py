@@ -207,7 +207,10 @@ def watch(
     settings: FinetuneSettings,
     state: FinetuneState,
 ) -> tuple[str, ...]:
-    """Note the update's values, and warn of what falls while the reward rises."""
+    """Note the update's values, and warn of what falls while the reward rises.
+
+    A series that the run no longer has, since its settings changed, is forgotten.
+    """
     own = settings.hacking_alarm
     wanted = [reward.name for reward in rewards if reward.weight >= 0]  # Others ought to fall.
     values = {
@@ -217,7 +220,10 @@ def watch(
         **{f"evaluation/{name}": value for name, value in measured.items()},
     }
     keep = own.window * (held_out.settings.every if held_out else 1)
-    state.series = add_values(state.series, state.step, values, keep)
+    rare = [reward.name for reward in held_out.rewards] if held_out else []
+    names = {*values, *(f"evaluation/{name}" for name in rare)}
+    known = {name: past for name, past in state.series.items() if name in names}
+    state.series = add_values(known, state.step, values, keep)
     falling = falling_beside(state.series, own)
     state.warned = warn_of(falling, state.warned, state.step, state.series, own)
     return falling

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_rl.finetune import begin, finetune
+from diffusion_rl.finetune import FinetuneState, begin, finetune, watch
 from diffusion_rl.guards import GuardSettings, contrast
 from diffusion_rl.held_out import EvaluationSettings, HeldOut
 from diffusion_rl.lora import lora_state
@@ -20,7 +20,7 @@ from diffusion_rl.prompt_sampling import PromptSamplingSettings
 from diffusion_rl.rewards import Reward, RewardSettings
 from diffusion_rl.rollout import RolloutSettings, sample_videos
 from diffusion_rl.row_settings import GrpoSettings, NftSettings
-from diffusion_rl.trends import TrendSettings
+from diffusion_rl.trends import REWARD, TrendSettings
 from tests.diffusion_rl.test_finetune import PROMPTS, RED, redness, settings_for
 from tests.toy_gaussian import LORA, ToyGenerator
 
@@ -158,6 +158,25 @@ def test_a_guards_level_that_the_reward_is_paid_for_with_raises_the_alarm() -> N
     falling = {name for report, *_ in found for name in report.hacking}
     assert falling == {"contrast"}
     assert not any(report.alarms for report, *_ in found)
+
+
+def test_what_a_run_no_longer_measures_raises_no_alarm() -> None:
+    """As after going on without an evaluation reward that fell until then."""
+    rising = [[step, float(step)] for step in range(1, 21)]
+    fallen = [[step, -float(step)] for step in range(1, 21)]
+    gone = ("evaluation/gone", "evaluation/blue", "rewards/old", "motion")
+    alarm = settings_for(GrpoSettings(), hacking_alarm=TrendSettings(window=20))
+
+    def falling(held_out: HeldOut | None) -> tuple[tuple[str, ...], set[str]]:
+        own = FinetuneState(torch.optim.SGD([torch.zeros(1)]), step=20)
+        own.series = {REWARD: rising, **dict.fromkeys(gone, fallen)}
+        numbers = {"reward": 21.0, "guards": {}, "rewards": {"red": 0.5}}
+        return watch(numbers, {}, [RED], held_out, alarm, own), set(own.series)
+
+    assert falling(None) == ((), {REWARD, "rewards/red"})
+    # One that is not due in this update still counts.
+    names = {REWARD, "rewards/red", "evaluation/blue"}
+    assert falling(HeldOut(settings(), [BLUE])) == (("evaluation/blue",), names)
 
 
 def test_a_reward_of_negative_weight_ought_to_fall() -> None:

@@ -28,7 +28,7 @@ from diffusion_rl.comparison import (
 )
 from diffusion_rl.guards import STATISTICS
 from diffusion_rl.page import Table, VideoPair, comparison_table, write_report
-from diffusion_rl.rewards import Reward, RewardFunction, judge_videos
+from diffusion_rl.rewards import Reward, RewardFunction, ask_rewards, check_missing, judge_videos
 from diffusion_rl.shapes import check_shape
 
 __all__ = [
@@ -111,6 +111,7 @@ def measure_generator(
 
     Raises:
         ValueError: The prompts and seeds do not pair up, or an option is outside its range.
+        RuntimeError: A measure raised, or left too many videos of a batch unjudged.
     """
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(
@@ -123,8 +124,9 @@ def measure_generator(
     for batch in prompt_batches(prompts, batch_size):
         texts, numbers = tuple(prompts[batch]), tuple(seeds[batch])
         videos = sample(texts, numbers)
-        judged = judge_videos(rewards, videos, texts, fps=fps, missing_limit=missing_limit)
-        judgements = judged.judgements
+        # Not added up: each measure stands for itself, and so does what it leaves unjudged.
+        judgements = ask_rewards(rewards, videos, texts, fps=fps).answers()
+        check_missing(rewards, judgements, missing_limit)
         yield Measured(
             prompts=texts,
             seeds=numbers,

@@ -81,6 +81,24 @@ def test_a_reward_is_asked_its_own_way():
     assert found.values["own"].isnan().tolist() == [True, False, True]
 
 
+def test_measures_that_miss_different_videos_do_not_stop_one_another():
+    def missing(*places):
+        def judge(videos, prompts, *, fps):
+            score = videos.flatten(1).mean(1)
+            score[list(places)] = NAN
+            return score
+
+        return judge
+
+    measures = {"even": missing(0, 2), "odd": missing(1, 3)}
+    draw = (["a"] * 4, [1, 2, 3, 4])
+    (found,) = measure_generator(sample, measures, *draw, fps=8.0, missing_limit=0.5)
+    assert found.values["even"].isnan().tolist() == [True, False, True, False]
+    assert found.values["odd"].isnan().tolist() == [False, True, False, True]
+    with pytest.raises(RuntimeError, match="'odd' returned NaN for 3 of 4 videos"):
+        list(measure_generator(sample, {"odd": missing(1, 2, 3)}, *draw, fps=8.0))
+
+
 def test_the_audit_asks_about_as_many_at_once_as_it_is_told():
     asked = []
 

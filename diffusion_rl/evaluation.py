@@ -17,6 +17,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor
 
+from diffusion_rl.charts import format_number
 from diffusion_rl.comparison import (
     Comparison,
     Estimate,
@@ -28,7 +29,7 @@ from diffusion_rl.comparison import (
 )
 from diffusion_rl.guards import STATISTICS
 from diffusion_rl.page import Table, VideoPair, comparison_table, write_report
-from diffusion_rl.rewards import Reward, RewardFunction, ask_rewards, check_missing, judge_videos
+from diffusion_rl.rewards import Reward, RewardFunction, ask_rewards, check_missing
 from diffusion_rl.shapes import check_shape
 
 __all__ = [
@@ -214,9 +215,12 @@ class AuditRow:
     mean_score: float
     """Over the videos judged; NaN where none was."""
     passed: float
-    """Share of the videos judged that reach the threshold."""
+    """Share of the videos judged that reach the threshold; NaN where none was judged."""
     preferred: float
-    """Share of videos whose copy scores above the original."""
+    """Share of videos whose copy scores above the original, of those judged both ways; NaN where
+    none was."""
+    unjudged: float
+    """Share of the videos that could not be judged."""
 
 
 def audit_judge(
@@ -227,12 +231,11 @@ def audit_judge(
     fps: float,
     threshold: float = 0.5,
     batch_size: int = 32,
-    missing_limit: float = 0.5,
 ) -> list[AuditRow]:
     """Ask a judge about a frozen, a blurred and a darkened copy of every clip.
 
     A good one refuses them; where copies pass, training on this judge needs the motion, sharpness
-    and contrast guards.
+    and contrast guards. Any number of them may stay unjudged, which is an answer, too.
 
     Args:
         judge: Honours the reward contract, or a reward that is asked its own way.
@@ -241,10 +244,13 @@ def audit_judge(
         fps: Frames per second.
         threshold: Score from which a clip passes.
         batch_size: Videos copied and judged at once, at least 1.
-        missing_limit: Largest share of such a batch, in [0, 1), that may stay unjudged.
 
     Returns:
         Rows for the original, the frozen, the blurred and the darkened copies.
+
+    Raises:
+        ValueError: batch_size is outside its range, or an answer breaks the contract.
+        RuntimeError: The judge raised.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -255,10 +261,8 @@ def audit_judge(
         for at in range(0, len(prompts), batch_size):
             part = slice(at, at + batch_size)
             own = videos[part] if videos.is_floating_point() else videos[part].float() / 255
-            batch = judge_videos(
-                [reward], make(own), prompts[part], fps=fps, missing_limit=missing_limit
-            )
-            parts.append(batch.judgements[reward.name].score)
+            said = ask_rewards([reward], make(own), prompts[part], fps=fps).answers()
+            parts.append(said[reward.name].score)
         scores[name] = torch.cat(parts)
     rows = []
     for name, score in scores.items():
@@ -270,18 +274,23 @@ def audit_judge(
                 mean_score=_share(judged),
                 passed=_share(judged >= threshold),
                 preferred=_share(score[both] > scores["original"][both]),
+                unjudged=_share(score.isnan()),
             )
         )
     return rows
 
 
 def audit_table(rows: Sequence[AuditRow]) -> Table:
-    """Lay out an audit for the report."""
+    """Lay out an audit for the report; what nobody could judge is "-"."""
+    percent = functools.partial(format_number, percent=True)
     return Table(
         title="Can the judge be fooled?",
-        columns=["copy of each clip", "mean score", "passed as clean", "scored above the original"],
+        columns=[
+            *("copy of each clip", "mean score", "passed as clean", "scored above the original"),
+            "not judged",
+        ],
         rows=[
-            [row.copy, row.mean_score, f"{100 * row.passed:.1f}%", f"{100 * row.preferred:.1f}%"]
+            [row.copy, row.mean_score, *map(percent, (row.passed, row.preferred, row.unjudged))]
             for row in rows
         ],
         caption="A still, blurred or dark clip shows no fault; where the judge lets it pass, only "

@@ -140,12 +140,14 @@ def evaluate(
             task.prompts[some],
             fps=task.fps,
             batch_size=task.batch_size,
-            missing_limit=task.missing_limit,
         )
         for name in clean
     }
     made = len(sides) * len(task.prompts)
     summary |= {"videos_generated": made, "seconds": seconds, "reward_calls": made * len(rewards)}
+    summary["audits"] = {
+        name: [dataclasses.asdict(row) for row in rows] for name, rows in audits.items()
+    }
     tables = result_tables(comparisons, summary, audits)
     page = write_results(options.output, sides, summary, tables, fps=task.fps)
     update_card(Path(options.lora or options.transformer), tables, summary_note(task))

@@ -135,7 +135,9 @@ def test_results_are_written_for_machines_and_for_people(tmp_path: Path) -> None
     }
     comparisons, summary = compare_sides(sides, ["judge"])
     summary["missing"] = math.nan
-    tables = result_tables(comparisons, summary, {"judge": [AuditRow("frozen", 0.5, 1.0, 0.25)]})
+    tables = result_tables(
+        comparisons, summary, {"judge": [AuditRow("frozen", 0.5, 1.0, 0.25, 0.125)]}
+    )
     page = write_results(tmp_path / "out", sides, summary, tables, fps=8.0)
     assert page == tmp_path / "out" / "report.html"
     written = json.loads(
@@ -151,7 +153,7 @@ def test_results_are_written_for_machines_and_for_people(tmp_path: Path) -> None
     assert "| judge | 45.0% | 68.3% | +23.3 points |" in text
     assert "McNemar's p-value by judge: judge: 0.25." in text
     assert "## base and my-other" in text
-    assert "| frozen | 0.500 | 100.0% | 25.0% |" in text
+    assert "| frozen | 0.500 | 100.0% | 25.0% | 12.5% |" in text
     bare = {side: dataclasses.replace(one, reports={}) for side, one in sides.items()}
     page = write_results(tmp_path / "bare", bare, summary, tables, fps=8.0)
     assert page.read_text().count("<figure>") == 18

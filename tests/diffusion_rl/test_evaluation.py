@@ -22,6 +22,7 @@ from diffusion_rl.evaluation import (
     summarise,
 )
 from diffusion_rl.guards import diversity, motion, sharpness
+from diffusion_rl.page import markdown_table
 from diffusion_rl.rewards import Calls, Reward
 
 NAN = float("nan")
@@ -201,7 +202,7 @@ def test_the_audit_tells_what_a_blind_judge_lets_pass():
     # A tenth of the light is a tenth of the motion.
     moved = 1 - original.mean_score
     assert darkened.mean_score == pytest.approx(1 - moved / 10, abs=1e-5)
-    assert audit_table(rows).rows[1] == ["frozen", 1.0, "100.0%", "100.0%"]
+    assert audit_table(rows).rows[1] == ["frozen", 1.0, "100.0%", "100.0%", "0.0%"]
 
 
 def test_the_audit_leaves_unjudged_videos_out():
@@ -212,8 +213,24 @@ def test_the_audit_leaves_unjudged_videos_out():
 
     original, frozen, *_ = audit_judge(judge, sample(PROMPTS, SEEDS), PROMPTS, fps=8.0)
     assert original.passed == pytest.approx(4 / 6)
+    assert (original.unjudged, frozen.unjudged) == pytest.approx((1 / 7, 2 / 7))
     assert frozen.preferred == 1.0
     assert not math.isnan(frozen.mean_score)
+
+
+def test_a_judge_that_sees_nothing_in_the_dark_is_audited_all_the_same():
+    def judge(videos, prompts, *, fps):
+        score = videos.flatten(1).mean(1)
+        return torch.where(score < 0.1, NAN, score)
+
+    rows = audit_judge(judge, sample(PROMPTS, SEEDS), PROMPTS, fps=8.0, batch_size=3)
+    darkened = rows[-1]
+    assert [row.unjudged for row in rows] == [0.0, 0.0, 0.0, 1.0]
+    assert all(math.isnan(one) for one in (darkened.mean_score, darkened.passed))
+    assert math.isnan(darkened.preferred)
+    text = markdown_table(audit_table(rows))
+    assert "| darkened | - | - | - | 100.0% |" in text
+    assert "| copy of each clip | mean score | passed as clean |" in text
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,9 @@ def test_evaluate_compares_and_writes_a_report(
     page = (place / "evaluation" / "report.html").read_text()
     assert "vanish" in page
     assert "Can the judge be fooled? (held_out)" in page
+    (audit,) = summary["audits"].values()
+    assert [row["copy"] for row in audit] == ["original", "frozen", "blurred", "darkened"]
+    assert audit[0]["unjudged"] == 0.0
 
 
 def test_evaluate_asks_held_out_judges_of_the_run_and_measures_with_options(place: Path) -> None:

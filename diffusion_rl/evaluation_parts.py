@@ -97,7 +97,7 @@ class EvaluationParts:
             "seeds": measured.seeds,
             "values": list(measured.values),
             "reports": {
-                name: [plain_report(report) for report in reports]
+                name: [plain_report(name, report) for report in reports]
                 for name, reports in measured.reports.items()
             },
             "seconds": seconds,

@@ -272,7 +272,8 @@ class HttpReward:
         with self._lock:
             for connection in self._open:
                 if connection.sock is not None:
-                    connection.sock.shutdown(2)
+                    with suppress(OSError):  # The server may have ended it just now.
+                        connection.sock.shutdown(2)
 
     def _post(self, data: bytes) -> dict[str, Any]:
         scheme, host, port = self._address

@@ -340,14 +340,26 @@ def _check_score(name: str, score: Any, count: int) -> Tensor:
     return score.detach().float().cpu()
 
 
-def plain_report(report: Any) -> Any:
-    """A report as JSON has it: what its `to_dict` says where it has one, else its text."""
-    if hasattr(report, "to_dict"):
-        return report.to_dict()
+def plain_report(name: str, report: Any) -> Any:
+    """A report as JSON has it: what its `to_dict` says where it has one, else its text.
+
+    Args:
+        name: of the reward, said in the error.
+        report: of one video.
+
+    Raises:
+        ValueError: JSON cannot hold what its `to_dict` says.
+    """
+    structured = hasattr(report, "to_dict")
     try:
-        return json.loads(json.dumps(report))
-    except TypeError:
-        return str(report)
+        return json.loads(json.dumps(report.to_dict() if structured else report))
+    except (TypeError, ValueError) as error:
+        if not structured:
+            return str(report)
+        raise ValueError(
+            f"to_dict() of reports of reward '{name}' must hold what JSON can, got {error}; turn "
+            f"numbers of numpy and torch into Python's with float(...) or .item(); {RESUME}"
+        ) from error
 
 
 def _check_blame(name: str, blame: Any, videos: Tensor) -> Tensor | None:

@@ -89,14 +89,14 @@ def answer(
     """The judgement of {prompts, fps} and {videos [B F C H W]}; or what went wrong with it."""
     try:
         found = ask_once(name, function, tensors["videos"], header["prompts"], header["fps"])
+        reports = found.reports
+        plain = None if reports is None else [plain_report(name, report) for report in reports]
     except RewardFailed as error:
         cause = error.__cause__
         return {"failed": f"{type(cause).__name__}: {cause}"}, {}
     except ValueError as error:
         return {"refused": str(error).removesuffix(f"; {RESUME}")}, {}
     kept = {"score": found.score, "blame": found.blame}
-    reports = found.reports
-    plain = None if reports is None else [plain_report(report) for report in reports]
     return {"reports": plain}, {key: one for key, one in kept.items() if one is not None}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import http.client as http_client
 import math
 import os
 import signal
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -35,11 +38,12 @@ RED = VIDEOS[:, :, 0].mean((1, 2, 3))
 class Report:
     """A report that knows how to become JSON, as those of CaC do."""
 
-    def __init__(self, error: str | None) -> None:
+    def __init__(self, error: str | None, **more: Any) -> None:
         self.error = error
+        self.more = more
 
     def to_dict(self) -> dict[str, Any]:
-        return {"error": self.error, "process": os.getpid()}
+        return {"error": self.error, "process": os.getpid(), **self.more}
 
 
 def act(videos: Tensor, prompts: Sequence[str], *, fps: float, bonus: float = 0.0) -> Any:
@@ -56,6 +60,9 @@ def act(videos: Tensor, prompts: Sequence[str], *, fps: float, bonus: float = 0.
         time.sleep(float(value))
     if word == "raise":
         raise KeyError(value)
+    if word == "numpy":
+        reports = [Report(None, severity=np.float32(0.5))] * len(prompts)
+        return {"score": torch.zeros(len(prompts)), "reports": reports}
     if word == "short":
         return torch.zeros(1)
     score = videos[:, :, 0].mean((1, 2, 3)) + bonus * fps
@@ -138,6 +145,9 @@ def test_what_goes_wrong_in_the_process_is_told(process: ProcessReward) -> None:
         ask(process, "raise lens")
     with pytest.raises(RewardRefused, match=r"score of reward 'mine' must be .* got \(1,\)"):
         ask(process, "short")
+    message = r"to_dict\(\) of reports of reward 'mine' must hold .* float32 .*float\(\.\.\.\)"
+    with pytest.raises(RewardRefused, match=message):
+        ask(process, "numpy")
     before = ask(process)["reports"][0]["process"]
     assert ask(process)["reports"][0]["process"] == before  # It lives on.
     with pytest.raises(RewardFailed, match="(?s)ended with status 7; .*card fell off the bus"):
@@ -347,6 +357,20 @@ def test_closing_ends_a_request_under_way_at_once() -> None:
         with pytest.raises(RewardRefused, match="is not asked any more"):
             judge_videos([reward], VIDEOS, PROMPTS, fps=8.0)
         assert len(server.received) == 1
+
+
+def test_closing_takes_it_that_the_server_was_faster() -> None:
+    class Reset:
+        def shutdown(self, how: int) -> None:
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    reward = HttpReward("http://127.0.0.1:1")
+    connection = http_client.HTTPConnection("127.0.0.1")
+    connection.sock = Reset()
+    reward._open.add(connection)
+    reward.close()
+    with pytest.raises(RewardRefused, match="is not asked any more"):
+        reward(VIDEOS, PROMPTS, fps=8.0)
 
 
 def test_a_wrong_address_option_or_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+from diffusion_rl.reward_contract import plain_report
 from diffusion_rl.rewards import (
     Calls,
     Reward,
@@ -348,6 +350,23 @@ def test_a_reward_that_changes_the_videos_is_named(change, raises, options):
     with pytest.raises(ValueError, match=message):
         judge_videos(rewards, VIDEOS.clone(), PROMPTS, fps=8.0)
     assert not seen
+
+
+class Structured:
+    def __init__(self, **found):
+        self.found = found
+
+    def to_dict(self):
+        return self.found
+
+
+def test_a_report_becomes_what_json_holds_or_names_its_reward():
+    assert plain_report("mine", Structured(window=(0, 1.5))) == {"window": [0, 1.5]}
+    assert plain_report("mine", {"window": [0, 1.5]}) == {"window": [0, 1.5]}
+    assert plain_report("mine", {1, 2}) == "{1, 2}"
+    for value in (np.float32(0.5), torch.tensor(0.5)):
+        with pytest.raises(ValueError, match=r"to_dict\(\) of reports of reward 'mine' must hold"):
+            plain_report("mine", Structured(severity=value))
 
 
 def test_a_reward_may_change_a_copy_of_the_videos():

@@ -114,21 +114,27 @@ def drawing_bytes(generator: AbstractVideoGenerator, batch: int, *, tiled: bool 
 def smaller_passes(
     generator: AbstractVideoGenerator, name: str, batch: int, needed: float
 ) -> list[Saving]:
-    """Fewer videos in a pass, smaller ones, shorter ones."""
+    """Fewer videos in a pass, smaller ones, shorter ones; of sizes that the generator takes."""
     found = []
     if batch > 1:
         found.append(Saving(f"{name}={batch // 2}", needed * (1 - (batch // 2) / batch)))
-    size = (round(generator.height * SMALLER), round(generator.width * SMALLER))
-    found.append(
-        Saving(
-            f"generator.height and width near {size[0]} and {size[1]}", needed * (1 - SMALLER**2)
-        )
+    step = getattr(generator, "pixel_factor", 1)
+    height, width = (
+        max(step, round(size * SMALLER) // step * step)
+        for size in (generator.height, generator.width)
     )
-    latent_frames = generator.latent_shape[1]
-    if latent_frames > 1:
-        fewer = (latent_frames + 1) // 2
-        frames = max((group.stop for group in generator.frame_groups[:fewer]), default=1)
-        found.append(Saving(f"generator.num_frames={frames}", needed * (1 - fewer / latent_frames)))
+    share = height * width / (generator.height * generator.width)
+    if share < 1:
+        setting = f"generator.height={height} generator.width={width}"
+        found.append(Saving(setting, needed * (1 - share)))
+    latent_frames, groups = generator.latent_shape[1], generator.frame_groups
+    half = max(group.stop for group in groups[: (latent_frames + 1) // 2])
+    step = getattr(generator, "frame_factor", 1)
+    frames = 1 + max(0, half - 1) // step * step
+    if frames < generator.num_frames:
+        left = sum(group.stop <= frames for group in groups)
+        saved = needed * (1 - left / latent_frames)
+        found.append(Saving(f"generator.num_frames={frames}", saved))
     return found
 
 

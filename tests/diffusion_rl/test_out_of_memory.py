@@ -1,6 +1,7 @@
 """What the message says when memory runs out, and whether its estimates are near."""
 
 import dataclasses
+import importlib
 import re
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from diffusion_rl import out_of_memory
 from diffusion_rl.before_after import build_samplers
 from diffusion_rl.finetune import FinetuneSettings, finetune
 from diffusion_rl.full_policies import FullSettings
+from diffusion_rl.generators.families import FAMILIES
 from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.held_out import EvaluationSettings, HeldOut
@@ -23,6 +25,7 @@ from diffusion_rl.out_of_memory import (
     drawing_bytes,
     drawing_savings,
     explain_out_of_memory,
+    smaller_passes,
 )
 from diffusion_rl.policies import attach_policies, trained_parameters
 from diffusion_rl.reward_contract import RewardSettings
@@ -31,6 +34,7 @@ from diffusion_rl.rollout import RolloutSettings, rollout
 from diffusion_rl.samples import SampleSettings, write_samples
 from diffusion_rl.sharding import shard
 from diffusion_rl.update_memory import kept_for_backward, update_savings
+from tests.diffusion_rl.test_families import TINY
 from tests.several import run_on
 from tests.tiny_wan import SIZE, build_tiny_wan
 
@@ -77,7 +81,7 @@ def test_savings_follow_from_the_shapes() -> None:
     found = dict(update_savings(generator, SETTINGS))
     kept = kept_for_backward(generator, 4)
     assert found["rollout.update_micro_batch=2"] == pytest.approx(kept / 2)
-    assert found["generator.height and width near 48 and 48"] == pytest.approx(kept * 7 / 16)
+    assert found["generator.height=48 generator.width=48"] == pytest.approx(kept * 7 / 16)
     assert found["generator.num_frames=5"] == pytest.approx(kept / 3)  # Two latent frames of three.
     checkpointing = found["generator.execution.gradient_checkpointing=true"]
     assert 0.5 * kept < checkpointing < 0.75 * kept  # One of four blocks is whole.
@@ -175,6 +179,31 @@ def test_the_first_drawing_of_a_run_is_explained(
     red = Reward("red", lambda videos, prompts, *, fps: videos[:, :, 0].mean((1, 2, 3)))
     with pytest.raises(OutOfMemoryError, match="in drawing videos .*rollout.micro_batch=1 saves"):
         next(finetune(generator, [red], ["a red circle"], settings))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_sizes_it_names_are_those_that_the_family_takes(name: str) -> None:
+    family, build_pipeline, size = TINY[name]
+    module, _, path = FAMILIES[family].loader.partition(":")
+    kind = getattr(importlib.import_module(module), path.split(".")[0])
+    pipeline = build_pipeline()
+    first = kind(pipeline, **size)
+    lengths = [1 + first.frame_factor * count for count in (0, 1, 2, 3, 5, 6, 10, 20)]
+    sides = [first.pixel_factor * count for count in (1, 2, 3, 5, 30)]
+    named = []
+    for frames, side in [(one, sides[2]) for one in lengths] + [(lengths[2], one) for one in sides]:
+        own = {**size, "num_frames": frames, "height": side, "width": sides[-1]}
+        for setting, saved in smaller_passes(kind(pipeline, **own), "rollout.micro_batch", 1, 1.0):
+            found = dict(re.findall(r"generator\.(\w+)=(\d+)", setting))
+            smaller = {key: int(value) for key, value in found.items()}
+            assert all(value <= own[key] for key, value in smaller.items())
+            assert smaller.items() - own.items()
+            assert 0 < saved < 1
+            kind(pipeline, **{**own, **smaller})  # It refuses what it does not take.
+            named.append(tuple(smaller))
+    assert set(named) == {("height", "width"), ("num_frames",)}
+    smallest = {**size, "num_frames": 1, "height": sides[0], "width": sides[0]}
+    assert smaller_passes(kind(pipeline, **smallest), "rollout.micro_batch", 1, 1.0) == []
 
 
 def test_drawing_has_advice_of_its_own() -> None:

@@ -1,8 +1,8 @@
 """A reward in a process of its own: python -m diffusion_rl.reward_worker, started by ProcessReward.
 
 Messages go through standard input and output: two lengths, a JSON header, tensors as safetensors.
-Nothing is pickled. The process ends when its input does, and what the reward started with it, so that
-neither outlives the run.
+Nothing is pickled. The process ends when its input does, and what the reward started with it, so
+that neither outlives the run.
 
 Axes: B videos, F frames, C channels, H height, W width.
 """

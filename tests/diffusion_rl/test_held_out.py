@@ -168,7 +168,7 @@ def test_what_a_run_no_longer_measures_raises_no_alarm() -> None:
     alarm = settings_for(GrpoSettings(), hacking_alarm=TrendSettings(window=20))
 
     def falling(held_out: HeldOut | None) -> tuple[tuple[str, ...], set[str]]:
-        own = FinetuneState(torch.optim.SGD([torch.zeros(1)]), step=20)
+        own = FinetuneState(torch.optim.SGD([torch.zeros(1)]), step=21)
         own.series = {REWARD: rising, **dict.fromkeys(gone, fallen)}
         numbers = {"reward": 21.0, "guards": {}, "rewards": {"red": 0.5}}
         return watch(numbers, {}, [RED], held_out, alarm, own), set(own.series)

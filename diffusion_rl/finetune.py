@@ -38,8 +38,8 @@ from diffusion_rl.drawing import Draws
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.guards import GuardReport, apply_guards, measure_reference
 from diffusion_rl.held_out import HeldOut
+from diffusion_rl.memory_errors import explain_out_of_memory
 from diffusion_rl.optimizers import build_optimizer
-from diffusion_rl.out_of_memory import explain_out_of_memory
 from diffusion_rl.policies import (
     reference_policy,
     trained_parameters,

@@ -7,63 +7,17 @@ Here for drawing videos; `update_memory` knows it for the update. Axes: B videos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import torch
 from torch import nn
 
 from diffusion_rl.generators.base import AbstractVideoGenerator
+from diffusion_rl.memory_errors import Saving
 from diffusion_rl.processes import team_size
 
-GIGABYTE = 1e9
-NAMED = 3
-"""Settings that the message names."""
 SMALLER = 3 / 4
 """Of height and width: the next smaller size that is worth a try."""
-PHRASES = ("out of memory", "can't allocate memory", "not enough memory")
-"""What torch says of it where it has no error of its own."""
-
-
-class Saving(NamedTuple):
-    """A setting that would need less memory."""
-
-    setting: str
-    """As in a config, with what it would be."""
-    bytes: float
-    """About what it saves."""
-
-
-class OutOfMemoryError(RuntimeError):
-    """Memory ran out; the message says what to change."""
-
-
-@contextmanager
-def explain_out_of_memory(doing: str, savings: Callable[[], Sequence[Saving]]) -> Iterator[None]:
-    """Say what to change if memory runs out in here, on a GPU or on the CPU.
-
-    Args:
-        doing: what is done in here, as it stands in the message.
-        savings: the settings that would help, unsorted; asked when memory has run out.
-
-    Raises:
-        OutOfMemoryError: memory ran out; one that is explained already passes as it is.
-    """
-    try:
-        yield
-    except OutOfMemoryError:
-        raise
-    except (RuntimeError, MemoryError) as error:
-        said = str(error).lower()
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and not any(phrase in said for phrase in PHRASES):
-            raise
-        found = sorted(savings(), key=lambda one: -one.bytes)
-        advice = "; ".join(
-            f"{one.setting} saves about {one.bytes / GIGABYTE:.2g} GB" for one in found[:NAMED]
-        )
-        raise OutOfMemoryError(f"memory ran out in {doing} ({error}); {advice}") from error
 
 
 def drawing_savings(

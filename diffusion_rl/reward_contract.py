@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusion_rl.loading import load_callable, near_names
+from diffusion_rl.memory_errors import OutOfMemoryError, ran_out_of_memory
 from diffusion_rl.shapes import check_shape
 
 RewardFunction = Callable[..., Any]
@@ -275,6 +276,7 @@ def ask_once(
     Raises:
         RewardRefused: The reward is elsewhere and will not answer.
         RewardFailed: It raised anything else.
+        OutOfMemoryError: Memory ran out in this process; never taken for a failure of this call.
         ValueError: Its answer breaks the contract, or it changed the videos.
     """
     before = _changes(videos)
@@ -286,6 +288,11 @@ def ask_once(
     except RewardFailed as error:
         raise RewardFailed(f"reward '{name}': {error}; {RESUME}", error.after_seconds) from error
     except Exception as error:
+        if ran_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"memory ran out in reward '{name}' ({error}); {_less_memory(len(prompts))}; "
+                f"{RESUME}"
+            ) from error
         _check_unchanged(name, videos, before)
         raise RewardFailed(
             f"reward '{name}' raised {type(error).__name__}: {error}; {RESUME}"
@@ -308,6 +315,16 @@ def ask_once(
             f"got {len(reports)}; {RESUME}"
         )
     return Judgement(score, blame, reports)
+
+
+def _less_memory(count: int) -> str:
+    """What to change where a reward needs too much for a call about so many videos."""
+    fewer = f"its videos_per_call={count // 2} asks about fewer at once (now {count})"
+    elsewhere = (
+        "where: process with a device of its own among its options, or where: http on another "
+        "machine, takes it off this one; a smaller judge, or one in half precision, needs less"
+    )
+    return f"{fewer}; {elsewhere}" if count > 1 else elsewhere
 
 
 def _changes(videos: Tensor) -> int:

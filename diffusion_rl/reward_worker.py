@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from diffusion_rl.memory_errors import OutOfMemoryError
 from diffusion_rl.reward_contract import (
     RESUME,
     RewardFailed,
@@ -94,6 +95,9 @@ def answer(
     except RewardFailed as error:
         cause = error.__cause__
         return {"failed": f"{type(cause).__name__}: {cause}"}, {}
+    except OutOfMemoryError as error:
+        # Of this process's memory, which may be free again at the next attempt.
+        return {"failed": f"OutOfMemoryError: {str(error).removesuffix(f'; {RESUME}')}"}, {}
     except ValueError as error:
         return {"refused": str(error).removesuffix(f"; {RESUME}")}, {}
     kept = {"score": found.score, "blame": found.blame}

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
-from diffusion_rl.out_of_memory import drawing_savings, explain_out_of_memory
+from diffusion_rl.memory_errors import explain_out_of_memory
+from diffusion_rl.out_of_memory import drawing_savings
 from diffusion_rl.sharding import in_step
 from diffusion_rl.shares import Share, chunks, whole
 from diffusion_rl.transitions import Transition, TransitionFunction, flow_sde, ode

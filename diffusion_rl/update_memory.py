@@ -14,8 +14,9 @@ from torch import nn
 from diffusion_rl.full_policies import REFERENCE, FullPolicies
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.lora import tuner_layers
+from diffusion_rl.memory_errors import Saving
 from diffusion_rl.optimizers import STATE_BYTES
-from diffusion_rl.out_of_memory import Saving, learners_of, linears_of, smaller_passes, tokens_of
+from diffusion_rl.out_of_memory import learners_of, linears_of, smaller_passes, tokens_of
 from diffusion_rl.policies import full_policies, policies_of
 from diffusion_rl.progress import FinetuneSettings
 

@@ -79,7 +79,7 @@ LAYERS = {
         *("advantages", "blame", "credit", "losses", "surrogates"),
         *("algorithms", "row_settings", "guards", "trends", "prompts"),
         *("loading", "prompt_sampling"),
-        *("reward_contract", "reward_worker", "remote_rewards"),
+        *("memory_errors", "reward_contract", "reward_worker", "remote_rewards"),
         *("rewards", "generators/base", "generators/families"),
         *("generators/settings", "generators/execution", "generators/prompt_cache"),
         "generators/pipeline",

@@ -18,15 +18,9 @@ from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.held_out import EvaluationSettings, HeldOut
 from diffusion_rl.lora import LoraSettings, tuner_layers
+from diffusion_rl.memory_errors import OutOfMemoryError, Saving, explain_out_of_memory
 from diffusion_rl.optimizers import OptimizerSettings
-from diffusion_rl.out_of_memory import (
-    OutOfMemoryError,
-    Saving,
-    drawing_bytes,
-    drawing_savings,
-    explain_out_of_memory,
-    smaller_passes,
-)
+from diffusion_rl.out_of_memory import drawing_bytes, drawing_savings, smaller_passes
 from diffusion_rl.policies import attach_policies, trained_parameters
 from diffusion_rl.reward_contract import RewardSettings
 from diffusion_rl.rewards import Reward

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from diffusion_rl.reward_contract import plain_report
+from diffusion_rl.memory_errors import OutOfMemoryError
+from diffusion_rl.reward_contract import RESUME, plain_report
+from diffusion_rl.reward_worker import answer
 from diffusion_rl.rewards import (
     Calls,
     Reward,
     RewardSettings,
+    ask_rewards,
     build_reward,
     judge_videos,
     load_callable,
@@ -440,6 +444,54 @@ def test_videos_of_a_call_that_failed_may_be_left_missing(caplog):
     torch.testing.assert_close(batch.score[2:], VIDEOS.flatten(1).mean(1)[2:])
     assert batch.judgements["mine"].unanswered == 2
     assert "2 videos are left unjudged" in caplog.text
+
+
+EXHAUSTED = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", EXHAUSTED)
+def test_memory_that_runs_out_in_a_reward_is_no_failed_call(error):
+    calls = []
+
+    def large(videos, prompts, *, fps):
+        calls.append(len(videos))
+        raise error
+
+    for size, fewer in (
+        (None, "its videos_per_call=2 asks about fewer at once \\(now 4\\); "),
+        (1, ""),
+    ):
+        reward = asked(large, retries=2, on_error="missing", videos_per_call=size)
+        message = (
+            f"memory ran out in reward 'mine' .*\\); {fewer}where: process with a device of its"
+        )
+        with pytest.raises(OutOfMemoryError, match=message) as raised:
+            judge_videos([reward], VIDEOS, PROMPTS, fps=8.0, missing_limit=0.9)
+        assert raised.value.__cause__ is error
+    assert calls == [4, 1]
+
+
+def test_memory_that_runs_out_elsewhere_is_a_failed_call():
+    class ServerError(RuntimeError):
+        pass
+
+    def far(videos, prompts, *, fps):
+        raise ServerError("503: CUDA out of memory")
+
+    batch = ask_rewards([asked(far, on_error="missing")], VIDEOS, PROMPTS, fps=8.0).answers()
+    assert batch["mine"].unanswered == 4
+
+    def large(videos, prompts, *, fps):
+        raise EXHAUSTED[0]
+
+    header, tensors = answer("mine", large, {"prompts": PROMPTS, "fps": 8.0}, {"videos": VIDEOS})
+    assert not tensors
+    assert re.match(r"OutOfMemoryError: .*\(CUDA out of .*videos_per_call=2 .*", header["failed"])
+    assert RESUME not in header["failed"]
 
 
 def test_a_broken_answer_stops_the_run_whatever_is_said_of_failures():

@@ -13,7 +13,7 @@ NAMED = 3
 """Settings that the message names."""
 PHRASES = ("out of memory", "can't allocate memory", "not enough memory")
 """What torch says of it where it has no error of its own."""
-NO_SETTING = "no setting would help: it takes a smaller model, or more memory"
+NO_SETTING = "no setting is known to help: it takes a smaller model, or more memory"
 
 
 class Saving(NamedTuple):

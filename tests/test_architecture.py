@@ -82,6 +82,7 @@ LAYERS = {
         *("memory_errors", "reward_contract", "reward_worker", "remote_rewards"),
         *("rewards", "generators/base", "generators/families"),
         *("generators/settings", "generators/execution", "generators/prompt_cache"),
+        "generators/weight_savings",
         "generators/pipeline",
         *("generators/wan", "generators/", "lora", "full_policies", "sharded_policies", "policies"),
         *("lora_files", "weight_files", "out_of_memory", "rollout", "memory"),

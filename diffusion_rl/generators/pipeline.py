@@ -9,7 +9,7 @@ import copy
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -25,7 +25,9 @@ from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbedding
 from diffusion_rl.generators.execution import place, place_text_encoders
 from diffusion_rl.generators.families import check_pipeline_class
 from diffusion_rl.generators.prompt_cache import Entry, PromptCache, fingerprint
-from diffusion_rl.generators.settings import ExecutionSettings
+from diffusion_rl.generators.settings import OFFLOADED_PARTS, ExecutionSettings
+from diffusion_rl.generators.weight_savings import placing_savings, precision_savings
+from diffusion_rl.memory_errors import Saving, explain_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +128,17 @@ class AbstractPipelineGenerator(AbstractVideoGenerator):
         folder = find_folder(path_or_hub_id, local_path, revision)
         check_pipeline_class(folder, cls.pipeline_class.__name__)
         later = {} if prompt_cache is None else dict.fromkeys(cls.text_encoders)
-        pipeline = cls.pipeline_class.from_pretrained(folder, **_loading(dtype), **later)
+        parts = [one for one in OFFLOADED_PARTS if one not in later]
+        with explain_out_of_memory(
+            "loading the generator", partial(precision_savings, folder, dtype, parts)
+        ):
+            pipeline = cls.pipeline_class.from_pretrained(folder, **_loading(dtype), **later)
         pipeline.set_progress_bar_config(disable=True)
-        place(pipeline, execution, torch.device(device), cls.text_encoders)
+        with explain_out_of_memory(
+            f"moving the generator to {device}",
+            partial(placing_savings, folder, dtype, execution, parts),
+        ):
+            place(pipeline, execution, torch.device(device), cls.text_encoders)
         generator = cls(pipeline, **size)
         generator.source, generator.execution = (folder, dtype), execution
         if prompt_cache is not None:
@@ -207,10 +217,20 @@ class AbstractPipelineGenerator(AbstractVideoGenerator):
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeddings:
         if not prompts:
             raise ValueError("prompts must be at least one text, got none")
-        rows = [self._known_or_encoded(prompt) for prompt in prompts]
-        empty, empty_extras = self._known_or_encoded("")
+        with explain_out_of_memory("encoding prompts", self.encoding_savings):
+            rows = [self._known_or_encoded(prompt) for prompt in prompts]
+            empty, empty_extras = self._known_or_encoded("")
         extras = {name: torch.cat([more[name] for _, more in rows]) for name in empty_extras}
         return PromptEmbeddings(torch.cat([row for row, _ in rows]), empty, extras, empty_extras)
+
+    def encoding_savings(self) -> list[Saving]:
+        """What would help where there is no memory for the text encoder beside the rest."""
+        if self.source is None:
+            return []
+        folder, dtype = self.source
+        if self.device.type == "cpu":
+            return precision_savings(folder, dtype, OFFLOADED_PARTS)
+        return placing_savings(folder, dtype, self.execution, OFFLOADED_PARTS)
 
     def _known_or_encoded(self, prompt: str) -> Entry:
         """From the cache, or else from the text encoder and into the cache."""

@@ -15,6 +15,7 @@ import signal
 import struct
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import IO, Any
 
 import torch
@@ -78,8 +79,9 @@ def main() -> None:
         torch.cuda.set_device(gpu)
     function = build_function(settings)
     write_message(answers, {"ready": True}, {})
-    while (message := read_message(sys.stdin.buffer)) is not None:
-        write_message(answers, *answer(settings.name, function, *message))
+    with suppress(BrokenPipeError):  # The run may end while it waits for an answer.
+        while (message := read_message(sys.stdin.buffer)) is not None:
+            write_message(answers, *answer(settings.name, function, *message))
     if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)  # The run is gone: what the reward started goes, too.
 

@@ -25,6 +25,7 @@ from cac_reward.client import RewardClient
 from diffusion_rl import processes, remote_rewards
 from diffusion_rl.remote_rewards import HttpReward, ProcessReward
 from diffusion_rl.reward_contract import RewardFailed, RewardRefused
+from diffusion_rl.reward_worker import write_message
 from diffusion_rl.rewards import Reward, RewardSettings, ask_rewards, build_reward, judge_videos
 from tests.score_server import by_redness, score_server
 from tests.serving import running_server
@@ -199,8 +200,13 @@ def test_what_the_reward_started_neither_holds_a_call_nor_outlives_it(
 
     _, folder = ask_helped("left", "b")
     assert held(folder) == ["exec", "fork"]
-    assert process._process.stdin is not None
-    process._process.stdin.close()  # All that it sees of a run that was killed.
+    run = process._process
+    assert run.stdin is not None
+    assert run.stdout is not None
+    # All that it sees of a run that was killed while it waited.
+    write_message(run.stdin, {"prompts": ["sleep 1"] * 4, "fps": 8.0}, {"videos": VIDEOS})
+    run.stdin.close()
+    run.stdout.close()
     assert comes_true(lambda: not held(folder))
 
 

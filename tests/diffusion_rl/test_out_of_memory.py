@@ -30,6 +30,8 @@ from diffusion_rl.sharding import shard
 from diffusion_rl.update_memory import kept_for_backward, update_savings
 from tests.diffusion_rl.test_families import TINY
 from tests.several import run_on
+from tests.tiny_cogvideox import SIZE as COGVIDEOX_SIZE
+from tests.tiny_cogvideox import build_tiny_cogvideox
 from tests.tiny_wan import SIZE, build_tiny_wan
 
 LARGER = {**SIZE, "height": 64, "width": 64, "num_frames": 9}
@@ -175,9 +177,12 @@ def test_the_first_drawing_of_a_run_is_explained(
         next(finetune(generator, [red], ["a red circle"], settings))
 
 
-@pytest.mark.parametrize("name", TINY)
+PAIRED = ("cogvideox", partial(build_tiny_cogvideox, version="1.5"), COGVIDEOX_SIZE)
+
+
+@pytest.mark.parametrize("name", [*TINY, "paired frames"])
 def test_the_sizes_it_names_are_those_that_the_family_takes(name: str) -> None:
-    family, build_pipeline, size = TINY[name]
+    family, build_pipeline, size = TINY.get(name, PAIRED)
     module, _, path = FAMILIES[family].loader.partition(":")
     kind = getattr(importlib.import_module(module), path.split(".")[0])
     pipeline = build_pipeline()

@@ -163,6 +163,8 @@ def load_run(settings: RunSettings, keep_text_encoder: bool) -> Run:
     rewards = [build_reward(reward) for reward in settings.rewards]
     generator = build_generator(settings.generator)
     shards = processes.count() > 1 and wants_shards()
+    for part in generator.idle if shards else ():
+        shard(part)
     if shards and settings.full is not None:
         shard(generator.transformer)
     attach_policies(

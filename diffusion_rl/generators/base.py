@@ -60,6 +60,8 @@ class AbstractVideoGenerator(ABC):
     learning_sigmas: tuple[float, float] = (0.0, math.inf)
     """Noise levels, from the first up to but without the second, at which `transformer` predicts;
     all, but for a generator of which only one of two transformers learns."""
+    idle: tuple[nn.Module, ...] = ()
+    """Transformers that predict at other noise levels, and never learn."""
     fps: float
     """Frames per second of the decoded videos."""
     num_frames: int

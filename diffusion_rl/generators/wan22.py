@@ -6,15 +6,17 @@ Axes as in `generators/base.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffusion_rl import processes
 from diffusion_rl.generators.base import LORA_FILE, SECOND_LORA_FILE
 from diffusion_rl.generators.pipeline import check_flow_scheduler
 from diffusion_rl.generators.wan import WanGenerator
+from diffusion_rl.sharding import is_sharded
 
 LEARNERS = ("high", "low", "both")
 
@@ -60,9 +62,10 @@ class Wan22Generator(WanGenerator):
         if learns not in (None, *LEARNERS):
             raise ValueError(f"learns must be one of {', '.join(LEARNERS)}, got {learns}")
         if learns == "high":
-            self.learning_sigmas = (boundary, math.inf)
+            self.learning_sigmas, self.idle = (boundary, math.inf), (second,)
         elif learns == "low":
             self.transformer, self.learning_sigmas = second, (0.0, boundary)
+            self.idle = (pipeline.transformer,)
             self.lora_files = {SECOND_LORA_FILE: ""}
         else:
             self.transformer = nn.ModuleDict({"high": pipeline.transformer, "low": second})
@@ -102,15 +105,30 @@ class Wan22Generator(WanGenerator):
             tokens = frames * math.ceil(height / 2) * math.ceil(width / 2)
             timestep = timestep[:, None].expand(-1, tokens)
         parts = (latent.to(self.dtype), timestep, text)
-        high = torch.ones_like(sigma, dtype=torch.bool)
-        if self.pipeline.transformer_2 is not None:
-            high = sigma >= self.pipeline.config.boundary_ratio
+        first, second = self.pipeline.transformer, self.pipeline.transformer_2
+        if second is None:
+            return first(*parts, return_dict=False)[0].float()
+        high = sigma >= self.pipeline.config.boundary_ratio
         velocity = torch.empty_like(latent)
-        for rows, transformer in (
-            (high, self.pipeline.transformer),
-            (~high, self.pipeline.transformer_2),
-        ):
-            if bool(rows.any()):
-                own = (part[rows] for part in parts)
-                velocity[rows] = transformer(*own, return_dict=False)[0].float()
+        rows = (high, ~high)
+        counts = [int(one.sum()) for one in rows]
+        for place, needed in enumerate(self._needed(counts)):
+            if not needed:
+                continue
+            # A process without rows for what others pass through passes its first, and keeps
+            # nothing of it: the gradient of that is zero.
+            given = rows[place] if counts[place] else slice(1)
+            own = (part[given] for part in parts)
+            made = (first, second)[place](*own, return_dict=False)[0].float()
+            velocity[rows[place]] = made[: counts[place]]
         return velocity
+
+    def _needed(self, counts: Sequence[int]) -> list[bool]:
+        """Through which transformers this process passes, given its rows for each.
+
+        Where weights are shared out, all processes pass through those that any has rows for, since
+        weights come together, forwards and backwards, when everyone asks for the same.
+        """
+        if processes.count() > 1 and is_sharded(self.transformer):
+            return [most > 0 for most in processes.largest([float(one) for one in counts])]
+        return [one > 0 for one in counts]

@@ -1,5 +1,6 @@
 """Wan 2.2: two transformers of which one or both learn, and a timestep for each token."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,20 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
+from diffusion_rl import processes
 from diffusion_rl.generators.base import LORA_FILE, SECOND_LORA_FILE
 from diffusion_rl.generators.wan22 import Wan22Generator
-from diffusion_rl.lora import LoraSettings, attach_lora, trained_parameters, tuner_layers
+from diffusion_rl.launch import prepare, train
+from diffusion_rl.lora import (
+    LoraSettings,
+    attach_lora,
+    lora_state,
+    trained_parameters,
+    tuner_layers,
+)
 from diffusion_rl.lora_files import load_lora, save_lora
 from diffusion_rl.rollout import RolloutSettings, eligible_steps
+from diffusion_rl.sharding import is_sharded, shard
 from diffusion_rl.step_losses import draw_sigmas
 from tests.family_checks import (
     PROMPTS,
@@ -26,11 +36,13 @@ from tests.family_checks import (
     run_settings,
     sample,
 )
+from tests.several import run_on
 from tests.tiny_wan import build_tiny_wan
 from tests.tiny_wan22 import A14B_SIZE, TI2V_SIZE, build_tiny_a14b, build_tiny_ti2v
 
 # With shift 3 the first two of four steps are above it.
 BOUNDARY = 0.8
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def stock(pipeline: WanPipeline, latents: Tensor, guidance: float, **options: Any) -> Tensor:
@@ -184,6 +196,94 @@ def test_lora_targets_are_all_attention_and_feed_forward_layers(tmp_path: Path) 
     assert len(names) == 2 * 2 * (4 + 4 + 2)
     assert {name.split(".")[0] for name in names} == {"high", "low"}
     assert len(trained_parameters(generator.transformer)) == 2 * len(names)
+
+
+SIGMAS = {
+    "one each": ((0.9, 0.9), (0.3, 0.3)),
+    "both and one": ((0.9, 0.3), (0.3, 0.3)),
+    "one for all": ((0.3, 0.3), (0.3, 0.3)),
+}
+"""Noise levels of two videos of each of two processes."""
+
+
+def learn(sigmas: tuple[tuple[float, float], ...], **launcher: str) -> Any:
+    """Predictions of videos, 2 of each tuple, and the gradient of all, over the processes of a run.
+
+    Weights are in parts where a launcher's variables ask for it.
+    """
+    options = {**A14B_SIZE, "guidance_scale_2": 2.0, "batched_guidance": False}
+    generator = Wan22Generator(build_tiny_a14b(), **options)
+    for part in generator.transformer.values():
+        part.enable_gradient_checkpointing()
+    learning = attach_lora(generator.transformer, LoraSettings(rank=2, init="gaussian"))
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for one in learning:
+            one.copy_(torch.randn(one.shape, generator=source) / 10)
+    if launcher:
+        shard(generator.transformer, learning, launcher)
+    embeddings = generator.encode_prompts(PROMPTS)
+    predictions = []
+    for number in (processes.rank(),) if launcher else range(len(sigmas)):
+        latent = generator.initial_latents([2 * number, 2 * number + 1])
+        sigma = torch.tensor(sigmas[number])
+        with torch.no_grad():
+            seen = generator.predict(latent, sigma, embeddings, 3.0)
+        made = generator.predict(latent, sigma, embeddings, 3.0)
+        assert torch.equal(made, seen)
+        made.square().mean().backward()
+        predictions.append(made.detach())
+    processes.add_up_gradients(learning)
+    return predictions, [one.grad for one in learning]
+
+
+@pytest.mark.parametrize("sigmas", SIGMAS.values(), ids=SIGMAS)
+def test_processes_with_other_noise_levels_pass_through_sharded_transformers_together(
+    sigmas: tuple[tuple[float, float], ...],
+) -> None:
+    expected, gradients = learn(sigmas)
+    for rank, found in enumerate(run_on(2, lambda: learn(sigmas, **FSDP))):
+        assert isinstance(found, tuple), found
+        torch.testing.assert_close(found[0], [expected[rank]])
+        for own, other in zip(found[1], gradients, strict=True):
+            assert (own is None) == (other is None)
+            torch.testing.assert_close(own, other)
+    # Without high noise anywhere the first transformer is not passed at all.
+    assert (gradients[0] is None) == (sigmas == SIGMAS["one for all"])
+
+
+@pytest.mark.parametrize("learns", ["high", "low", "both"])
+def test_a14b_in_parts_learns_what_it_learns_whole(
+    learns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the transformer that does not learn lies in parts."""
+    build_tiny_a14b().save_pretrained(tmp_path / "pipeline")
+    settings = run_settings(
+        *("wan2.2", tmp_path / "pipeline", tmp_path / "whole"),
+        {**A14B_SIZE, "options": {"learns": learns}},
+        algorithm={"name": "nft", "kl_weight": 0.1},
+        rollout={"prompts_per_update": 1, "micro_batch": 1},
+        optimizer={"learning_rate": 3e-4},
+        updates=1,
+    )
+    whole = prepare(settings)
+    (report,) = train(whole)
+    expected = lora_state(whole.generator.transformer)
+
+    def in_parts() -> tuple[dict[str, Tensor], float, list[bool]]:
+        run = prepare(dataclasses.replace(settings, output=str(tmp_path / "parts")))
+        (own,) = train(run)
+        pipeline = run.generator.pipeline
+        both = [is_sharded(one) for one in (pipeline.transformer, pipeline.transformer_2)]
+        return lora_state(run.generator.transformer), own.reward, both
+
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    for found in run_on(2, in_parts):
+        assert isinstance(found, tuple), found
+        torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
+        assert found[1] == pytest.approx(report.reward, abs=1e-6)
+        assert found[2] == [True, True]
 
 
 def test_a_lora_of_other_transformers_is_refused(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ class Saver:
     def is_due(self, step: int) -> bool:
         """Whether an update is written to the disk at once."""
         own = self.run.settings
-        return step % own.save_every == 0 or (self.of_parts and step == own.updates)
+        return step % own.save_every == 0 or step == own.updates
 
     def note(self, report: StepReport, dice: list[Any]) -> None:
         """Take in an update that is complete."""

@@ -43,6 +43,7 @@ from diffusion_rl.run_folder import PROMPTS_FILE, check_same_run, differences, s
 from diffusion_rl.run_lock import LOCK_FILE, release_lock
 from diffusion_rl.samples import SampleSettings
 from diffusion_rl.tracking import MetricsFile, read_metrics
+from tests.full_run import full_run
 from tests.several import run_on
 from tests.tiny_wan import save_tiny_wan
 
@@ -181,6 +182,15 @@ def test_a_finished_run_may_be_made_longer(settings: RunSettings) -> None:
     assert finish(settings)[1] == []
     longer = dataclasses.replace(settings, updates=5)
     assert [report.step for report in finish(longer)[1]] == [5]
+
+
+def test_a_finished_full_run_keeps_its_last_updates(tmp_path: Path) -> None:
+    settings = dataclasses.replace(full_run(tmp_path), updates=3, save_every=2)
+    list(train(prepare(settings)))
+    folder = Path(settings.output) / CHECKPOINTS
+    assert [path.name for path in checkpoints(folder)] == ["step-000002", "step-000003"]
+    longer = dataclasses.replace(settings, updates=4)
+    assert [report.step for report in train(prepare(longer))] == [4]
 
 
 def test_a_run_that_was_moved_goes_on(settings: RunSettings, tmp_path: Path) -> None:

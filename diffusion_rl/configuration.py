@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -275,9 +276,21 @@ def to_tree(settings: Any) -> dict[str, Any]:
 
 
 def save_config(settings: RunSettings, path: str | Path) -> None:
-    """Write the resolved settings beside a run's results."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_tree(settings))), encoding="utf-8")
+    """Write the resolved settings beside a run's results, in one step and where they differ."""
+    path = Path(path)
+    text = OmegaConf.to_yaml(OmegaConf.create(to_tree(settings)))
+    if path.is_file() and path.read_bytes() == text.encode():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from diffusion_rl.checkpoint import latest_checkpoint
-from diffusion_rl.configuration import CONFIG_FILE, RunSettings, build, to_tree
+from diffusion_rl.configuration import CONFIG_FILE, RunSettings, load_config, to_tree
 from diffusion_rl.run_lock import release_lock, take_lock
 
 logger = logging.getLogger(__name__)
@@ -80,7 +78,7 @@ def check_same_run(settings: RunSettings) -> None:
         )
     # Prompts may have moved, too, where what they say is known: it is compared when they are read.
     known = (output / PROMPTS_FILE).is_file()
-    earlier = to_tree(build(OmegaConf.to_container(OmegaConf.load(output / CONFIG_FILE))))
+    earlier = to_tree(read_earlier(output / CONFIG_FILE))
     found = [
         f"{path}={before}, now {now}"
         for path, before, now in differences(earlier, to_tree(settings))
@@ -92,6 +90,22 @@ def check_same_run(settings: RunSettings) -> None:
             f"with {'; '.join(found)}; choose another output, or --restart to set the earlier run "
             "aside"
         )
+
+
+def read_earlier(path: Path) -> RunSettings:
+    """The settings that a run was made with.
+
+    Raises:
+        ValueError: the file is damaged; names it and the ways out.
+    """
+    try:
+        return load_config(path)
+    except ValueError as error:
+        raise ValueError(
+            f"output must hold a whole {CONFIG_FILE} beside its checkpoints, got {path}, of which "
+            f"{error}; put the one of a run of the same settings there, or --restart to set the "
+            "earlier run aside"
+        ) from error
 
 
 def may_change(path: str, before: Any, now: Any) -> bool:

@@ -1,6 +1,8 @@
 """YAML to settings and back; every wrong key, type and range with its full path."""
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,23 @@ def test_every_row_is_reached_by_its_name_and_survives_saving(
     assert settings.algorithm == SETTINGS[row]()
     save_config(settings, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == settings
+
+
+def test_saved_settings_are_whole_or_those_of_before(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, saved = load_config(config), tmp_path / "own" / "saved.yaml"
+    save_config(settings, saved)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    save_config(settings, saved)  # Nothing differs, so that nothing is written.
+    with pytest.raises(OSError, match="No space left"):
+        save_config(dataclasses.replace(settings, seed=5), saved)
+    assert load_config(saved) == settings
+    assert list(saved.parent.iterdir()) == [saved]
 
 
 def test_options_of_another_row_are_refused(config: Path) -> None:

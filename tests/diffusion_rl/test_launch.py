@@ -222,6 +222,11 @@ def test_other_settings_do_not_go_on_with_this_run(settings: RunSettings) -> Non
         ValueError, match="must hold a config.yaml beside its checkpoints, got none"
     ):
         prepare(settings)
+    for rest, problem in (("", "generator must be given"), ("seed: [", "config must be readable")):
+        config.write_text(rest)
+        message = rf"must hold a whole config.yaml .*, got {config}, of which {problem}.*--restart"
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            prepare(settings)
     config.with_suffix(".away").rename(config)
     gentler = dataclasses.replace(settings.optimizer, learning_rate=1e-4)
     check_same_run(

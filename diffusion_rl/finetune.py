@@ -255,9 +255,11 @@ def measure_base(
 ) -> None:
     """Measure the guards' reference levels on as many videos of the base as an update has.
 
-    They are spread over as many prompts as two seeds each allow.
+    They are spread over as many prompts as two seeds each allow. One more is drawn where an update
+    has an odd number, so that there is one for each process.
     """
-    count = settings.rollout.prompts_per_update * settings.rollout.videos_per_prompt // 2
+    videos = settings.rollout.prompts_per_update * settings.rollout.videos_per_prompt
+    count = (videos + 1) // 2
     spread = replace(settings.rollout, prompts_per_update=count, videos_per_prompt=2)
     with reference_policy(generator.transformer):
         batch = collect(generator, embeddings, replace(settings, rollout=spread), step=0)

@@ -7,6 +7,7 @@ import os
 
 from diffusion_rl import processes, sharded_policies
 from diffusion_rl.configuration import RunSettings
+from diffusion_rl.prompts import read_prompts
 from diffusion_rl.row_settings import ForwardProcessSettings
 from diffusion_rl.sharding import check_precision, wants_shards
 from diffusion_rl.tracking import check_trackers
@@ -28,6 +29,7 @@ def check_run(settings: RunSettings) -> None:
             "gradient of a mean over a video's numbers rounds to 0; drawing videos takes it"
         )
     check_processes(settings)
+    check_held_out(settings)
     check_trackers(settings.trackers)
     if not settings.guards:
         logger.warning(
@@ -76,6 +78,26 @@ def check_processes(settings: RunSettings) -> None:
         raise ValueError(
             "execution.offload.parts must be without the transformer where the launcher shards it "
             "(FSDP), got both; fsdp_offload_params of the launcher's config does that"
+        )
+
+
+def check_held_out(settings: RunSettings) -> None:
+    """Refuse fewer held-out videos than there are processes to share them out over.
+
+    Raises:
+        ValueError: names the settings and the way out.
+        FileNotFoundError: there is no such file of prompts.
+    """
+    own, tokens = settings.evaluation, settings.generator.execution.context_parallel
+    if own is None or own.prompts is None:
+        return
+    prompts = len(read_prompts(own.prompts, settings.prompt_column))
+    teams = processes.count() // (1 if tokens is None else tokens.size)
+    if prompts * own.videos_per_prompt < teams:
+        raise ValueError(
+            "evaluation.prompts times evaluation.videos_per_prompt must be at least the "
+            f"{teams} processes (or teams of them), got {prompts} x {own.videos_per_prompt} "
+            "videos; raise evaluation.videos_per_prompt, add prompts, or start fewer processes"
         )
 
 

@@ -22,9 +22,11 @@ from diffusion_rl.credit import CreditSettings
 from diffusion_rl.finetune import StepReport
 from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.generators.settings import (
+    ContextParallelSettings,
     ExecutionSettings,
     OffloadSettings,
 )
+from diffusion_rl.held_out import EvaluationSettings
 from diffusion_rl.launch import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -592,6 +594,26 @@ def test_what_sharded_weights_cannot_do_is_refused(
         check_processes(own)
     monkeypatch.setattr(processes, "count", lambda: 1)
     check_processes(own)
+
+
+def test_fewer_held_out_videos_than_processes_are_refused_before_anything_is_loaded(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = EvaluationSettings(rewards=settings.rewards, prompts=settings.prompts)
+    own = dataclasses.replace(settings, evaluation=held_out)
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    message = (
+        "evaluation.prompts times evaluation.videos_per_prompt must be at least the 3 processes "
+        ".*, got 2 x 1 videos; raise evaluation.videos_per_prompt, add prompts, or start fewer"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_run(own)
+    enough = dataclasses.replace(held_out, videos_per_prompt=2)
+    check_run(dataclasses.replace(own, evaluation=enough))
+    teams = ContextParallelSettings(ulysses=3)
+    execution = dataclasses.replace(settings.generator.execution, context_parallel=teams)
+    generator = dataclasses.replace(settings.generator, execution=execution)
+    check_run(dataclasses.replace(own, generator=generator))
 
 
 def test_weights_that_learn_are_not_offloaded_by_the_launcher(

@@ -16,7 +16,7 @@ import diffusion_rl.finetune
 from diffusion_rl import processes
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.credit import Credit, CreditSettings
-from diffusion_rl.finetune import FinetuneSettings, begin, finetune
+from diffusion_rl.finetune import FinetuneSettings, begin, finetune, measure_base
 from diffusion_rl.full_policies import FullSettings
 from diffusion_rl.guards import GuardSettings
 from diffusion_rl.held_out import EvaluationSettings, HeldOut
@@ -256,6 +256,27 @@ def test_the_limit_of_unjudged_videos_is_of_all_of_them() -> None:
         assert found[0].missing_share == 0.5
     for found in run_on(2, lambda: run_unjudging(0.4)):
         assert "NaN for 6 of 12 videos, more than missing_limit 0.4" in str(found)
+
+
+def test_as_many_processes_as_videos_measure_the_base() -> None:
+    rollout = RolloutSettings(
+        **{"num_inference_steps": 4, "stochastic_steps": 1},
+        **{"prompts_per_update": 1, "videos_per_prompt": 3},
+    )
+    settings = settings_for(GrpoSettings(), rollout=rollout)
+
+    def measured() -> tuple[dict[str, float], int]:
+        generator = ToyGenerator()
+        attach_policies(generator.transformer, LORA)
+        state = begin(generator, settings)
+        measure_base(generator, generator.encode_prompts(PROMPTS), settings, state)
+        return state.reference_levels, state.videos_generated
+
+    levels, videos = measured()
+    assert videos == 4  # Pairs of as many videos as an update has, at least.
+    for found in run_on(3, measured):
+        assert isinstance(found, tuple), found
+        assert found == (pytest.approx(levels), videos)
 
 
 def test_shares_are_even_in_every_optimiser_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Axes: B videos of this process, N of all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from diffusion_rl.reward_contract import RewardSettings
 from diffusion_rl.rewards import (
     Reward,
     ask_for_team,
-    build_reward,
+    build_rewards,
     check_missing,
     gather_answers,
 )
@@ -118,7 +119,10 @@ class HeldOut:
 
 
 def build_held_out(
-    settings: EvaluationSettings | None, column: str, generator: AbstractVideoGenerator
+    settings: EvaluationSettings | None,
+    column: str,
+    generator: AbstractVideoGenerator,
+    undo: ExitStack,
 ) -> HeldOut | None:
     """Build evaluation rewards and encode their prompts; None where there are none.
 
@@ -126,10 +130,11 @@ def build_held_out(
         settings: of the run's evaluation.
         column: key or column of the prompts where the file has such.
         generator: its text encoder must not be released yet.
+        undo: closes the rewards.
     """
     if settings is None:
         return None
-    rewards = [build_reward(reward) for reward in settings.rewards]
+    rewards = build_rewards(settings.rewards, undo)
     if settings.prompts is None:
         return HeldOut(settings, rewards)
     prompts = read_prompts(settings.prompts, column)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from diffusion_rl.policies import attach_policies, policies_of, trained_paramete
 from diffusion_rl.preflight import check_run
 from diffusion_rl.prompt_sampling import check_same_prompts, write_statistics
 from diffusion_rl.prompts import read_prompts
-from diffusion_rl.rewards import Reward, build_reward, load_callable
+from diffusion_rl.rewards import Reward, build_rewards, load_callable
 from diffusion_rl.run_folder import CHECKPOINTS as CHECKPOINTS  # For callers who look for them.
 from diffusion_rl.run_folder import PROMPTS_FILE as PROMPTS_FILE
 from diffusion_rl.run_folder import claim
@@ -139,28 +140,27 @@ def prepare(
     """
     processes.start(settings.generator.device)
     check_run(settings)
-    try:
+    with ExitStack() as undo:
+        undo.callback(release_lock, settings.output)
         with processes.together("taking the output folder"):
             if processes.is_main():
                 claim(settings, restart=restart)
         with processes.together("loading"):
-            run = load_run(settings, keep_text_encoder)
+            run = load_run(settings, keep_text_encoder, undo)
         tokens = settings.generator.execution.context_parallel
         processes.form_teams(1 if tokens is None else tokens.size)
         with processes.together("going on"):
             go_on(run)
             if processes.is_main():
                 save_config(settings, run.output / CONFIG_FILE)
-    except BaseException:
-        release_lock(settings.output)
-        raise
+        undo.pop_all()
     return run
 
 
-def load_run(settings: RunSettings, keep_text_encoder: bool) -> Run:
-    """A new run's parts."""
+def load_run(settings: RunSettings, keep_text_encoder: bool, undo: ExitStack) -> Run:
+    """A new run's parts; what of them holds something open is closed by `undo`."""
     prompts = read_prompts(settings.prompts, settings.prompt_column)
-    rewards = [build_reward(reward) for reward in settings.rewards]
+    rewards = build_rewards(settings.rewards, undo)
     generator = build_generator(settings.generator)
     shards = processes.count() > 1 and wants_shards()
     for part in generator.idle if shards else ():
@@ -177,7 +177,7 @@ def load_run(settings: RunSettings, keep_text_encoder: bool) -> Run:
     embeddings, shown = generator.encode_prompts(prompts), None
     if settings.samples is not None:
         shown = generator.encode_prompts(settings.samples.prompts)
-    held_out = build_held_out(settings.evaluation, settings.prompt_column, generator)
+    held_out = build_held_out(settings.evaluation, settings.prompt_column, generator, undo)
     if not keep_text_encoder:
         generator.release_text_encoder()
     state = begin(generator, settings.finetune_settings())
@@ -251,14 +251,14 @@ def train(run: Run) -> Generator[StepReport]:
         save_fault(folder, run.generator, error.inputs, str(error))
         raise NotFiniteError(f"{error}; its inputs are in {folder}", error.inputs) from error
     finally:
-        try:
-            saver.save()
-        finally:
-            for reward in (*run.rewards, *(run.held_out.rewards if run.held_out else ())):
-                reward.close()
+        # Each is done whatever the others raise: saving first, the lock last.
+        with ExitStack() as rest:
+            rest.callback(release_lock, run.output)
             for tracker in trackers:
-                tracker.close()
-            release_lock(run.output)
+                rest.callback(tracker.close)
+            for reward in (*run.rewards, *(run.held_out.rewards if run.held_out else ())):
+                rest.callback(reward.close)
+            saver.save()
 
 
 def build_trackers(settings: RunSettings) -> list[AccelerateTracker]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ __all__ = [
     "ask_for_team",
     "ask_rewards",
     "build_reward",
+    "build_rewards",
     "check_missing",
     "check_videos",
     "gather_answers",
@@ -79,6 +81,23 @@ def build_reward(settings: RewardSettings) -> Reward:
         function = HttpReward.from_settings(settings) if http else ProcessReward(settings)
         end = function.close
     return Reward(settings.name, function, settings.weight, settings.calls, end)
+
+
+def build_rewards(settings: Iterable[RewardSettings], undo: ExitStack) -> list[Reward]:
+    """Make several rewards.
+
+    Args:
+        settings: of each.
+        undo: closes those that are made, also where a later one cannot be.
+
+    Raises:
+        ValueError, ImportError, RewardFailed: as `build_reward`.
+    """
+    built = []
+    for one in settings:
+        built.append(build_reward(one))
+        undo.callback(built[-1].close)
+    return built
 
 
 def judge_videos(

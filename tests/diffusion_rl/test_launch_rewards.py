@@ -7,6 +7,7 @@ import json
 import shutil
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from diffusion_rl.checkpoint import latest_checkpoint
 from diffusion_rl.configuration import RunSettings, build, load_config
+from diffusion_rl.held_out import EvaluationSettings
 from diffusion_rl.launch import CHECKPOINTS, CONFIG_FILE, PROMPTS_FILE, prepare, train
 from diffusion_rl.lora import lora_state
-from diffusion_rl.rewards import RewardFailed
+from diffusion_rl.rewards import Reward, RewardFailed, RewardSettings
+from diffusion_rl.run_lock import LOCK_FILE
 from diffusion_rl.tracking import read_metrics
 from tests.score_server import ScoreServer, by_redness, score_server
 from tests.tiny_wan import save_tiny_wan
@@ -164,6 +167,71 @@ def test_videos_of_failed_calls_are_counted_and_their_limit_stops_the_run(
     assert [line["unanswered"] for line in lines] == [1, 0]
     assert [line["missing_share"] for line in lines] == [0.25, 0.0]
     assert latest_checkpoint(tmp_path / "run" / CHECKPOINTS).name == "step-000002"
+
+
+def test_rewards_do_not_outlive_a_run_that_could_not_be_prepared(
+    wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+
+    def made(one: RewardSettings) -> Reward:
+        if one.target == "no:where":
+            raise ImportError("no module named no")
+        return Reward(one.name, redness, end=lambda: ended.append(one.name))
+
+    monkeypatch.setattr("diffusion_rl.rewards.build_reward", made)
+    here, gone = (
+        RewardSettings(name=name, target=f"{__name__}:redness") for name in ("red", "second")
+    )
+    gone = dataclasses.replace(gone, target="no:where")
+    settings = build(tree(wan, tmp_path))
+    held_out = EvaluationSettings(rewards=(here,), prompts=str(tmp_path / "unseen.txt"))
+    for broken, closed in (
+        (dataclasses.replace(settings, rewards=(here, gone)), ["red"]),
+        (
+            dataclasses.replace(
+                settings, evaluation=dataclasses.replace(held_out, rewards=(here, gone))
+            ),
+            ["red", "red"],
+        ),
+    ):
+        ended.clear()
+        with pytest.raises(ImportError, match="no module named no"):
+            prepare(broken)
+        assert ended == closed
+    ended.clear()
+    list(train(prepare(dataclasses.replace(settings, evaluation=held_out, updates=2))))
+    assert ended == ["red", "red"]
+    (tmp_path / "prompts.txt").write_text("another\n")
+    ended.clear()
+    with pytest.raises(ValueError, match="prompts must be those that the run began with"):
+        prepare(settings)
+    assert ended == ["red"]
+
+
+def test_one_that_cannot_be_closed_leaves_no_other_open(
+    wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+
+    def stuck() -> None:
+        ended.append("stuck")
+        raise OSError("it does not end")
+
+    settings = build(tree(wan, tmp_path, updates=1))
+    run = prepare(settings)
+    (red,) = run.rewards
+    run.rewards[:] = [
+        dataclasses.replace(red, end=stuck),
+        dataclasses.replace(red, name="other", end=lambda: ended.append("other")),
+    ]
+    tracker = SimpleNamespace(write=lambda report: None, close=lambda: ended.append("tracker"))
+    monkeypatch.setattr("diffusion_rl.launch.build_trackers", lambda own: [tracker])
+    with pytest.raises(OSError, match="it does not end"):
+        list(train(run))
+    assert sorted(ended) == ["other", "stuck", "tracker"]
+    assert not (Path(settings.output) / LOCK_FILE).exists()
+    assert latest_checkpoint(Path(settings.output) / CHECKPOINTS).name == "step-000001"
 
 
 def test_staleness_without_a_reward_elsewhere_is_refused(wan: Path, tmp_path: Path) -> None:

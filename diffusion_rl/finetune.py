@@ -105,8 +105,7 @@ def finetune(
     embeddings = generator.encode_prompts(prompts) if embeddings is None else embeddings
     look_at_base(generator, embeddings, settings, state)
     draws = Draws(generator, embeddings, rewards, prompts, settings, state)
-    while state.step < settings.updates:
-        # In a function of its own: its videos are gone before the next ones are drawn.
+    while state.step < settings.updates:  # Its videos are gone before the next ones are drawn.
         yield run_update(draws, generator, rewards, prompts, settings, state, held_out)
 
 
@@ -255,11 +254,10 @@ def measure_base(
 ) -> None:
     """Measure the guards' reference levels on as many videos of the base as an update has.
 
-    They are spread over as many prompts as two seeds each allow. One more is drawn where an update
-    has an odd number, so that there is one for each process.
+    They are spread over as many prompts as two seeds each allow; of an odd number one more is
+    drawn, so that there is one for each process.
     """
-    videos = settings.rollout.prompts_per_update * settings.rollout.videos_per_prompt
-    count = (videos + 1) // 2
+    count = (settings.rollout.prompts_per_update * settings.rollout.videos_per_prompt + 1) // 2
     spread = replace(settings.rollout, prompts_per_update=count, videos_per_prompt=2)
     with reference_policy(generator.transformer):
         batch = collect(generator, embeddings, replace(settings, rollout=spread), step=0)

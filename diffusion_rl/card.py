@@ -57,20 +57,17 @@ def write_card(folder: Path, settings: RunSettings, state: FinetuneState, prompt
         "## Training",
         _rows(("setting", "value"), [*_settings(settings)]),
         "## Cost",
-        _rows(
-            ("what", "figure"),
-            [
-                ("updates", f"{state.step:,}"),
-                ("prompts", f"{prompts:,}"),
-                ("videos generated", f"{state.videos_generated:,}"),
-                ("videos judged", f"{state.reward_calls:,}"),
-                ("seconds", f"{state.seconds:,.0f}"),
-            ],
-        ),
+        _cost(state, prompts),
         "## Evaluation",
         f"{BEGIN}\n{NOT_MEASURED}\n{END}",
     ]
     return _write(folder / CARD, "\n\n".join(parts) + "\n")
+
+
+def card_says(folder: Path, state: FinetuneState, prompts: int) -> bool:
+    """Whether there is a card of a run that came as far, at the same cost; as `write_card`."""
+    path = folder / CARD
+    return path.is_file() and _cost(state, prompts) in path.read_text(encoding="utf-8")
 
 
 def update_card(folder: Path, tables: Sequence[Table], note: str) -> Path:
@@ -163,6 +160,19 @@ def _settings(settings: RunSettings) -> list[tuple[str, str]]:
     for guard in settings.guards or ():
         found.append((f"`guards` {guard.statistic}", f"weight {guard.weight:g}"))
     return [*found, ("`seed`", str(settings.seed))]
+
+
+def _cost(state: FinetuneState, prompts: int) -> str:
+    return _rows(
+        ("what", "figure"),
+        [
+            ("updates", f"{state.step:,}"),
+            ("prompts", f"{prompts:,}"),
+            ("videos generated", f"{state.videos_generated:,}"),
+            ("videos judged", f"{state.reward_calls:,}"),
+            ("seconds", f"{state.seconds:,.0f}"),
+        ],
+    )
 
 
 def _target(reward: RewardSettings) -> str:

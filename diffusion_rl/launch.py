@@ -16,7 +16,7 @@ from typing import Any
 
 from diffusion_rl import processes
 from diffusion_rl.algorithms import algorithm
-from diffusion_rl.card import write_card
+from diffusion_rl.card import card_says, write_card
 from diffusion_rl.checkpoint import (
     Snapshot,
     latest_checkpoint,
@@ -53,7 +53,7 @@ from diffusion_rl.sharding import shard, wants_shards
 from diffusion_rl.tracking import AccelerateTracker, MetricsFile, flatten
 from diffusion_rl.updates import NotFiniteError
 from diffusion_rl.weight_files import LORA as LORA  # For callers who look for the result.
-from diffusion_rl.weight_files import TUNED, load_result, save_result
+from diffusion_rl.weight_files import TUNED, has_result, load_result, save_result
 from diffusion_rl.zero import ZeroOptimizer, wants_zero
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ def train(run: Run) -> Generator[StepReport]:
         NotFiniteError: too many losses or gradients in a row were not finite; the inputs of the
             last are in `faults`, for `replay_fault`.
     """
-    settings, main = run.settings, processes.is_main()
+    settings, main, begun = run.settings, processes.is_main(), run.state.step
     trackers: list[AccelerateTracker] = []
     sinks: list[MetricsFile | AccelerateTracker] = []
     saver = Saver(run)
@@ -242,10 +242,7 @@ def train(run: Run) -> Generator[StepReport]:
                 show_samples(run, report.step, trackers)
             yield report
             saver.begin_update()
-        if main or policies_of(run.generator.transformer).split:
-            save_result(run.generator, run.output)
-        if main:
-            write_card(run.result, settings, run.state, len(run.prompts))
+        leave_result(run, begun)
     except NotFiniteError as error:
         folder = run.output / FAULTS / f"update-{run.state.step + 1:06d}-process-{processes.rank()}"
         save_fault(folder, run.generator, error.inputs, str(error))
@@ -259,6 +256,26 @@ def train(run: Run) -> Generator[StepReport]:
             for reward in (*run.rewards, *(run.held_out.rewards if run.held_out else ())):
                 rest.callback(reward.close)
             saver.save()
+
+
+def leave_result(run: Run, begun: int) -> None:
+    """Write what was learnt and its card, unless all was done before and both are there.
+
+    A card that is left alone keeps what was put into it since.
+
+    Args:
+        run: at its end.
+        begun: update that it went on from.
+    """
+    cost = (run.state, len(run.prompts))
+    # One that was stopped before this may have left those of an earlier update.
+    there = has_result(run.generator, run.output) and card_says(run.result, *cost)
+    if processes.gather_objects(there)[0] and run.state.step == begun:
+        return
+    if processes.is_main() or policies_of(run.generator.transformer).split:
+        save_result(run.generator, run.output)
+    if processes.is_main():
+        write_card(run.result, run.settings, *cost)
 
 
 def build_trackers(settings: RunSettings) -> list[AccelerateTracker]:

@@ -52,6 +52,13 @@ def save_result(generator: AbstractVideoGenerator, output: str | Path) -> Path:
     return save_transformers(generator, Path(output) / TUNED)
 
 
+def has_result(generator: AbstractVideoGenerator, output: str | Path) -> bool:
+    """Whether a run's folder holds what `save_result` writes there, of whatever update."""
+    if full_policies(generator.transformer) is None:
+        return all((Path(output) / LORA / file).is_file() for file in generator.lora_files)
+    return all((Path(output) / TUNED / name).is_dir() for name in components(generator))
+
+
 def save_transformers(generator: AbstractVideoGenerator, folder: str | Path) -> Path:
     """Write each transformer that learnt as stock diffusers wants it, in the type it runs in.
 

@@ -163,6 +163,18 @@ def test_a_run_ends_with_a_card_whose_lines_load_it_and_evaluate_fills_it(
     outside = [re.sub(f"{BEGIN}.*{END}", "", one, flags=re.DOTALL) for one in (text, updated)]
     assert outside[0].replace("# license: yours", "license: mit # yours") == outside[1]
 
+    weights = next(card.parent.rglob("*.safetensors"))
+    written = weights.stat().st_mtime_ns
+    assert main(["train", "tiny.yaml", "--traceback"]) == 0  # Nothing is left to do.
+    assert (card.read_text(), weights.stat().st_mtime_ns) == (updated, written)
+    card.write_text(updated.replace("| updates | 1 |", "| updates | 0 |"))
+    assert main(["train", "tiny.yaml", "--traceback"]) == 0  # As if stopped before it was written.
+    assert card.read_text() == text
+    weights.rename(weights.with_suffix(".away"))
+    if result == "lora":
+        assert main(["train", "tiny.yaml", "--traceback"]) == 0
+        assert weights.is_file()
+
 
 def test_a_later_evaluation_replaces_the_earlier_one(tmp_path: Path) -> None:
     first, second = (Table(title=name, columns=["a"], rows=[["x"]]) for name in ("One", "Two"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 
 from diffusion_rl import processes, sharded_policies
 from diffusion_rl.configuration import RunSettings
@@ -53,6 +54,8 @@ def check_processes(settings: RunSettings) -> None:
         ValueError: names the setting and the way out.
     """
     check_precision(settings.generator.dtype)
+    check_accumulation()
+    warn_of_one_process()
     if processes.count() > 1 and wants_zero():
         check_zero(settings.optimizer.name)
     execution = settings.generator.execution
@@ -79,6 +82,36 @@ def check_processes(settings: RunSettings) -> None:
             "execution.offload.parts must be without the transformer where the launcher shards it "
             "(FSDP), got both; fsdp_offload_params of the launcher's config does that"
         )
+
+
+def check_accumulation(launcher: Mapping[str, str] = os.environ) -> None:
+    """Refuse a launcher's gradient_accumulation_steps above 1: nothing heeds it.
+
+    Raises:
+        ValueError: names the setting and the way out.
+    """
+    asked = launcher.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
+    if asked not in ("auto", "1"):
+        raise ValueError(
+            f"gradient_accumulation_steps of the launcher must be auto or 1, got {asked}; an "
+            "optimiser step learns from all its videos anyway, rollout.update_micro_batch at a time"
+        )
+
+
+def warn_of_one_process(launcher: Mapping[str, str] = os.environ) -> None:
+    """Say what of a launcher's settings does nothing where one process runs alone."""
+    names = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
+    asked = [name for key, name in names.items() if launcher.get(key) == "true"]
+    if processes.count() > 1 or not asked:
+        return
+    offloads = asked == ["FSDP"] and launcher.get("FSDP_OFFLOAD_PARAMS") == "true"
+    logger.warning(
+        "distributed_type: %s of the launcher%s does nothing with num_processes: 1: this process "
+        "holds all weights and their state; start several, or save memory with "
+        "generator.execution.offload (docs/finetuning.md)",
+        asked[0],
+        ", fsdp_offload_params among it," if offloads else "",
+    )
 
 
 def check_held_out(settings: RunSettings) -> None:

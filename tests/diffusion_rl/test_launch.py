@@ -582,6 +582,7 @@ def test_what_sharded_weights_cannot_do_is_refused(
     changes: dict[str, Any],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
@@ -592,8 +593,52 @@ def test_what_sharded_weights_cannot_do_is_refused(
     monkeypatch.setattr(processes, "count", lambda: 2)
     with pytest.raises(ValueError, match=message):
         check_processes(own)
+    assert caplog.text == ""
     monkeypatch.setattr(processes, "count", lambda: 1)
-    check_processes(own)
+    check_processes(own)  # What one process can do, it does, and says that weights are whole.
+    assert "distributed_type: FSDP of the launcher does nothing with num_proc" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("launcher", "said"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "distributed_type: FSDP of the launcher does nothing"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"},
+            "distributed_type: FSDP of the launcher, fsdp_offload_params among it, does nothing",
+        ),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "distributed_type: DEEPSPEED of the launcher does"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, None),
+    ],
+)
+def test_one_process_says_that_it_shares_out_nothing(
+    settings: RunSettings,
+    launcher: dict[str, str],
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    check_processes(settings)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == (said is not None)
+    for line in lines:
+        assert line.startswith(str(said))
+        assert "holds all weights and their state; start several, or save memory" in line
+        assert "generator.execution.offload" in line
+
+
+def test_accumulation_that_nothing_heeds_is_refused(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for asked in ("auto", "1"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", asked)
+        check_processes(settings)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    message = "gradient_accumulation_steps of the launcher must be auto or 1, got 4; .* rollout"
+    with pytest.raises(ValueError, match=message):
+        check_processes(settings)
 
 
 def test_fewer_held_out_videos_than_processes_are_refused_before_anything_is_loaded(

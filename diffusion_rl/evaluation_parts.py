@@ -54,6 +54,9 @@ class EvaluationParts:
     Args:
         folder: of the results.
         identity: everything that the values depend on, as JSON can hold it.
+
+    Raises:
+        ValueError: the results have a folder `parts` that no evaluation made.
     """
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any]) -> None:
@@ -62,7 +65,7 @@ class EvaluationParts:
         self.identity = hashlib.sha256(text.encode()).hexdigest()
         noted = self.folder / IDENTITY
         if not (noted.is_file() and noted.read_text(encoding="utf-8") == self.identity):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._remove()
             self.folder.mkdir(parents=True)
             noted.write_text(self.identity, encoding="utf-8")
 
@@ -114,7 +117,7 @@ class EvaluationParts:
 
     def close(self) -> None:
         """Remove all; the results are written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._remove()
 
     def measure(
         self,
@@ -153,6 +156,20 @@ class EvaluationParts:
             elif vbench is not None:
                 vbench.add(prompts, None, task.fps)
             yield known
+
+    def _remove(self) -> None:
+        """Delete the folder, if an evaluation made it."""
+        inside = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        if inside and self.folder / IDENTITY not in inside:
+            raise ValueError(
+                f"output must have no folder {PARTS} but that of an evaluation, got {self.folder} "
+                f"without a file {IDENTITY} in it; move it away, or choose another output"
+            )
+        # The identity goes last, so that a folder of which only a part was deleted is known again.
+        for path in inside:
+            if path.is_file() and path.name != IDENTITY:
+                path.unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, side: str, first: int) -> Path:
         return self.folder / f"{side}-{first:06d}.safetensors"

@@ -100,6 +100,30 @@ def test_a_damaged_batch_is_drawn_again(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_no_evaluation_made_is_left_alone(tmp_path: Path) -> None:
+    own = tmp_path / "parts"
+    own.mkdir()
+    EvaluationParts(tmp_path, {}).close()  # An empty one may be one that was stopped at once.
+    own.mkdir()
+    (own / "wing.step").write_text("of another program")
+    with pytest.raises(ValueError, match=rf"no folder parts but that of an .*, got {own} without"):
+        EvaluationParts(tmp_path, {})
+    assert (own / "wing.step").read_text() == "of another program"
+
+
+def test_a_removal_that_is_cut_off_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, Sampler())
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", lambda folder, ignore_errors: None)
+        EvaluationParts(tmp_path, {}).close()
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["identity"]
+    other = Sampler()
+    run(tmp_path, other, lora="two")
+    assert other.drawn == list(range(6))
+
+
 def test_a_missing_video_for_vbench_is_drawn_again(tmp_path: Path) -> None:
     parts = EvaluationParts(tmp_path / "out", {})
     list(parts.measure("base", Sampler(), TASK, VBenchFolder(tmp_path / "vbench", "base")))

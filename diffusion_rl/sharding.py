@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -152,6 +152,25 @@ def gathered(model: nn.Module) -> nn.Module | None:
 def is_sharded(transformer: nn.Module) -> bool:
     """Whether processes must pass through it together."""
     return any(isinstance(one, FSDPModule) for one in transformer.modules())
+
+
+def rows_in_step(transformer: nn.Module, chosen: Sequence[Tensor]) -> list[Tensor]:
+    """Rows of a batch that this process passes through each of several transformers; maybe none.
+
+    Sharded weights come together, forwards and backwards, when all processes ask for the same. So
+    a process without rows for a transformer that others pass through passes its first; where
+    nothing of that is kept, its gradient is zero.
+
+    Args:
+        transformer: sharded or not, as all of them are.
+        chosen: [B] bool for each of them, its own rows.
+    """
+    rows = [one.nonzero().flatten() for one in chosen]
+    if processes.count() == 1 or not is_sharded(transformer):
+        return rows
+    most = processes.largest([float(len(one)) for one in rows])
+    first = torch.zeros(1, dtype=torch.long, device=rows[0].device)
+    return [first if count and not len(own) else own for own, count in zip(rows, most, strict=True)]
 
 
 def in_step(transformer: nn.Module, parts: Sequence[slice]) -> list[slice]:

@@ -6,17 +6,16 @@ Axes as in `generators/base.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion_rl import processes
 from diffusion_rl.generators.base import LORA_FILE, SECOND_LORA_FILE
 from diffusion_rl.generators.pipeline import check_flow_scheduler
 from diffusion_rl.generators.wan import WanGenerator
-from diffusion_rl.sharding import is_sharded
+from diffusion_rl.sharding import rows_in_step
 
 LEARNERS = ("high", "low", "both")
 
@@ -109,26 +108,10 @@ class Wan22Generator(WanGenerator):
         if second is None:
             return first(*parts, return_dict=False)[0].float()
         high = sigma >= self.pipeline.config.boundary_ratio
-        velocity = torch.empty_like(latent)
-        rows = (high, ~high)
-        counts = [int(one.sum()) for one in rows]
-        for place, needed in enumerate(self._needed(counts)):
-            if not needed:
-                continue
-            # A process without rows for what others pass through passes its first, and keeps
-            # nothing of it: the gradient of that is zero.
-            given = rows[place] if counts[place] else slice(1)
-            own = (part[given] for part in parts)
-            made = (first, second)[place](*own, return_dict=False)[0].float()
-            velocity[rows[place]] = made[: counts[place]]
+        velocity, sides = torch.empty_like(latent), (high, ~high)
+        passing = rows_in_step(self.transformer, sides)
+        for own, rows, transformer in zip(sides, passing, (first, second), strict=True):
+            if len(rows):
+                made = transformer(*(part[rows] for part in parts), return_dict=False)[0]
+                velocity[own] = made[: int(own.sum())].float()
         return velocity
-
-    def _needed(self, counts: Sequence[int]) -> list[bool]:
-        """Through which transformers this process passes, given its rows for each.
-
-        Where weights are shared out, all processes pass through those that any has rows for, since
-        weights come together, forwards and backwards, when everyone asks for the same.
-        """
-        if processes.count() > 1 and is_sharded(self.transformer):
-            return [most > 0 for most in processes.largest([float(one) for one in counts])]
-        return [one > 0 for one in counts]

@@ -52,11 +52,12 @@ class EvaluationSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 1 << 31:
             raise ValueError(f"seed must be in [0, 2^31), got {self.seed}")
-        if self.prompts is None and self.videos_per_prompt != 1:
-            raise ValueError(
-                f"videos_per_prompt must be left out without prompts, got {self.videos_per_prompt};"
-                " the update's own videos are measured"
-            )
+        for name, default in (("videos_per_prompt", 1), ("seed", 0)):
+            if self.prompts is None and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} must be left out without prompts, got {getattr(self, name)}; the "
+                    "update's own videos are measured"
+                )
 
     def due(self, step: int) -> bool:
         """Whether update `step`, counted from 1, is measured."""

@@ -52,6 +52,10 @@ class PromptSamplingSettings:
             raise ValueError(f"floor must be in (0, 1], got {self.floor}")
         if not 0 <= self.memory <= 1:
             raise ValueError(f"memory must be in [0, 1], got {self.memory}")
+        if self.name == "uniform" and self.floor != PromptSamplingSettings.floor:
+            raise ValueError(
+                f"floor must be left out with name 'uniform', got {self.floor}; it would be ignored"
+            )
 
 
 def update_source(seed: int, step: int, purpose: int = 0) -> torch.Generator:

@@ -209,6 +209,7 @@ def test_prompts_that_tie_are_drawn_less_often() -> None:
         ({"every": 0}, "every must be at least 1, got 0"),
         ({"seed": -1}, r"seed must be in \[0, 2\^31\), got -1"),
         ({"videos_per_prompt": 2}, "videos_per_prompt must be left out without prompts, got 2"),
+        ({"seed": 7}, "seed must be left out without prompts, got 7"),
     ],
 )
 def test_settings_outside_their_range_are_refused(options: dict, message: str) -> None:

@@ -124,6 +124,7 @@ def test_uniform_goes_through_all_prompts_before_any_comes_again() -> None:
     [
         ({"name": "unifrom"}, "name must be one of uniform, .* got unifrom; near names: uniform"),
         ({"floor": 0.0}, r"floor must be in \(0, 1\], got 0.0"),
+        ({"floor": 0.5}, "floor must be left out with name 'uniform', got 0.5; it would be ign"),
         ({"memory": 1.5}, r"memory must be in \[0, 1\], got 1.5"),
     ],
 )

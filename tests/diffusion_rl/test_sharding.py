@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from diffusion_rl.lora import LoraSettings, attach_lora, trained_parameters
-from diffusion_rl.sharding import check_precision, in_step, is_sharded, shard, wants_shards
+from diffusion_rl.sharding import (
+    check_precision,
+    in_step,
+    is_sharded,
+    rows_in_step,
+    shard,
+    wants_shards,
+)
 from tests.several import run_on
 from tests.tiny_wan import build_tiny_wan
 
@@ -73,3 +80,16 @@ def test_processes_pass_through_sharded_weights_equally_often() -> None:
     for said in run_on(2, lambda: passes((0, 2))):
         assert "reward must judge at least one video of each process" in str(said)
         assert "got passes [0, 2]" in str(said)
+
+
+def test_processes_pass_rows_through_the_same_of_several_transformers() -> None:
+    no, both = [False, False], [True, True]
+    chosen = ((both, no, no), (no, no, [True, False]))
+
+    def passed(whole: bool) -> list[list[int]]:
+        transformer = nn.Linear(1, 1) if whole else sharded()[0]
+        own = [torch.tensor(one) for one in chosen[torch.distributed.get_rank()]]
+        return [rows.tolist() for rows in rows_in_step(transformer, own)]
+
+    assert run_on(2, lambda: passed(whole=False)) == [[[0, 1], [], [0]], [[0], [], [0]]]
+    assert run_on(2, lambda: passed(whole=True)) == [[[0, 1], [], []], [[], [], [0]]]

@@ -44,7 +44,7 @@ def training_section(name: str, curves: Curves, other: StoredRun | None) -> Sect
     if other is not None:
         charts.append(
             LineChart(
-                title="Both rows of the table of algorithms",
+                title="Two rows of the table of algorithms",
                 lines=[
                     _line(f"{name} (this run)", curves, f"rewards/{JUDGE}", "seconds"),
                     _line(

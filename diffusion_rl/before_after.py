@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -37,6 +36,7 @@ from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.page import markdown_table, plain_numbers
 from diffusion_rl.policies import reference_policy
 from diffusion_rl.rollout import RolloutSettings, rollout
+from diffusion_rl.whole_files import write_whole
 
 SIDES: tuple[str, str] = ("base", "tuned")
 RATE = "_anomaly_rate"
@@ -235,15 +235,9 @@ def write_results(
         notes=[note],
     )
     text = "\n\n".join([f"# {title}", note, *(markdown_table(table) for table in tables)])
-    _write_text(folder / "report.md", text + "\n")
-    _write_text(folder / "summary.json", json.dumps(plain_numbers(summary), indent=2) + "\n")
+    write_whole(folder / "report.md", text + "\n")
+    write_whole(folder / "summary.json", json.dumps(plain_numbers(summary), indent=2) + "\n")
     return page
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _spread(count: int, wanted: int) -> list[int]:

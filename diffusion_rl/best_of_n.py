@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from diffusion_rl.rewards import Reward, judge_videos
 from diffusion_rl.tracking import write_video
+from diffusion_rl.whole_files import write_whole
 
 SCORES_FILE, SUMMARY_FILE = "scores.jsonl", "best_of_n.json"
 
@@ -167,12 +167,9 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def write_summary(folder: str | Path, records: Sequence[dict[str, Any]]) -> Path:
     """Write summary and records as best_of_n.json, whole or not at all."""
-    path = Path(folder) / SUMMARY_FILE
-    partial = path.with_suffix(".partial")
     content = {**summarise(records), "videos": list(records)}
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    text = json.dumps(content, indent=1, allow_nan=False)
+    return write_whole(Path(folder) / SUMMARY_FILE, text)
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
@@ -207,9 +204,7 @@ def _check_same(record: dict[str, Any], prompt: str, seeds: list[int], folder: P
 
 
 def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(json.dumps(one) + "\n" for one in records))
 
 
 def _best(scores: Tensor) -> int | None:

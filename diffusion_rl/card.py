@@ -20,6 +20,7 @@ from diffusion_rl.page import Table, markdown_table
 from diffusion_rl.progress import FinetuneState
 from diffusion_rl.rewards import RewardSettings
 from diffusion_rl.weight_files import COMPONENTS
+from diffusion_rl.whole_files import write_whole
 
 CARD = "README.md"
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
@@ -61,7 +62,7 @@ def write_card(folder: Path, settings: RunSettings, state: FinetuneState, prompt
         "## Evaluation",
         f"{BEGIN}\n{NOT_MEASURED}\n{END}",
     ]
-    return _write(folder / CARD, "\n\n".join(parts) + "\n")
+    return write_whole(folder / CARD, "\n\n".join(parts) + "\n")
 
 
 def card_says(folder: Path, state: FinetuneState, prompts: int) -> bool:
@@ -85,9 +86,9 @@ def update_card(folder: Path, tables: Sequence[Table], note: str) -> Path:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if begin and end:
-        return _write(path, before + section + after)
+        return write_whole(path, before + section + after)
     heading = f"{text.rstrip()}\n\n" if text.strip() else ""
-    return _write(path, f"{heading}## Evaluation\n\n{section}\n")
+    return write_whole(path, f"{heading}## Evaluation\n\n{section}\n")
 
 
 def public(value: Any) -> str:
@@ -201,10 +202,3 @@ def _rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
         for line in lines
     )
-
-
-def _write(path: Path, text: str) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path

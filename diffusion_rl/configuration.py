@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import os
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings
 from diffusion_rl.samples import SampleSettings
 from diffusion_rl.trends import TrendSettings
+from diffusion_rl.whole_files import write_whole
 
 CONFIG_FILE = "config.yaml"
 """The resolved settings in a run's folder."""
@@ -279,18 +279,8 @@ def save_config(settings: RunSettings, path: str | Path) -> None:
     """Write the resolved settings beside a run's results, in one step and where they differ."""
     path = Path(path)
     text = OmegaConf.to_yaml(OmegaConf.create(to_tree(settings)))
-    if path.is_file() and path.read_bytes() == text.encode():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if not (path.is_file() and path.read_bytes() == text.encode()):
+        write_whole(path, text)
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from diffusion_rl.lora import (
     shapes_to_attach,
     tuner_layers,
 )
+from diffusion_rl.whole_files import write_whole
 
 # diffusers reads the adapter's configuration from this entry of the file's metadata.
 METADATA_KEY = "lora_adapter_metadata"
@@ -110,11 +110,8 @@ def save_lora(generator: AbstractVideoGenerator, folder: str | Path) -> Path:
         The folder.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in lora_contents(generator, saved_adapter(generator.transformer)).items():
-        partial = (folder / name).with_suffix(".partial")
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
+        write_whole(folder / name, content)
     return folder
 
 

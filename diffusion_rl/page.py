@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -15,6 +14,7 @@ from diffusion_rl.charts import BarChart, LineChart, draw_chart, format_number
 from diffusion_rl.clips import Clip, data_uri, draw_clip
 from diffusion_rl.comparison import Comparison, Estimate
 from diffusion_rl.style import STYLE
+from diffusion_rl.whole_files import write_whole
 
 PERCENT_WORDS = ("rate", "match", "share", "reduction")
 """A measure with one of these words in its name is a share of 1, and is written in percent."""
@@ -149,12 +149,7 @@ def write_page(
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
         f"<body><main><h1>{escape(title)}</h1>{''.join(parts)}</main></body></html>\n"
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_whole(path, page)
 
 
 def comparison_table(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffusion_rl.loading import near_names
+from diffusion_rl.whole_files import write_whole
 
 SAMPLINGS = ("uniform", "informative")
 Statistics = dict[int, dict[str, float]]
@@ -156,11 +156,8 @@ def add_groups(
 
 def write_statistics(path: str | Path, prompts: Sequence[str], statistics: Statistics) -> None:
     """Write `describe_prompts` as JSON, whole or not at all."""
-    path = Path(path)
-    partial = path.with_suffix(".partial")
     text = json.dumps(describe_prompts(prompts, statistics), indent=1, allow_nan=False)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, text)
 
 
 def check_same_prompts(path: str | Path, prompts: Sequence[str]) -> None:

@@ -9,7 +9,6 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from diffusion_rl.whole_files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 VIDEO_SUFFIXES = (".mp4", ".webp")
@@ -49,11 +50,8 @@ class MetricsFile:
 
     def __init__(self, folder: str | Path, *, step: int = 0) -> None:
         self.path = Path(folder) / METRICS_FILE
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(_json_line(line) for line in kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_whole(self.path, "".join(_json_line(line) for line in kept))
 
     def write(self, record: Any) -> None:
         """Append a dataclass that has a `step`."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from diffusion_rl.tracking import write_video
+from diffusion_rl.whole_files import write_whole
 
 LONGEST = 255
 """Bytes of a file's name on the usual file systems."""
@@ -63,10 +64,8 @@ class VBenchFolder:
 
     def close(self) -> list[str]:
         """Write the JSON; returns what the standard mode will not find, a sentence each."""
-        partial = self.prompt_file.with_suffix(".partial")
         text = json.dumps(self.prompts, indent=2, ensure_ascii=False)
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, self.prompt_file)
+        write_whole(self.prompt_file, text + "\n")
         counts = Counter(self.prompts.values())
         renamed = [text for text in counts if vbench_name(text, 0) != f"{text}-0.mp4"]
         few = [text for text, count in counts.items() if count != STANDARD]

@@ -75,7 +75,8 @@ LAYERS = {
         "__main__",
     ],
     "diffusion_rl": [
-        *("shapes", "processes", "sharding", "shares", "packing", "run_lock", "transitions"),
+        *("shapes", "whole_files", "processes", "sharding", "shares", "packing", "run_lock"),
+        "transitions",
         *("advantages", "blame", "credit", "losses", "surrogates"),
         *("algorithms", "row_settings", "guards", "trends", "prompts"),
         *("loading", "prompt_sampling"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import build_reward
 from diffusion_rl.rollout import sample_videos
 from diffusion_rl.run_folder import differences, may_change
+from diffusion_rl.whole_files import write_whole
 
 ASKED_FILE = "asked.json"
 """Beside the scores: what they depend on."""
@@ -70,10 +70,7 @@ def claim_scores(folder: Path, asked: Mapping[str, Any]) -> None:
                 f"output must be a new folder or hold scores of the same settings, got {folder} "
                 f"made with {'; '.join(found)}; choose another output"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = noted.with_suffix(".partial")
-    partial.write_text(json.dumps(now, indent=1), encoding="utf-8")
-    os.replace(partial, noted)
+    write_whole(noted, json.dumps(now, indent=1))
 
 
 def asked_of(options: argparse.Namespace, settings: RunSettings) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from diffusion_rl.exports.parts import LoraPart, write_bytes
+from diffusion_rl.exports.parts import LoraPart
+from diffusion_rl.whole_files import write_whole
 
 ONE_FILE = "lora_comfyui.safetensors"
 TWO_FILES = {
@@ -104,7 +105,7 @@ def write_comfyui(parts: Sequence[LoraPart], family: str, folder: Path) -> list[
     contents = {part.component: comfyui_state(part, family) for part in parts}
     names = TWO_FILES if len(parts) > 1 or "transformer_2" in contents else None
     return [
-        write_bytes(
+        write_whole(
             folder / (names[component] if names else ONE_FILE),
             save(state, metadata={"format": "pt"}),
         )

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from diffusion_rl.configuration import CONFIG_FILE, load_config
 from diffusion_rl.exports.comfyui import write_comfyui
-from diffusion_rl.exports.parts import LoraPart, read_lora, write_bytes
+from diffusion_rl.exports.parts import LoraPart, read_lora
 from diffusion_rl.exports.peft_layout import write_peft
 from diffusion_rl.generators.families import FAMILIES
 from diffusion_rl.generators.pipeline import find_folder
 from diffusion_rl.lora_files import pack_lora
 from diffusion_rl.weight_files import COMPONENTS
+from diffusion_rl.whole_files import write_whole
 
 FORMATS = ("diffusers", "comfyui", "peft", "merged")
 
@@ -129,6 +130,6 @@ def write_diffusers(parts: list[LoraPart], folder: Path) -> list[Path]:
     """Write the file or files that a pipeline's `load_lora_weights` reads."""
     names = {component: name for name, component in COMPONENTS.items()}
     return [
-        write_bytes(folder / names[part.component], pack_lora(part.state, part.settings))
+        write_whole(folder / names[part.component], pack_lora(part.state, part.settings))
         for part in parts
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +48,3 @@ def read_lora(folder: str | Path) -> list[LoraPart]:
     if not parts:
         raise FileNotFoundError(f"lora must be a folder with a {LORA_FILE}, got {folder}")
     return parts
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file in one step; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-    return path

@@ -8,7 +8,8 @@ from pathlib import Path
 from peft import LoraConfig
 from safetensors.torch import save
 
-from diffusion_rl.exports.parts import LoraPart, write_bytes
+from diffusion_rl.exports.parts import LoraPart
+from diffusion_rl.whole_files import write_whole
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -40,6 +41,6 @@ def write_peft(parts: Sequence[LoraPart], base_id: str | None, folder: Path) -> 
         place.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(str(place))
         state = {PREFIX + name: value.contiguous() for name, value in part.state.items()}
-        write_bytes(place / WEIGHTS, save(state, metadata={"format": "pt"}))
+        write_whole(place / WEIGHTS, save(state, metadata={"format": "pt"}))
         folders.append(place)
     return folders

@@ -195,7 +195,7 @@ def test_a_failing_disk_leaves_the_old_report(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("diffusion_rl.page.os.replace", full)
+    monkeypatch.setattr("diffusion_rl.whole_files.os.replace", full)
     with pytest.raises(OSError, match="No space left on device"):
         write_report(path, title="new", summary={})
     assert path.read_text() == "old"

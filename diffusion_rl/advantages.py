@@ -265,6 +265,51 @@ def best_advantages(scores: Tensor, group: Tensor, *, keep: int = 1) -> Tensor:
     return advantages.float()
 
 
+def paired_advantages(scores: Tensor, group: Tensor, *, pairs: int = 1) -> Tensor:
+    """Set the best videos of every prompt against its worst.
+
+    advantage = 1 for the best `pairs` judged videos of a group, -1 for its worst, 0 for others
+
+    with fewer where they would meet: every preferred video scores more than every other one of the
+    group that is not 0.
+
+    Args:
+        scores: [B] higher is better; NaN is left out.
+        group: [B] integer, equal for the videos of one prompt.
+        pairs: at least 1.
+
+    Returns:
+        [B] float32, no gradient. Among videos that tie for a place their order decides. A group
+        whose judged scores all tie has no pair.
+
+    Raises:
+        ValueError: A shape is wrong, a score is infinite or pairs is below 1.
+
+    Source:
+        The choice of Flow-GRPO's published train_sd3_dpo.py (the best and the worst), which pairs
+        videos that tie, too.
+
+    Example:
+        >>> scores, group = torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0]), torch.tensor([0, 0, 0, 1, 1])
+        >>> paired_advantages(scores, group)
+        tensor([-1.,  1.,  0.,  0.,  0.])
+    """
+    if pairs < 1:
+        raise ValueError(f"pairs must be at least 1, got {pairs}")
+    scores, group = _check(scores, group)
+    advantages = torch.zeros_like(scores)
+    for index in group.unique():
+        places = (~scores.isnan() & (group == index)).nonzero().flatten()
+        falling = places[scores[places].argsort(descending=True, stable=True)]
+        count = min(pairs, len(places) // 2)
+        while count and scores[falling[count - 1]] == scores[falling[-count]]:
+            count -= 1
+        if count:
+            advantages[falling[:count]] = 1.0
+            advantages[falling[-count:]] = -1.0
+    return advantages.float()
+
+
 def tied_share(scores: Tensor, group: Tensor) -> float:
     """Say what share of the groups teaches nothing because no two judged scores differ.
 

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from diffusion_rl.advantages import best_advantages, group_advantages, history_advantages
+from diffusion_rl.advantages import (
+    best_advantages,
+    group_advantages,
+    history_advantages,
+    paired_advantages,
+)
+from diffusion_rl.group_losses import preference_loss
 from diffusion_rl.losses import awm_surrogate, matching_loss, nft_loss
 from diffusion_rl.surrogates import (
     clipped_surrogate,
@@ -32,13 +38,16 @@ class Algorithm:
     advantages: Callable[..., Any]
     """Scores [B] to advantages [B]: a function of `advantages`."""
     loss: Callable[..., Any]
-    """What is minimised: of replayed steps (`surrogates`), or of noised videos (a scalar, or a
-    Surrogate where there are ratios)."""
+    """What is minimised: of replayed steps (`surrogates`), of noised videos (a scalar, or a
+    Surrogate where there are ratios), or of what they gained (`group_losses`)."""
     learning_steps: Literal["recorded", "forward_process"]
     """Which steps learn: those the rollout recorded, or fresh noisings of the final latents."""
-    old_policy: Literal["none", "draws", "anchors"] = "none"
-    """What a slowly following copy of the policy does: it draws the videos, or the policy is held
-    near it."""
+    old_policy: Literal["none", "draws", "anchors", "compares"] = "none"
+    """What a copy of the policy from earlier updates does: it draws the videos, the policy is held
+    near it, or gains are measured from it."""
+    of_groups: bool = False
+    """Whether the loss is one of all videos of an update at once, as `group_losses` has it; then
+    those of a group learn at the same noise."""
     idle_at_zero: bool = False
     """Whether a video of advantage 0 has no part in the loss, and need not be passed."""
     needs_density: bool = False
@@ -46,7 +55,7 @@ class Algorithm:
 
     @property
     def uses_old_policy(self) -> bool:
-        """Whether a slowly following copy of the policy is kept."""
+        """Whether a copy of the policy from earlier updates is kept."""
         return self.old_policy != "none"
 
     @property
@@ -69,6 +78,11 @@ ALGORITHMS: dict[str, Algorithm] = {
     "nft": Algorithm(ode, group_advantages, nft_loss, "forward_process", "draws"),
     "awm": Algorithm(ode, group_advantages, awm_surrogate, "forward_process", "anchors"),
     "raft": Algorithm(ode, best_advantages, matching_loss, "forward_process", idle_at_zero=True),
+    "online_dpo": Algorithm(
+        *(ode, paired_advantages, preference_loss, "forward_process", "compares"),
+        of_groups=True,
+        idle_at_zero=True,
+    ),
 }
 """By name. A new algorithm is at most one pure function, one row here and one class in
 `row_settings`; docs/algorithms.md describes each.
@@ -78,6 +92,7 @@ Source:
     arXiv:2505.07818. mix_grpo: MixGRPO, arXiv:2507.21802. grpo_guard: GRPO-Guard,
     arXiv:2510.22319. dppo: Flow-DPPO, arXiv:2606.11025. nft: DiffusionNFT, arXiv:2509.16117.
     awm: Advantage weighted matching, arXiv:2509.25050. raft: RAFT, arXiv:2304.06767.
+    online_dpo: Flow-DPO, arXiv:2501.13918.
 """
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ from diffusion_rl.processes import gather_rows
 from diffusion_rl.progress import FinetuneSettings
 from diffusion_rl.prompt_sampling import choose_prompts, update_source
 from diffusion_rl.rollout import Trajectory, eligible_steps, rollout
-from diffusion_rl.row_settings import MixGrpoSettings, RecordedSettings
+from diffusion_rl.row_kinds import RecordedSettings
+from diffusion_rl.row_settings import MixGrpoSettings
 from diffusion_rl.shares import own_share
 
 # Seeds of training videos start here, so that small seeds stay unseen for evaluation.
@@ -98,6 +100,7 @@ def collect(
             stochastic=steps,
             share=own_share(len(group), options.micro_batch, inner_steps),
         )
+    trajectory = replace(trajectory, group=group)
     if trajectory.steps and options.outcome == "implied":
         implied = implied_outcomes(trajectory, options)
         trajectory = with_outcomes(generator, trajectory, implied, options)

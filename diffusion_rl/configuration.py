@@ -29,7 +29,8 @@ from diffusion_rl.prompt_sampling import PromptSamplingSettings
 from diffusion_rl.prompts import PROMPT_COLUMN
 from diffusion_rl.rewards import RewardSettings
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings
+from diffusion_rl.row_kinds import AlgorithmSettings
+from diffusion_rl.row_settings import SETTINGS, GrpoSettings
 from diffusion_rl.samples import SampleSettings
 from diffusion_rl.trends import TrendSettings
 from diffusion_rl.whole_files import write_whole

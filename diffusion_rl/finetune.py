@@ -56,7 +56,7 @@ from diffusion_rl.rewards import (
     gather_answers,
 )
 from diffusion_rl.rollout import Trajectory
-from diffusion_rl.row_settings import ForwardProcessSettings, GroupSettings
+from diffusion_rl.row_kinds import GroupSettings, OldPolicySettings
 from diffusion_rl.self_check import self_check
 from diffusion_rl.trends import REWARD, add_values, falling_beside, warn_of
 from diffusion_rl.update_memory import update_savings
@@ -388,7 +388,7 @@ def update(
             state.optimizer,
             update_source(settings.seed, state.step + 1, purpose=1),
         )
-    if isinstance(settings.algorithm, ForwardProcessSettings):
+    if isinstance(settings.algorithm, OldPolicySettings):
         decay = settings.algorithm.old_decay(state.step + 1)
         update_old_policy(generator.transformer, decay)
     update_average(generator.transformer, settings.optimizer.average_decay, state.step + 1)

@@ -252,14 +252,30 @@ def matching_loss(
     Source:
         Flow matching, arXiv:2210.02747, eq. 23, of the videos that RAFT (arXiv:2304.06767) keeps.
     """
-    level = _check_noised(prediction, old_prediction, latent, data, sigma, advantages)
+    _check_noised(prediction, old_prediction, latent, data, sigma, advantages)
     if bool((advantages < 0).any()):
         raise ValueError(
             f"advantages must be at least 0, got {advantages.min().item()}; this loss has no lower "
             "bound for videos to be avoided"
         )
-    errors = _mean_square(prediction - (latent - data) / level, weights)
+    errors = matching_errors(prediction, latent, data, sigma, weights)
     return (advantages.detach() * errors).mean()
+
+
+def matching_errors(
+    velocity: Tensor, latent: Tensor, data: Tensor, sigma: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """[B] mean over elements of weights * (velocity - (latent - data) / sigma)^2, shapes checked.
+
+    Args as in `matching_loss`; the result has the precision of `velocity`.
+    """
+    axes = check_shape("velocity", velocity, "B ...")
+    for name, value in (("latent", latent), ("data", data)):
+        _check_same_shape(name, value, "velocity", velocity)
+    if sigma.ndim:
+        check_shape("sigma", sigma, "B", B=axes["B"])
+    level = sigma.reshape(-1, *[1] * (velocity.ndim - 1))
+    return _mean_square(velocity - ((latent - data) / level).to(velocity.dtype), weights)
 
 
 def awm_surrogate(
@@ -310,22 +326,19 @@ def awm_surrogate(
         raise ValueError(f"weighting must be one of {known}, got {weighting}")
     level = _check_noised(prediction, old_prediction, latent, data, sigma, advantages)
     _check_advantage_limit(advantage_limit)
-    target = ((latent - data) / level).double()
-    log_probs = [
-        _matching_log_prob(velocity.double() - target, level.double().flatten(), weighting, weights)
+    errors = [
+        matching_errors(velocity.double(), latent, data, sigma, weights)
         for velocity in (prediction, old_prediction.detach())
     ]
+    log_probs = [_matching_log_prob(one, level.double().flatten(), weighting) for one in errors]
     log_ratios = (log_probs[0] - log_probs[1])[:, None]
     terms = clipped_terms(log_ratios, advantages.double() / advantage_limit, clip_range, None)
     outside = has_left_range(log_ratios.detach(), clip_range, None)
     return Surrogate(terms.mean().to(prediction.dtype), log_ratios.detach(), outside)
 
 
-def _matching_log_prob(
-    error: Tensor, level: Tensor, weighting: str, weights: Tensor | None
-) -> Tensor:
-    """[B] from errors [B ...] in float64 and noise levels [B] or [1]."""
-    square = _mean_square(error, weights)
+def _matching_log_prob(square: Tensor, level: Tensor, weighting: str) -> Tensor:
+    """[B] from mean squared errors [B] in float64 and noise levels [B] or [1]."""
     if weighting == "huber":
         return -(torch.sqrt(square + AWM_FLOOR) - AWM_FLOOR**0.5) * level
     if weighting == "ghuber":

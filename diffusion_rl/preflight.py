@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from diffusion_rl import processes, sharded_policies
 from diffusion_rl.configuration import RunSettings
 from diffusion_rl.prompts import read_prompts
-from diffusion_rl.row_settings import ForwardProcessSettings
+from diffusion_rl.row_kinds import OldPolicySettings
 from diffusion_rl.sharding import check_precision, wants_shards
 from diffusion_rl.tracking import check_trackers
 from diffusion_rl.zero import check_zero, wants_zero
@@ -37,7 +37,7 @@ def check_run(settings: RunSettings) -> None:
             "guards is empty: nothing keeps the policy from still, blurred or grey videos, and the "
             "alarm for hacking watches evaluation rewards alone"
         )
-    inexact = isinstance(settings.algorithm, ForwardProcessSettings)
+    inexact = isinstance(settings.algorithm, OldPolicySettings)
     if inexact and settings.credit.focus and not settings.credit.balanced:
         logger.warning(
             "credit.balanced is off: with %s focused disadvantages push a prompt's videos away "

@@ -155,14 +155,15 @@ def gather_rows(own: Tensor, rows: Tensor, total: int) -> Tensor:
     Args:
         own: [B ...] of this process; NaN and infinity are kept.
         rows: [B] long, their places among all; no place is held by two teams.
-        total: N.
+        total: N; rows that none of them holds are 0.
     """
-    if count() == 1:
+    if count() == 1 and len(rows) == total:
         return own
     whole = torch.zeros((total, *own.shape[1:]), dtype=own.dtype, device=own.device)
     if leads():
         whole[rows.to(own.device)] = own
-    distributed.all_reduce(whole)  # Of each row all but one addend are 0, so that it is exact.
+    if count() > 1:
+        distributed.all_reduce(whole)  # Of each row all but one addend are 0: it is exact.
     return whole
 
 

@@ -13,12 +13,8 @@ from diffusion_rl.guards import GuardSettings
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.prompt_sampling import PromptSamplingSettings, Statistics
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.row_settings import (
-    AlgorithmSettings,
-    GrpoSettings,
-    RaftSettings,
-    RecordedSettings,
-)
+from diffusion_rl.row_kinds import AlgorithmSettings, RecordedSettings
+from diffusion_rl.row_settings import GrpoSettings, RaftSettings
 from diffusion_rl.transitions import DETERMINISTIC_AT_THE_END, TRANSITIONS
 from diffusion_rl.trends import Series, TrendSettings
 

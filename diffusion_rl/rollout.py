@@ -145,6 +145,9 @@ class Trajectory:
     other processes."""
     total: int
     """Videos of the update."""
+    group: Tensor | None = None
+    """[total] long: the group of each of the update's videos, which is what it is compared with;
+    None outside of an update."""
 
     @property
     def sigma_max(self) -> Tensor:
@@ -157,6 +160,7 @@ class Trajectory:
             self.only(videos[self.rows]),
             rows=(videos.cumsum(0) - 1)[self.rows[videos[self.rows]]],
             total=int(videos.sum()),
+            group=None if self.group is None else self.group[videos],
         )
 
     def only(self, own: Tensor) -> Trajectory:

@@ -5,171 +5,23 @@ A row's class says which options it has; what it would ignore it does not have.
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffusion_rl.algorithms import algorithm
 from diffusion_rl.losses import AWM_WEIGHTINGS
-from diffusion_rl.transitions import TRANSITIONS, TransitionFunction
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlgorithmSettings(ABC):
-    """What every row has."""
-
-    name: str
-    """The row."""
-    kl_weight: float = 0.0
-    """Weight of the divergence from the reference policy, at least 0; 0 does not compute it."""
-    inner_steps: int = 1
-    """Optimiser steps of an update, at least 1; rows that replay split their videos over them,
-    the others see all videos in each, at fresh noise levels."""
-
-    def __post_init__(self) -> None:
-        if SETTINGS.get(self.name) is not type(self):
-            raise ValueError(
-                f"name must be the row that {type(self).__name__} belongs to, got {self.name}"
-            )
-        _at_least("kl_weight", self.kl_weight, 0)
-        _at_least("inner_steps", self.inner_steps, 1)
-
-    @property
-    @abstractmethod
-    def advantage_options(self) -> Mapping[str, Any]:
-        """What the row's advantages take besides scores and groups."""
-
-    @property
-    @abstractmethod
-    def loss_options(self) -> Mapping[str, Any]:
-        """What the row's loss takes besides tensors."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradedSettings(AlgorithmSettings):
-    """Rows whose advantages say of every video how good it is."""
-
-    advantage_clip: float = 5.0
-    """Largest size of an advantage, above 0."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _above("advantage_clip", self.advantage_clip, 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupSettings(GradedSettings):
-    """Rows that compare a video with its group."""
-
-    advantage_std: str = "group"
-    """Advantages are divided by the spread of the `group`, of the whole `batch`, or by the
-    `largest` spread of any group."""
-    advantage_unbiased: bool = False
-    """Whether a spread divides its squares by n - 1 instead of n."""
-    advantage_rewards: str = "summed"
-    """`summed` compares the weighted sum of the rewards; `separate` compares each of them (and
-    what the guards take off, at weight 1) and sums the weighted advantages, as GDPO does."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of("advantage_std", self.advantage_std, ("group", "batch", "largest"))
-        _one_of("advantage_rewards", self.advantage_rewards, ("summed", "separate"))
-
-    @property
-    def advantage_options(self) -> Mapping[str, Any]:
-        return {
-            "std": self.advantage_std,
-            "unbiased": self.advantage_unbiased,
-            "clip": self.advantage_clip,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordedSettings(GradedSettings):
-    """Rows that replay the steps that the rollout recorded."""
-
-    transition: str | None = None
-    """How the recorded steps are taken: a name of TRANSITIONS other than ode; None is the row's
-    own. Rows that use the Gaussian's density refuse cps, which has none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        row = algorithm(self.name)
-        allowed = [name for name in TRANSITIONS if name != "ode"]
-        if row.needs_density:
-            allowed.remove("cps")
-        if self.transition is not None:
-            _one_of("transition", self.transition, tuple(allowed))
-
-    @property
-    def transition_function(self) -> TransitionFunction:
-        """The transition of the recorded steps."""
-        own = algorithm(self.name).transition
-        return own if self.transition is None else TRANSITIONS[self.transition]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClippedSettings(RecordedSettings):
-    """Rows that stop a step whose ratio has left a range."""
-
-    clip_range: float = 1e-4
-    """Ratios below 1 - clip_range stop learning, in (0, 1]; far smaller than for text, since the
-    log-probabilities are means over the latent's elements."""
-    clip_range_high: float | None = None
-    """Ratios above 1 + clip_range_high stop learning, above 0; None is clip_range."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.clip_range <= 1:
-            raise ValueError(f"clip_range must be in (0, 1], got {self.clip_range}")
-        if self.clip_range_high is not None:
-            _above("clip_range_high", self.clip_range_high, 0)
-
-    @property
-    def loss_options(self) -> Mapping[str, Any]:
-        return {"clip_range": self.clip_range, "clip_range_high": self.clip_range_high}
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoisedSettings(AlgorithmSettings):
-    """Rows that learn from noised videos."""
-
-    noise_levels: int = 1
-    """Noise levels at which an optimiser step sees each video, at least 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least("noise_levels", self.noise_levels, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForwardProcessSettings(GroupSettings, NoisedSettings):
-    """Those of them that keep a copy of the policy beside it, which follows it slowly."""
-
-    old_decay_rate: float = 1e-3
-    """After update n the old policy keeps min(old_decay_rate * n, old_decay_limit) of itself;
-    at least 0."""
-    old_decay_limit: float = 0.5
-    """In [0, 1)."""
-    anchor_weight: float = 0.0
-    """Weight of the squared velocity distance from the old policy, at least 0."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least("anchor_weight", self.anchor_weight, 0)
-        _at_least("old_decay_rate", self.old_decay_rate, 0)
-        if not 0 <= self.old_decay_limit < 1:
-            raise ValueError(f"old_decay_limit must be in [0, 1), got {self.old_decay_limit}")
-
-    def old_decay(self, update: int) -> float:
-        """What the old policy keeps of itself after update `update`, counted from 1.
-
-        Source:
-            DiffusionNFT, arXiv:2509.16117, return_decay of its published code.
-        """
-        return min(self.old_decay_rate * update, self.old_decay_limit)
+from diffusion_rl.row_kinds import (
+    SETTINGS,
+    ClippedSettings,
+    ForwardProcessSettings,
+    GroupSettings,
+    NoisedSettings,
+    OldPolicySettings,
+    RecordedSettings,
+    above,
+    at_least,
+    one_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +92,7 @@ class MixGrpoSettings(GroupSettings, ClippedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("window", self.window, ("sliding", "random"))
+        one_of("window", self.window, ("sliding", "random"))
         for name in ("updates_per_window", "window_stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -273,7 +125,7 @@ class DppoSettings(GroupSettings, RecordedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _above("divergence_limit", self.divergence_limit, 0)
+        above("divergence_limit", self.divergence_limit, 0)
 
     @property
     def loss_options(self) -> Mapping[str, Any]:
@@ -301,7 +153,7 @@ class NftSettings(ForwardProcessSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _above("beta", self.beta, 0)
+        above("beta", self.beta, 0)
 
     @property
     def loss_options(self) -> Mapping[str, Any]:
@@ -335,7 +187,7 @@ class AwmSettings(ForwardProcessSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("weighting", self.weighting, AWM_WEIGHTINGS)
+        one_of("weighting", self.weighting, AWM_WEIGHTINGS)
         if not 0 < self.clip_range <= 1:
             raise ValueError(f"clip_range must be in (0, 1], got {self.clip_range}")
 
@@ -359,7 +211,7 @@ class RaftSettings(NoisedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least("keep", self.keep, 1)
+        at_least("keep", self.keep, 1)
 
     @property
     def advantage_options(self) -> Mapping[str, Any]:
@@ -370,30 +222,50 @@ class RaftSettings(NoisedSettings):
         return {}
 
 
-SETTINGS: dict[str, type[AlgorithmSettings]] = {
-    "ddpo": DdpoSettings,
-    "grpo": GrpoSettings,
-    "dance_grpo": DanceGrpoSettings,
-    "mix_grpo": MixGrpoSettings,
-    "grpo_guard": GrpoGuardSettings,
-    "dppo": DppoSettings,
-    "nft": NftSettings,
-    "awm": AwmSettings,
-    "raft": RaftSettings,
-}
-"""The options that each row of ALGORITHMS takes."""
+@dataclass(frozen=True, kw_only=True)
+class OnlineDpoSettings(OldPolicySettings):
+    """Options of the row `online_dpo`."""
+
+    name: str = "online_dpo"
+    """The row."""
+    beta: float = 100.0
+    """How sharply a pair's preference follows from what the two gained; above 0."""
+    pairs: int = 1
+    """How many of the best videos of a group are preferred to as many of the worst, at least 1."""
+    refresh_every: int = 40
+    """Updates after which the policy that gains are measured from becomes the trained one, at
+    least 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        above("beta", self.beta, 0)
+        at_least("pairs", self.pairs, 1)
+        at_least("refresh_every", self.refresh_every, 1)
+
+    def old_decay(self, update: int) -> float:
+        """As in `OldPolicySettings`: all, but nothing when it is refreshed."""
+        return float(update % self.refresh_every > 0)
+
+    @property
+    def advantage_options(self) -> Mapping[str, Any]:
+        return {"pairs": self.pairs}
+
+    @property
+    def loss_options(self) -> Mapping[str, Any]:
+        return {"beta": self.beta}
 
 
-def _at_least(name: str, value: float, least: float) -> None:
-    if not least <= value < math.inf:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _above(name: str, value: float, least: float) -> None:
-    if not least < value < math.inf:
-        raise ValueError(f"{name} must be above {least}, got {value}")
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
+SETTINGS.update(
+    {
+        "ddpo": DdpoSettings,
+        "grpo": GrpoSettings,
+        "dance_grpo": DanceGrpoSettings,
+        "mix_grpo": MixGrpoSettings,
+        "grpo_guard": GrpoGuardSettings,
+        "dppo": DppoSettings,
+        "nft": NftSettings,
+        "awm": AwmSettings,
+        "raft": RaftSettings,
+        "online_dpo": OnlineDpoSettings,
+    }
+)

@@ -12,7 +12,7 @@ import torch
 from diffusion_rl.credit import Credit
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.rollout import RolloutSettings, eligible_steps, rollout
-from diffusion_rl.row_settings import AlgorithmSettings, ClippedSettings, RecordedSettings
+from diffusion_rl.row_kinds import AlgorithmSettings, ClippedSettings, RecordedSettings
 from diffusion_rl.shares import chunks
 from diffusion_rl.step_losses import replay, surrogate_of
 

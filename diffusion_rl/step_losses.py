@@ -17,10 +17,12 @@ from torch import Tensor
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.credit import Credit
 from diffusion_rl.generators.base import AbstractVideoGenerator
+from diffusion_rl.group_losses import error_gains, with_slopes
 from diffusion_rl.losses import Surrogate, gaussian_kl, velocity_kl
 from diffusion_rl.policies import old_policy, reference_policy
+from diffusion_rl.processes import add_up, gather_rows
 from diffusion_rl.rollout import RolloutSettings, Trajectory, predict_in_chunks, retake
-from diffusion_rl.row_settings import AlgorithmSettings, ForwardProcessSettings, NoisedSettings
+from diffusion_rl.row_kinds import AlgorithmSettings, ForwardProcessSettings, NoisedSettings
 from diffusion_rl.sharding import in_step
 from diffusion_rl.shares import chunks, chunks_of_steps, step_ranges
 from diffusion_rl.surrogates import ReplayedSteps
@@ -90,7 +92,7 @@ def optimizer_steps(
     source: torch.Generator,
 ) -> Iterator[OptimizerStep]:
     """The parts of an update, each drawn when its turn comes."""
-    size = rollout.learning_micro_batch
+    row, size = algorithm(settings.name), rollout.learning_micro_batch
     if not isinstance(settings, NoisedSettings):
         # Which videos a step learns from goes by the rollout's passes, on which shares depend.
         places = (trajectory.total, rollout.micro_batch, settings.inner_steps)
@@ -104,10 +106,10 @@ def optimizer_steps(
     parts = tuple(chunks(len(trajectory.final_latent), size))
     levels, count = settings.noise_levels, settings.noise_levels * settings.inner_steps
     before: list[Tensor] = []
-    if algorithm(settings.name).old_policy == "anchors" and count > levels:
+    if row.old_policy == "anchors" and count > levels:
         # Later optimiser steps compare with the policy before the first, so it is asked now.
         state = source.get_state()
-        draws = [noise_videos(generator, trajectory, source) for _ in range(count)]
+        draws = [noise_videos(generator, trajectory, source, row.of_groups) for _ in range(count)]
         source.set_state(state)
         with torch.no_grad():
             before = [
@@ -118,7 +120,9 @@ def optimizer_steps(
                 for draw in draws[levels:]
             ]
     for first in range(0, count, levels):
-        noised = tuple(noise_videos(generator, trajectory, source) for _ in range(levels))
+        noised = tuple(
+            noise_videos(generator, trajectory, source, row.of_groups) for _ in range(levels)
+        )
         asked = tuple(before[first - levels : first]) if first else ()
         yield OptimizerStep(trajectory.total, parts, noised, asked)
 
@@ -129,8 +133,9 @@ def step_losses(generator: AbstractVideoGenerator, inputs: StepInputs) -> Iterat
     if not isinstance(inputs.settings, NoisedSettings):
         yield from _replayed_losses(*own, inputs.settings, inputs.rollout, inputs.step)
         return
+    losses = _group_losses if algorithm(inputs.settings.name).of_groups else _noised_losses
     for level in range(len(inputs.step.noised)):
-        yield from _noised_losses(*own, inputs.settings, inputs.rollout, inputs.step, level)
+        yield from losses(*own, inputs.settings, inputs.rollout, inputs.step, level)
 
 
 def _replayed_losses(
@@ -259,25 +264,89 @@ def _noised_losses(
             yield LossTerms(loss, share, kl.detach(), None, math.nan)
 
 
-def noise_videos(
-    generator: AbstractVideoGenerator, trajectory: Trajectory, source: torch.Generator
-) -> NoisedVideos:
-    """Every video at a noise level of its own, where what learns takes part.
+def _group_losses(
+    generator: AbstractVideoGenerator,
+    trajectory: Trajectory,
+    credit: Credit,
+    settings: NoisedSettings,
+    rollout: RolloutSettings,
+    step: OptimizerStep,
+    level: int,
+) -> Iterator[LossTerms]:
+    """As `group_losses` says: gains of all videos first, then passes with gradient."""
+    noised, data, places = step.noised[level], trajectory.final_latent, trajectory.rows
+    own, guidance = credit.to(data), rollout.learning_guidance
+    weights = None if own.weights is None else own.weights[:, None]
+    asked = (generator, *noised, trajectory.embeddings, guidance, step.parts)
+    with torch.no_grad():
+        now = predict_in_chunks(*asked)
+        with old_policy(generator.transformer):
+            old = predict_in_chunks(*asked)
+        gains = error_gains(now, old, *(noised.latent, data, noised.sigma), weights=weights)
+    value, slopes = with_slopes(
+        algorithm(settings.name).loss,
+        *(gather_rows(one, places, trajectory.total) for one in (gains.cpu(), credit.advantages)),
+        groups_of(trajectory),
+        **settings.loss_options,
+    )
+    slopes, (passed,) = slopes[places].to(data.device), add_up([len(places)])
+    for place, part in enumerate(in_step(generator.transformer, step.parts)):
+        text = trajectory.embeddings[torch.arange(part.start, part.stop)]
+        inputs = (noised.latent[part], noised.sigma[part], text, guidance)
+        reference = None
+        if settings.kl_weight:
+            with torch.no_grad(), reference_policy(generator.transformer):
+                reference = generator.predict(*inputs)
+        prediction = generator.predict(*inputs)
+        gains = error_gains(
+            *(prediction, old[part], noised.latent[part], data[part], noised.sigma[part]),
+            weights=None if weights is None else weights[part],
+        )
+        # The slope is that of the whole loss, of which each video holds an even share.
+        sloped = (slopes[part] * gains).sum()
+        shared = value.to(sloped) * len(text) / passed
+        loss, kl = (sloped - sloped.detach() + shared) * step.videos / len(text), torch.zeros(())
+        if reference is not None:
+            kl = velocity_kl(prediction, reference)
+            loss = loss + settings.kl_weight * kl
+        new = float(place < len(step.parts))  # Else only for the others' sake.
+        share = new * len(text) / step.videos / settings.noise_levels
+        yield LossTerms(loss, share, kl.detach(), None, math.nan)
 
-    Both follow from the video's place among all of the update's, so that `source` moves on alike on
-    every process.
+
+def groups_of(trajectory: Trajectory) -> Tensor:
+    """[N] long: the group of each video of the update.
+
+    Raises:
+        ValueError: it was not drawn for an update.
     """
-    data = trajectory.final_latent
+    if trajectory.group is None:
+        raise ValueError("trajectory.group must say which videos are compared, got None")
+    return trajectory.group
+
+
+def noise_videos(
+    generator: AbstractVideoGenerator,
+    trajectory: Trajectory,
+    source: torch.Generator,
+    of_groups: bool = False,
+) -> NoisedVideos:
+    """Every video, or every group, at a noise and level of its own, where what learns takes part.
+
+    Both follow from the place among all of the update's, so that `source` moves on alike on every
+    process.
+    """
+    data, slots, count = trajectory.final_latent, trajectory.rows, trajectory.total
+    if of_groups:
+        distinct, slots = groups_of(trajectory).unique(return_inverse=True)
+        slots, count = slots[trajectory.rows], len(distinct)
     noise = torch.zeros(data.shape)
-    places = {row: place for place, row in enumerate(trajectory.rows.tolist())}
-    for row in range(trajectory.total):
-        drawn = torch.randn(data.shape[1:], generator=source)
-        if row in places:
-            noise[places[row]] = drawn
+    for slot in range(count):
+        noise[slots == slot] = torch.randn(data.shape[1:], generator=source)
     noise = noise.to(data)
     schedule = generator.learning_schedule(trajectory.sigmas)
-    sigma = draw_sigmas(schedule, trajectory.total, source)
-    sigma = sigma[trajectory.rows.to(sigma.device)]
+    sigma = draw_sigmas(schedule, count, source)
+    sigma = sigma[slots.to(sigma.device)]
     level = sigma.view(-1, *[1] * (data.ndim - 1))
     return NoisedVideos((1 - level) * data + level * noise, sigma)
 

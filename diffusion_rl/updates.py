@@ -24,7 +24,7 @@ from diffusion_rl.optimizers import (
 from diffusion_rl.policies import policies_of
 from diffusion_rl.processes import add_up, add_up_gradients, largest
 from diffusion_rl.rollout import RolloutSettings, Trajectory
-from diffusion_rl.row_settings import AlgorithmSettings
+from diffusion_rl.row_kinds import AlgorithmSettings
 from diffusion_rl.step_losses import LossTerms, StepInputs, optimizer_steps, step_losses
 
 logger = logging.getLogger(__name__)

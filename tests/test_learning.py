@@ -18,8 +18,8 @@ from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.policies import attach_policies, reference_policy
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, sample_videos
+from diffusion_rl.row_kinds import AlgorithmSettings
 from diffusion_rl.row_settings import (
-    AlgorithmSettings,
     AwmSettings,
     DanceGrpoSettings,
     DdpoSettings,
@@ -28,6 +28,7 @@ from diffusion_rl.row_settings import (
     GrpoSettings,
     MixGrpoSettings,
     NftSettings,
+    OnlineDpoSettings,
     RaftSettings,
 )
 from tests.toy_gaussian import LORA, ToyGenerator
@@ -46,6 +47,7 @@ ALGORITHMS: dict[str, tuple[AlgorithmSettings, float, dict[str, Any]]] = {
     "dppo": (DppoSettings(divergence_limit=2e-4, inner_steps=2), 2e-2, {}),
     "nft": (NftSettings(kl_weight=0.0), 5e-3, {}),
     "awm": (AwmSettings(inner_steps=4, noise_levels=2, anchor_weight=0.1), 5e-3, {}),
+    "online_dpo": (OnlineDpoSettings(pairs=4, refresh_every=1, inner_steps=4), 5e-3, {}),
     "raft": (RaftSettings(keep=2, inner_steps=4, noise_levels=2), 5e-3, {}),
 }
 

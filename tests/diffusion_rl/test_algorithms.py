@@ -34,6 +34,7 @@ def test_only_rows_of_the_forward_process_keep_an_old_policy():
         assert row.uses_old_policy == (forward and name != "raft")
         assert (row.transition is ode) == forward
     assert algorithm("awm").old_policy == "anchors"
+    assert algorithm("online_dpo").old_policy == "compares"
     assert [name for name, row in ALGORITHMS.items() if row.uses_history] == ["ddpo"]
 
 

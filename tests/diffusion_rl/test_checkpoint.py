@@ -37,7 +37,8 @@ from diffusion_rl.lora_files import load_lora
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings, NftSettings
+from diffusion_rl.row_kinds import AlgorithmSettings
+from diffusion_rl.row_settings import SETTINGS, GrpoSettings, NftSettings
 from tests.several import run_on
 from tests.toy_gaussian import LORA, ToyGenerator
 

@@ -9,12 +9,8 @@ from diffusion_rl.collect import choose_steps, collect, update_source
 from diffusion_rl.lora import attach_lora
 from diffusion_rl.progress import FinetuneSettings
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.row_settings import (
-    AlgorithmSettings,
-    GrpoSettings,
-    MixGrpoSettings,
-    NftSettings,
-)
+from diffusion_rl.row_kinds import AlgorithmSettings
+from diffusion_rl.row_settings import GrpoSettings, MixGrpoSettings, NftSettings
 from diffusion_rl.transitions import cps, flow_sde, ode
 from tests.toy_gaussian import LORA, ToyGenerator
 

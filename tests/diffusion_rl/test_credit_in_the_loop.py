@@ -31,7 +31,8 @@ from diffusion_rl.lora import LoraSettings, attach_lora, lora_state, trained_par
 from diffusion_rl.optimizers import OptimizerSettings, build_optimizer
 from diffusion_rl.rewards import Judgement, Reward, add_up_rewards
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout, sample_videos
-from diffusion_rl.row_settings import SETTINGS, AlgorithmSettings, GrpoSettings, RecordedSettings
+from diffusion_rl.row_kinds import AlgorithmSettings, RecordedSettings
+from diffusion_rl.row_settings import SETTINGS, GrpoSettings
 from diffusion_rl.self_check import self_check
 from diffusion_rl.step_losses import replay, surrogate_of
 from diffusion_rl.transitions import TRANSITIONS, ode
@@ -78,7 +79,7 @@ def prepare(row: AlgorithmSettings, std: float = 0.1) -> tuple[ToyGenerator, Tra
         transition=row.transition_function if recorded else ode,
         stochastic=(0, 2) if recorded else (),
     )
-    return generator, trajectory
+    return generator, dataclasses.replace(trajectory, group=torch.zeros(4, dtype=torch.long))
 
 
 def learn(row: AlgorithmSettings, credit: Credit) -> tuple[dict[str, Tensor], Tensor]:

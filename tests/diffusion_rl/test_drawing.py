@@ -21,7 +21,8 @@ from diffusion_rl.policies import attach_policies
 from diffusion_rl.prompt_sampling import PromptSamplingSettings
 from diffusion_rl.reward_contract import Calls
 from diffusion_rl.rewards import Reward
-from diffusion_rl.row_settings import SETTINGS, DdpoSettings, GrpoSettings, RecordedSettings
+from diffusion_rl.row_kinds import RecordedSettings
+from diffusion_rl.row_settings import SETTINGS, DdpoSettings, GrpoSettings
 from diffusion_rl.updates import update_policy
 from tests.diffusion_rl.test_finetune import PROMPTS, redness, settings_for, without_times
 from tests.toy_gaussian import LORA, ToyGenerator

@@ -23,7 +23,8 @@ from diffusion_rl.policies import (
     update_old_policy,
 )
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
-from diffusion_rl.row_settings import AlgorithmSettings, AwmSettings, GrpoSettings, NftSettings
+from diffusion_rl.row_kinds import AlgorithmSettings
+from diffusion_rl.row_settings import AwmSettings, GrpoSettings, NftSettings
 from diffusion_rl.transitions import flow_sde, ode
 from diffusion_rl.updates import NotFiniteError, update_policy
 from tests.diffusion_rl.test_weight_files import run_settings

@@ -27,12 +27,13 @@ from diffusion_rl.prompt_sampling import PromptSamplingSettings
 from diffusion_rl.reward_contract import RewardSettings
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, Trajectory
+from diffusion_rl.row_kinds import AlgorithmSettings
 from diffusion_rl.row_settings import (
-    AlgorithmSettings,
     AwmSettings,
     DdpoSettings,
     GrpoSettings,
     NftSettings,
+    OnlineDpoSettings,
     RaftSettings,
 )
 from diffusion_rl.shares import chunks_of_steps, own_share
@@ -143,6 +144,7 @@ ROWS = {
     ),
     "nft": settings_for(NftSettings(), credit=CreditSettings(name="grounded", balanced=True)),
     "awm": settings_for(AwmSettings(inner_steps=2, noise_levels=2)),
+    "online_dpo": settings_for(OnlineDpoSettings(pairs=2, refresh_every=2, inner_steps=2)),
     "raft": settings_for(RaftSettings(keep=2, inner_steps=2)),
     "stale": settings_for(GrpoSettings(clip_range=0.02), staleness=1),
     "stale and informative": settings_for(

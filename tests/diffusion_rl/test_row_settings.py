@@ -7,18 +7,18 @@ import pytest
 from diffusion_rl.algorithms import ALGORITHMS
 from diffusion_rl.progress import FinetuneSettings
 from diffusion_rl.rollout import RolloutSettings
+from diffusion_rl.row_kinds import OldPolicySettings, RecordedSettings
 from diffusion_rl.row_settings import (
     SETTINGS,
     AwmSettings,
     DdpoSettings,
     DppoSettings,
-    ForwardProcessSettings,
     GrpoGuardSettings,
     GrpoSettings,
     MixGrpoSettings,
     NftSettings,
+    OnlineDpoSettings,
     RaftSettings,
-    RecordedSettings,
 )
 from diffusion_rl.transitions import TRANSITIONS, cps, ddim, flow_sde
 
@@ -29,7 +29,7 @@ def test_every_row_has_options_of_its_kind() -> None:
         settings = SETTINGS[name]()
         assert settings.name == name
         assert isinstance(settings, RecordedSettings) == (row.learning_steps == "recorded")
-        assert isinstance(settings, ForwardProcessSettings) == row.uses_old_policy
+        assert isinstance(settings, OldPolicySettings) == row.uses_old_policy
 
 
 def test_the_defaults_of_nft_are_those_of_its_published_code() -> None:
@@ -81,6 +81,9 @@ def test_a_transition_may_be_chosen_where_the_loss_allows_it() -> None:
         (AwmSettings, {"weighting": "ELBO"}, "weighting must be one of uniform, .*, got ELBO"),
         (AwmSettings, {"clip_range": 1.5}, r"clip_range must be in \(0, 1\], got 1.5"),
         (RaftSettings, {"keep": 0}, "keep must be at least 1, got 0"),
+        (OnlineDpoSettings, {"beta": 0.0}, "beta must be above 0, got 0.0"),
+        (OnlineDpoSettings, {"pairs": 0}, "pairs must be at least 1, got 0"),
+        (OnlineDpoSettings, {"refresh_every": 0}, "refresh_every must be at least 1, got 0"),
         (RaftSettings, {"noise_levels": 0}, "noise_levels must be at least 1, got 0"),
         (AwmSettings, {"noise_levels": 0}, "noise_levels must be at least 1, got 0"),
         (NftSettings, {"anchor_weight": -1.0}, "anchor_weight must be at least 0, got -1.0"),

@@ -7,12 +7,8 @@ from torch import Tensor
 from diffusion_rl.algorithms import ALGORITHMS
 from diffusion_rl.lora import attach_lora
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.row_settings import (
-    SETTINGS,
-    AlgorithmSettings,
-    DppoSettings,
-    GrpoSettings,
-)
+from diffusion_rl.row_kinds import AlgorithmSettings
+from diffusion_rl.row_settings import SETTINGS, DppoSettings, GrpoSettings
 from diffusion_rl.self_check import SelfCheck, self_check
 from diffusion_rl.transitions import TRANSITIONS
 from tests.toy_gaussian import LORA, ToyGenerator

@@ -23,8 +23,8 @@ from diffusion_rl.lora import (
 )
 from diffusion_rl.optimizers import SKIPPED, OptimizerSettings, build_optimizer, take_step
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
+from diffusion_rl.row_kinds import AlgorithmSettings, RecordedSettings
 from diffusion_rl.row_settings import (
-    AlgorithmSettings,
     AwmSettings,
     DanceGrpoSettings,
     DdpoSettings,
@@ -32,8 +32,8 @@ from diffusion_rl.row_settings import (
     GrpoGuardSettings,
     GrpoSettings,
     NftSettings,
+    OnlineDpoSettings,
     RaftSettings,
-    RecordedSettings,
 )
 from diffusion_rl.step_losses import draw_sigmas, replay, surrogate_of
 from diffusion_rl.transitions import ode
@@ -66,7 +66,7 @@ def prepare(
         transition=algorithm.transition_function if recorded else ode,
         stochastic=(0, 2) if recorded else (),
     )
-    return generator, trajectory
+    return generator, dataclasses.replace(trajectory, group=torch.tensor([0, 0, 0, 1, 1, 1]))
 
 
 def run(
@@ -91,19 +91,33 @@ OPTIONS = RolloutSettings(num_inference_steps=4, micro_batch=6)
 
 
 @pytest.mark.parametrize("size", [1, 2, 6])
-@pytest.mark.parametrize("best", [(1, 4), (0,), ()])
+@pytest.mark.parametrize(
+    ("algorithm", "passes", "values"),
+    [
+        (RaftSettings(inner_steps=2, noise_levels=2), 1, {1: 1.5, 4: 1.5}),
+        (RaftSettings(inner_steps=2, noise_levels=2), 1, {0: 1.5}),
+        (RaftSettings(inner_steps=2, noise_levels=2), 1, {}),
+        (OnlineDpoSettings(inner_steps=2, noise_levels=2), 3, {0: 1.0, 2: -1.0}),
+        (OnlineDpoSettings(inner_steps=2, noise_levels=2), 3, {5: 1.0, 4: -1.0}),
+        (OnlineDpoSettings(inner_steps=2, noise_levels=2), 3, {}),
+    ],
+)
 def test_videos_that_teach_nothing_are_not_passed(
-    size: int, best: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    size: int,
+    algorithm: RaftSettings | OnlineDpoSettings,
+    passes: int,
+    values: dict[int, float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The weights are those of passing all of them, at a part of the cost."""
-    algorithm = RaftSettings(inner_steps=2, noise_levels=2)
     options = RolloutSettings(num_inference_steps=4, micro_batch=size)
     advantages = torch.zeros(6)
-    advantages[list(best)] = 1.5
+    for place, value in values.items():
+        advantages[place] = value
     results, passed = [], []
     for idle in (True, False):
-        row = dataclasses.replace(ALGORITHMS["raft"], idle_at_zero=idle)
-        monkeypatch.setitem(ALGORITHMS, "raft", row)
+        row = dataclasses.replace(ALGORITHMS[algorithm.name], idle_at_zero=idle)
+        monkeypatch.setitem(ALGORITHMS, algorithm.name, row)
         generator, trajectory = prepare(algorithm, options, std=0.1)
         count = []
         predict = generator.predict
@@ -116,8 +130,8 @@ def test_videos_that_teach_nothing_are_not_passed(
         statistics = run(generator, trajectory, algorithm, options, advantages)
         results.append((statistics, lora_state(generator.transformer)))
         passed.append(sum(count))
-    steps = algorithm.inner_steps * algorithm.noise_levels
-    assert passed == [max(1, len(best)) * steps, 6 * steps]
+    steps = algorithm.inner_steps * algorithm.noise_levels * passes
+    assert passed == [max(1, len(values)) * steps, 6 * steps]
     (one, found), (other, expected) = results
     assert one.loss == pytest.approx(other.loss)
     assert one.grad_norm == pytest.approx(other.grad_norm)

@@ -26,7 +26,7 @@ from diffusion_rl.updates import UpdateStatistics, update_policy
 from tests.diffusion_rl.test_updates import CALM, prepare
 from tests.toy_gaussian import ToyGenerator
 
-PAIRED = torch.tensor([1.0, -1.0, 0.0, -1.0, 1.0, 0.0])
+PAIRED = torch.tensor([1.0, -1.0, 0.0, 0.0, 1.0, -1.0])
 
 
 def published(
@@ -47,7 +47,7 @@ def test_preference_is_the_closed_form(seed: int) -> None:
     errors, old_errors = torch.rand(2, 6, generator=source, dtype=torch.float64)
     group = torch.tensor([7, 7, 7, 2, 2, 2])
     value = preference_loss(old_errors - errors, PAIRED, group, beta=20.0)
-    assert value.item() == pytest.approx(published(errors, old_errors, [0, 4], [1, 3], 20.0))
+    assert value.item() == pytest.approx(published(errors, old_errors, [0, 4], [1, 5], 20.0))
 
 
 def test_all_pairs_of_a_group_count_and_groups_count_alike() -> None:
@@ -205,7 +205,7 @@ def test_the_gradient_is_that_of_all_videos_in_one_pass(size: int, weighted: boo
     statistics, found = run(generator, trajectory, algorithm, options, Credit(PAIRED, weights))
     generator, trajectory, _ = moved(algorithm, 6)
     source, total = torch.Generator().manual_seed(0), torch.zeros(())
-    pairs = torch.tensor([0, 1, 3, 4])
+    pairs = torch.tensor([0, 1, 4, 5])
     learnt = trajectory.only(PAIRED != 0)
     for _ in range(2):
         noised = noise_videos(generator, learnt, source, of_groups=True)
@@ -225,7 +225,7 @@ def test_the_gradient_is_that_of_all_videos_in_one_pass(size: int, weighted: boo
             for velocity in (generator.predict(*inputs), old)
         ]
         gained = errors[1] - errors[0]
-        margins = torch.stack([gained[0] - gained[1], gained[3] - gained[2]])
+        margins = torch.stack([gained[0] - gained[1], gained[2] - gained[3]])
         total = total - logsigmoid(150.0 * margins).mean() / 2
     total.backward()
     assert statistics.loss == pytest.approx(total.item(), rel=1e-5)

@@ -21,8 +21,9 @@ from diffusion_rl.finetune import FinetuneSettings, begin, finetune
 from diffusion_rl.lora import attach_lora
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.rewards import Reward, RewardFunction
-from diffusion_rl.rollout import RolloutSettings, sample_videos
+from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import GrpoSettings
+from diffusion_rl.sampling import sample_videos
 from tests.toy_gaussian import LORA, ToyGenerator
 
 DARK = 0.29

@@ -35,7 +35,8 @@ from diffusion_rl.evaluation import (
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.page import markdown_table, plain_numbers
 from diffusion_rl.policies import reference_policy
-from diffusion_rl.rollout import RolloutSettings, rollout
+from diffusion_rl.rollout import RolloutSettings
+from diffusion_rl.sampling import draw_videos
 from diffusion_rl.whole_files import write_whole
 
 SIDES: tuple[str, str] = ("base", "tuned")
@@ -51,14 +52,18 @@ Sampler = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 
 def build_samplers(
-    generator: AbstractVideoGenerator, prompts: Sequence[str], settings: RolloutSettings
+    generator: AbstractVideoGenerator,
+    prompts: Sequence[str],
+    settings: RolloutSettings,
+    noise_level: float = 0.0,
 ) -> dict[str, Sampler]:
     """(prompts, seeds) -> videos for the generator without and with its LoRA.
 
     Args:
         generator: with a LoRA from `load_lora`.
         prompts: all that will be asked for; each is encoded once, here.
-        settings: steps, guidance and micro batch; nothing is stochastic.
+        settings: steps, guidance and micro batch.
+        noise_level: as in `draw_videos`.
     """
     distinct = list(dict.fromkeys(prompts))
     place = {text: index for index, text in enumerate(distinct)}
@@ -68,7 +73,7 @@ def build_samplers(
         def sample(texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             index = torch.tensor([place[text] for text in texts])
             with policy():
-                return rollout(generator, embeddings, index, seeds, settings).videos
+                return draw_videos(generator, embeddings, index, seeds, settings, noise_level)
 
         return sample
 

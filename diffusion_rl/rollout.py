@@ -347,30 +347,3 @@ def _find_trunks(
 def _stack(recorded: list[Tensor], like: Tensor) -> Tensor:
     """[S ...] of recorded tensors; with none of them empty, in the shape of `like`."""
     return torch.stack(recorded) if recorded else like.new_zeros((0, *like.shape))
-
-
-def sample_videos(
-    generator: AbstractVideoGenerator,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    num_inference_steps: int = 10,
-    guidance_scale: float = 1.0,
-    micro_batch: int = 16,
-) -> Tensor:
-    """Videos [B F C H W] for prompts and seeds of equal number, deterministic steps only.
-
-    Needs the text encoder; each distinct prompt is encoded once.
-    """
-    if len(prompts) != len(seeds):
-        raise ValueError(
-            f"seeds must be one for each of the {len(prompts)} prompts, got {len(seeds)}"
-        )
-    distinct = list(dict.fromkeys(prompts))
-    settings = RolloutSettings(
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        micro_batch=micro_batch,
-    )
-    index = torch.tensor([distinct.index(prompt) for prompt in prompts])
-    return rollout(generator, generator.encode_prompts(distinct), index, seeds, settings).videos

@@ -24,8 +24,9 @@ from diffusion_rl.lora import (
     trained_parameters,
 )
 from diffusion_rl.rewards import Reward
-from diffusion_rl.rollout import RolloutSettings, sample_videos
+from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import SETTINGS
+from diffusion_rl.sampling import sample_videos
 
 PROMPTS = ["a red circle moves left", "the blue square"]
 SEEDS = [3, 4]

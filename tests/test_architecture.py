@@ -87,7 +87,7 @@ LAYERS = {
         "generators/weight_savings",
         "generators/pipeline",
         *("generators/wan", "generators/", "lora", "full_policies", "sharded_policies", "policies"),
-        *("lora_files", "weight_files", "out_of_memory", "rollout", "memory"),
+        *("lora_files", "weight_files", "out_of_memory", "rollout", "sampling", "memory"),
         *("outcomes", "optimizers", "zero", "step_losses", "updates"),
         *(
             "self_check",

@@ -17,7 +17,7 @@ from diffusion_rl.lora import LoraSettings, attach_lora
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.policies import attach_policies, reference_policy
 from diffusion_rl.rewards import Reward
-from diffusion_rl.rollout import RolloutSettings, sample_videos
+from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_kinds import AlgorithmSettings
 from diffusion_rl.row_settings import (
     AwmSettings,
@@ -31,6 +31,7 @@ from diffusion_rl.row_settings import (
     OnlineDpoSettings,
     RaftSettings,
 )
+from diffusion_rl.sampling import sample_videos
 from tests.toy_gaussian import LORA, ToyGenerator
 
 TARGET = 0.6

@@ -29,6 +29,18 @@ def shared_options() -> argparse.ArgumentParser:
     return shared
 
 
+def add_noise_level(command: argparse.ArgumentParser) -> None:
+    """Let a command that draws videos draw them with noise."""
+    command.add_argument(
+        "--noise-level",
+        type=float,
+        default=0.0,
+        metavar="LEVEL",
+        help="draw with noise in every step but the last (coefficients-preserving steps); in "
+        "[0, 1], 0 is the plain sampler",
+    )
+
+
 def with_local_path(settings: RunSettings, local_path: str | None) -> RunSettings:
     """Settings whose generator is read from a folder, if one is given."""
     if local_path is None:

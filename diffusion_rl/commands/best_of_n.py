@@ -18,14 +18,14 @@ from diffusion_rl.best_of_n import (
     read_scores,
     write_summary,
 )
-from diffusion_rl.commands.base import Subparsers, with_local_path
+from diffusion_rl.commands.base import Subparsers, add_noise_level, with_local_path
 from diffusion_rl.configuration import RunSettings, load_config, to_tree
 from diffusion_rl.evaluation_parts import fingerprint
 from diffusion_rl.launch import build_generator
 from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import build_reward
-from diffusion_rl.rollout import sample_videos
 from diffusion_rl.run_folder import differences, may_change
+from diffusion_rl.sampling import sample_videos
 from diffusion_rl.whole_files import write_whole
 
 ASKED_FILE = "asked.json"
@@ -43,6 +43,7 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
     best.add_argument("--prompts", required=True, help="a text file, one prompt a line")
     best.add_argument("--lora", help="folder of a LoRA; without it the base generator")
     best.add_argument("--transformer", help="folder of a full fine-tuning, instead of a LoRA")
+    add_noise_level(best)
     best.add_argument("--output", default="best_of_n", help="folder of videos and scores")
     best.add_argument("--seed", type=int, default=0, help="of the first video")
     best.add_argument("--format", choices=["mp4", "webp"], default="mp4")
@@ -77,7 +78,8 @@ def asked_of(options: argparse.Namespace, settings: RunSettings) -> dict[str, An
     """What the scores depend on besides prompts and seeds."""
     tree, weights = to_tree(settings), options.lora or options.transformer
     asked = {name: tree[name] for name in ("generator", "rollout", "rewards")}
-    return {**asked, "weights": fingerprint(weights) if weights else None}
+    noise = {"noise_level": options.noise_level} if options.noise_level else {}
+    return {**asked, **noise, "weights": fingerprint(weights) if weights else None}
 
 
 def best_of_n_command(options: argparse.Namespace) -> int:
@@ -98,6 +100,7 @@ def best_of_n_command(options: argparse.Namespace) -> int:
             num_inference_steps=rollout.num_inference_steps,
             guidance_scale=rollout.guidance_scale,
             micro_batch=rollout.micro_batch,
+            noise_level=options.noise_level,
         )
 
     wanted = BestOfNSettings(

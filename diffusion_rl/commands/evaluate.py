@@ -26,6 +26,7 @@ from diffusion_rl.card import update_card
 from diffusion_rl.commands.base import (
     INTERRUPTED,
     Subparsers,
+    add_noise_level,
     measures_named,
     with_local_path,
 )
@@ -80,6 +81,7 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
         help="a further generator on the same prompts and noise: a LoRA's folder, a full "
         "fine-tuning's, or a whole pipeline's",
     )
+    add_noise_level(evaluation)
     evaluation.add_argument("--output", default="evaluation", help="folder of the report")
     evaluation.add_argument(
         "--batch-size", type=int, default=32, help="videos measured and kept on disk at once"
@@ -248,7 +250,8 @@ def draw_sides(
     generator = build_generator(
         settings.generator, lora=options.lora, transformer=options.transformer
     )
-    yield from build_samplers(generator, prompts, settings.rollout).items()
+    own_way = (prompts, settings.rollout, options.noise_level)
+    yield from build_samplers(generator, *own_way).items()
     del generator
     for name, given in others.items():
         own, path = settings.generator, given.get("path")
@@ -256,7 +259,7 @@ def draw_sides(
             own = dataclasses.replace(own, path=path, local_path=None)
         weights = {key: value for key, value in given.items() if key != "path"}
         side = "tuned" if weights else "base"
-        yield name, build_samplers(build_generator(own, **weights), prompts, settings.rollout)[side]
+        yield name, build_samplers(build_generator(own, **weights), *own_way)[side]
 
 
 def measure_side(
@@ -286,7 +289,8 @@ def identity_of(
     generator = dataclasses.asdict(settings.generator)
     folders = {"tuned": options.lora or options.transformer}
     folders |= {name: next(iter(given.values())) for name, given in others.items()}
-    return {
+    noise = {"noise_level": options.noise_level} if options.noise_level else {}
+    return noise | {
         "generator": {key: value for key, value in generator.items() if key != "device"},
         "rollout": dataclasses.asdict(settings.rollout),
         "prompts": read_prompts(options.prompts, settings.prompt_column),

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffusion_rl.commands.base import Subparsers, with_local_path
+from diffusion_rl.commands.base import Subparsers, add_noise_level, with_local_path
 from diffusion_rl.configuration import load_config
 from diffusion_rl.launch import build_generator
 from diffusion_rl.prompts import read_prompts
-from diffusion_rl.rollout import sample_videos
+from diffusion_rl.sampling import sample_videos
 from diffusion_rl.tracking import write_video
 
 
@@ -25,6 +25,7 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
     )
     sampling.add_argument("--lora", help="folder of a LoRA; without it the base generator")
     sampling.add_argument("--transformer", help="folder of a full fine-tuning, instead of a LoRA")
+    add_noise_level(sampling)
     sampling.add_argument("--output", default="samples", help="folder of the videos")
     sampling.add_argument("--seed", type=int, default=0, help="of the first video")
     sampling.add_argument("--format", choices=["mp4", "webp"], default="mp4")
@@ -46,6 +47,7 @@ def sample_command(options: argparse.Namespace) -> int:
             [options.seed + index],
             num_inference_steps=settings.rollout.num_inference_steps,
             guidance_scale=settings.rollout.guidance_scale,
+            noise_level=options.noise_level,
         )[0]
         path = Path(options.output) / f"{index:04d}.{options.format}"
         write_video(path, video, generator.fps, scale=options.scale)

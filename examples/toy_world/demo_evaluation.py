@@ -40,7 +40,8 @@ from diffusion_rl.launch import Run
 from diffusion_rl.policies import reference_policy, saved_policy
 from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import RewardFunction, build_reward
-from diffusion_rl.rollout import RolloutSettings, sample_videos
+from diffusion_rl.rollout import RolloutSettings
+from diffusion_rl.sampling import sample_videos
 from examples.toy_world import oracle
 from examples.toy_world.training_state import EVALUATION_SEED
 from examples.toy_world.world import FAULTS

@@ -20,7 +20,8 @@ from diffusion_rl.before_after import (
 from diffusion_rl.clips import data_uri, draw_clip, judged_clip
 from diffusion_rl.evaluation import AuditRow, Measured
 from diffusion_rl.lora import attach_lora, trained_parameters
-from diffusion_rl.rollout import RolloutSettings, sample_videos
+from diffusion_rl.rollout import RolloutSettings
+from diffusion_rl.sampling import sample_videos
 from tests.toy_gaussian import LORA, ToyGenerator
 
 SETTINGS = RolloutSettings(num_inference_steps=4, micro_batch=2)

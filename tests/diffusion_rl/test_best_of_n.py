@@ -184,6 +184,8 @@ def test_the_command_draws_judges_and_writes(
     assert str(output) in capsys.readouterr().out
     words += ["--prompts", str(tmp_path / "prompts.txt")]
     assert main(words) == 0
+    assert main([*words, "--noise-level", "0.5"]) == 1
+    assert "noise_level" in capsys.readouterr().err
     assert main([*words, "rewards.0.weight=-1"]) == 1
     assert (
         "made with rewards[0].weight=1.0, now -1.0; choose another output"

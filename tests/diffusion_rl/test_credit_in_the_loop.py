@@ -30,9 +30,10 @@ from diffusion_rl.guards import GuardReport, GuardSettings
 from diffusion_rl.lora import LoraSettings, attach_lora, lora_state, trained_parameters
 from diffusion_rl.optimizers import OptimizerSettings, build_optimizer
 from diffusion_rl.rewards import Judgement, Reward, add_up_rewards
-from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout, sample_videos
+from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
 from diffusion_rl.row_kinds import AlgorithmSettings, RecordedSettings
 from diffusion_rl.row_settings import SETTINGS, GrpoSettings
+from diffusion_rl.sampling import sample_videos
 from diffusion_rl.self_check import self_check
 from diffusion_rl.step_losses import replay, surrogate_of
 from diffusion_rl.transitions import TRANSITIONS, ode

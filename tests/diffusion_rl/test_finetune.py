@@ -29,9 +29,10 @@ from diffusion_rl.lora_files import load_lora, save_lora
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.policies import saved_policy
 from diffusion_rl.rewards import Reward
-from diffusion_rl.rollout import RolloutSettings, Trajectory, sample_videos
+from diffusion_rl.rollout import RolloutSettings, Trajectory
 from diffusion_rl.row_kinds import AlgorithmSettings
 from diffusion_rl.row_settings import SETTINGS, DdpoSettings, GrpoSettings, NftSettings
+from diffusion_rl.sampling import sample_videos
 from diffusion_rl.updates import UpdateStatistics, update_policy
 from tests.toy_gaussian import LORA, ToyGenerator
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, WanPipeline
 
 from diffusion_rl.generators.wan import WanGenerator
-from diffusion_rl.rollout import sample_videos
+from diffusion_rl.sampling import sample_videos
 from tests.family_checks import adapted, run_settings
 from tests.tiny_wan import SIZE, build_tiny_wan, save_tiny_wan
 

@@ -18,8 +18,9 @@ from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.policies import attach_policies, saved_policy
 from diffusion_rl.prompt_sampling import PromptSamplingSettings
 from diffusion_rl.rewards import Reward, RewardSettings
-from diffusion_rl.rollout import RolloutSettings, sample_videos
+from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_settings import GrpoSettings, NftSettings
+from diffusion_rl.sampling import sample_videos
 from diffusion_rl.trends import REWARD, TrendSettings
 from tests.diffusion_rl.test_finetune import PROMPTS, RED, redness, settings_for
 from tests.toy_gaussian import LORA, ToyGenerator

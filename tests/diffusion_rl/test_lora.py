@@ -23,7 +23,7 @@ from diffusion_rl.lora import (
 )
 from diffusion_rl.lora_files import load_lora, lora_bytes, save_lora
 from diffusion_rl.policies import update_old_policy
-from diffusion_rl.rollout import sample_videos
+from diffusion_rl.sampling import sample_videos
 from tests.tiny_wan import SIZE, build_tiny_wan, save_tiny_wan
 from tests.toy_gaussian import LORA, ToyGenerator
 

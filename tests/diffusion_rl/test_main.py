@@ -13,7 +13,7 @@ import pytest
 from diffusion_rl.__main__ import INTERRUPTED, main
 from diffusion_rl.checkpoint import latest_checkpoint
 from diffusion_rl.launch import CHECKPOINTS, LORA
-from diffusion_rl.rollout import rollout
+from diffusion_rl.sampling import draw_videos
 from diffusion_rl.tracking import read_metrics
 from tests.tiny_wan import save_tiny_wan
 
@@ -154,6 +154,9 @@ def test_sample_writes_a_video_for_each_prompt(place: Path) -> None:
     words = ["sample", "tiny.yaml", "--prompts", "prompts.txt", "--output"]
     assert main([*words, "base"]) == 0
     assert main([*words, "tuned", "--lora", "run/lora", "--format", "webp", "--scale", "2"]) == 0
+    assert main([*words, "noisy", "--noise-level", "0.7"]) == 0
+    noisy, plain = ((place / side / "0000.mp4").read_bytes() for side in ("noisy", "base"))
+    assert noisy != plain
     assert sorted(path.name for path in (place / "base").iterdir()) == ["0000.mp4", "0001.mp4"]
     assert sorted(path.name for path in (place / "tuned").iterdir()) == ["0000.webp", "0001.webp"]
 
@@ -253,9 +256,9 @@ def test_an_interrupted_evaluation_goes_on(
         calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return rollout(*arguments, **options)
+        return draw_videos(*arguments, **options)
 
-    monkeypatch.setattr("diffusion_rl.before_after.rollout", stop_at_the_third)
+    monkeypatch.setattr("diffusion_rl.before_after.draw_videos", stop_at_the_third)
     assert main(words) == INTERRUPTED
     assert "stopped; what is measured is kept, and the same command goes on" in (
         capsys.readouterr().out
@@ -270,6 +273,10 @@ def test_an_interrupted_evaluation_goes_on(
     for summary in (found, whole):
         summary.pop("seconds")
     assert found == whole
+    calls[:] = [(), ()]
+    assert main(words) == INTERRUPTED
+    assert main([*words, "--noise-level", "0.7"]) == 0
+    assert len(calls) == 3 + 4  # What was measured of plain videos is of no use.
 
 
 @pytest.mark.parametrize(

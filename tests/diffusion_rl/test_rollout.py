@@ -10,14 +10,7 @@ from torch import Tensor
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.lora import LoraSettings, attach_lora, trained_parameters
-from diffusion_rl.rollout import (
-    RolloutSettings,
-    Trajectory,
-    chunks,
-    highest_sigma,
-    rollout,
-    sample_videos,
-)
+from diffusion_rl.rollout import RolloutSettings, Trajectory, chunks, highest_sigma, rollout
 from diffusion_rl.step_losses import replay
 from diffusion_rl.transitions import flow_sde
 from tests.tiny_wan import SIZE, build_tiny_wan
@@ -220,15 +213,6 @@ def test_keeping_some_videos_keeps_them_whole() -> None:
     assert torch.equal(kept.final_latent, trajectory.final_latent[rows])
     assert torch.equal(kept.videos, trajectory.videos[rows])
     assert torch.equal(kept.embeddings.conditional, trajectory.embeddings.conditional[rows])
-
-
-def test_sampling_needs_a_seed_for_each_prompt() -> None:
-    generator = ToyGenerator()
-    videos = sample_videos(generator, ["plain", "bright", "plain"], [1, 1, 2])
-    assert videos.shape == (3, 4, 3, 4, 4)
-    assert videos[1].mean() > videos[0].mean() + 0.05
-    with pytest.raises(ValueError, match="seeds must be one for each of the 2 prompts, got 1"):
-        sample_videos(generator, ["plain", "bright"], [1])
 
 
 def test_chunks_cover_everything_once() -> None:

@@ -18,9 +18,9 @@ from diffusion_rl.configuration import RunSettings, build
 from diffusion_rl.launch import CHECKPOINTS, prepare, show_samples, train
 from diffusion_rl.policies import policies_of, reference_policy, trained_parameters
 from diffusion_rl.rewards import Judgement
-from diffusion_rl.rollout import sample_videos
 from diffusion_rl.run_folder import check_same_run
 from diffusion_rl.samples import INDEX, draw_sample, step_folder
+from diffusion_rl.sampling import sample_videos
 from tests.tiny_wan import save_tiny_wan
 
 SAMPLES: dict[str, Any] = {

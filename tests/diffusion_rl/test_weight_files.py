@@ -29,7 +29,7 @@ from diffusion_rl.policies import (
     update_average,
 )
 from diffusion_rl.rewards import Reward
-from diffusion_rl.rollout import sample_videos
+from diffusion_rl.sampling import sample_videos
 from diffusion_rl.weight_files import (
     TUNED,
     WEIGHTS_FILE,

@@ -107,7 +107,7 @@ def trace_of(trajectory: Trajectory, implied: Tensor) -> Mapping[int, Trace]:
         (one * other).flatten(1).sum(1).tolist()
         for one, other in ((drawn, drawn), (implied, implied), (drawn, implied))
     )
-    return dict(zip(trajectory.steps, map(Trace, *sums), strict=True))
+    return dict(zip(trajectory.steps[:, 0].tolist(), map(Trace, *sums), strict=True))
 
 
 def with_implied(run: Run, update: JudgedUpdate) -> JudgedUpdate:
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for step in range(1, options.updates + 1):
             update = judge_update(run, step)
             found.setdefault(row, []).append(gradient_of(run, update, own_credit(run, update)))
-            if not options.implied or not update.batch.trajectory.steps:
+            if not options.implied or not len(update.batch.trajectory.steps):
                 continue
             implied = with_implied(run, update)
             trace = trace_of(update.batch.trajectory, implied.batch.trajectory.next_latents)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusion_rl.advantages import group_advantages, history_advantages, separate_advantages
     from diffusion_rl.algorithms import ALGORITHMS, Algorithm
+    from diffusion_rl.gaussian_steps import Transition
     from diffusion_rl.guards import GuardSettings
     from diffusion_rl.losses import (
         Surrogate,
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
     )
     from diffusion_rl.transitions import (
         TRANSITIONS,
-        Transition,
         cps,
         dance_sde,
         ddim,
         flow_sde,
+        flow_sde_cut,
         flow_sde_wan,
         ode,
     )
@@ -53,6 +54,7 @@ __all__ = [
     "ddim",
     "divergence_masked_surrogate",
     "flow_sde",
+    "flow_sde_cut",
     "flow_sde_wan",
     "gaussian_kl",
     "group_advantages",
@@ -76,6 +78,7 @@ _HOMES = {
         "ALGORITHMS",
         "Algorithm",
     ),
+    "gaussian_steps": ("Transition",),
     "guards": ("GuardSettings",),
     "losses": (
         "Surrogate",
@@ -99,11 +102,11 @@ _HOMES = {
     ),
     "transitions": (
         "TRANSITIONS",
-        "Transition",
         "cps",
         "dance_sde",
         "ddim",
         "flow_sde",
+        "flow_sde_cut",
         "flow_sde_wan",
         "ode",
     ),

@@ -48,6 +48,9 @@ class Algorithm:
     of_groups: bool = False
     """Whether the loss is one of all videos of an update at once, as `group_losses` has it; then
     those of a group learn at the same noise."""
+    needs_directions: bool = False
+    """Whether the loss of noised videos takes `directions` [B ...], what the better videos of a
+    group have in common (`group_losses.group_directions`)."""
     idle_at_zero: bool = False
     """Whether a video of advantage 0 has no part in the loss, and need not be passed."""
     needs_density: bool = False

@@ -84,10 +84,10 @@ def collect(
     prompt_index = chosen[group]
     row = algorithm(settings.algorithm.name)
     slow = row.old_policy == "draws" and step > 0
-    transition, steps, inner_steps = row.transition, list[int](), 1
+    transition, steps, inner_steps = row.transition, torch.zeros(0, dtype=torch.long), 1
     if isinstance(settings.algorithm, RecordedSettings):
         transition = settings.algorithm.transition_function
-        steps = choose_steps(settings, step, source, eligible_steps(generator, options))
+        steps = steps_of_videos(settings, step, source, group, eligible_steps(generator, options))
         inner_steps = settings.algorithm.inner_steps
     with old_policy(generator.transformer) if slow else nullcontext():
         trajectory = rollout(
@@ -101,10 +101,26 @@ def collect(
             share=own_share(len(group), options.micro_batch, inner_steps),
         )
     trajectory = replace(trajectory, group=group)
-    if trajectory.steps and options.outcome == "implied":
+    if len(trajectory.steps) and options.outcome == "implied":
         implied = implied_outcomes(trajectory, options)
         trajectory = with_outcomes(generator, trajectory, implied, options)
     return Batch(trajectory, group, prompt_index, tuple(seeds.tolist()))
+
+
+def steps_of_videos(
+    settings: FinetuneSettings,
+    step: int,
+    source: torch.Generator,
+    group: Tensor,
+    eligible: Sequence[int],
+) -> Tensor:
+    """Places [S N] long of the stochastic steps of each of update `step`'s videos, in groups [N];
+    [S] where they are those of all."""
+    if settings.rollout.steps_of == "update":
+        return torch.tensor(choose_steps(settings, step, source, eligible))
+    count = settings.rollout.prompts_per_update
+    chosen = [choose_steps(settings, step, source, eligible) for _ in range(count)]
+    return torch.tensor(chosen).T[:, group]
 
 
 def choose_steps(

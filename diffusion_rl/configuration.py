@@ -38,7 +38,14 @@ from diffusion_rl.whole_files import write_whole
 CONFIG_FILE = "config.yaml"
 """The resolved settings in a run's folder."""
 # Only recorded steps explore; elsewhere these would be read and do nothing.
-ONLY_RECORDED = ("stochastic_steps", "eligible_steps", "noise_level", "outcome", "shared_noise")
+ONLY_RECORDED = (
+    "stochastic_steps",
+    "eligible_steps",
+    "noise_level",
+    "outcome",
+    "shared_noise",
+    "steps_of",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,11 +31,11 @@ from diffusion_rl.step_losses import LossTerms, NoisedVideos, OptimizerStep, Ste
 from diffusion_rl.transitions import TRANSITIONS
 from diffusion_rl.updates import accumulate
 
-VERSION = 1
+VERSION = 2
 DESCRIPTION, INPUTS, WEIGHTS = "inputs.json", "inputs.safetensors", "weights.safetensors"
 RECORDED = (
     *("latents", "next_latents", "means", "log_probs", "log_prob_maps"),
-    *("sigmas", "final_latent", "prompt_index", "rows"),
+    *("steps", "sigmas", "final_latent", "prompt_index", "rows"),
 )
 """Tensors of a trajectory that a step reads; its videos are not among them."""
 TEXT, EMPTY_TEXT = "conditional_extras", "unconditional_extras"
@@ -89,7 +89,6 @@ def save_fault(
         "transition": next(
             name for name, one in TRANSITIONS.items() if one is inputs.trajectory.transition
         ),
-        "steps": list(inputs.trajectory.steps),
         "seeds": list(inputs.trajectory.seeds),
         "clip": inputs.credit.clip,
         "total": inputs.trajectory.total,
@@ -124,7 +123,7 @@ def load_fault(folder: str | Path, device: torch.device | str = "cpu") -> StepIn
     count = len(found["final_latent"])
     trajectory = Trajectory(
         **{name: found[name] for name in RECORDED},
-        steps=tuple(described["steps"]),
+        group=found["group"].cpu() if "group" in found else None,
         videos=torch.zeros(count, 0, 3, 1, 1),
         embeddings=PromptEmbeddings(
             found["conditional"],
@@ -197,6 +196,8 @@ def _tensors_of(inputs: StepInputs) -> dict[str, Tensor]:
     found["advantages"] = credit.advantages
     if credit.weights is not None:
         found["weights"] = credit.weights
+    if trajectory.group is not None:
+        found["group"] = trajectory.group
     for level, noised in enumerate(step.noised):
         found |= {
             f"noised_latent/{level:04d}": noised.latent,

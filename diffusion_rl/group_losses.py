@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from diffusion_rl.losses import matching_errors
+from diffusion_rl.processes import sum_over_teams
 from diffusion_rl.shapes import check_shape
 
 
@@ -102,6 +103,30 @@ def preference_loss(gains: Tensor, advantages: Tensor, group: Tensor, *, beta: f
             margins = preferred[:, None] - others
             losses.append(softplus(-beta / 2 * margins).mean())
     return torch.stack(losses).mean() if losses else gains.sum() * 0.0
+
+
+def group_directions(data: Tensor, advantages: Tensor, rows: Tensor, group: Tensor) -> Tensor:
+    """Say where the better videos of a group lie from its worse ones.
+
+    direction = mean over the videos of the group of  advantage * data
+
+    That is the covariance of advantages and videos, where the advantages of a group average 0.
+
+    Args:
+        data: [B ...] latents of this process.
+        advantages: [B].
+        rows: [B] long, their places among all.
+        group: [N] long, of all videos of the update.
+
+    Returns:
+        [B ...] the direction of each video's group, those of other processes included.
+    """
+    _, slots, counts = group.unique(return_inverse=True, return_counts=True)
+    slots = slots[rows].to(data.device)
+    shape = (-1, *[1] * (data.ndim - 1))
+    found = data.new_zeros((len(counts), *data.shape[1:]))
+    found.index_add_(0, slots, advantages.to(data).view(shape) * data)
+    return (sum_over_teams(found) / counts.to(data).view(shape))[slots]
 
 
 def with_slopes(

@@ -109,21 +109,20 @@ def has_left_range(
     return (ratio < (1 - low) ** widths) | (ratio > (1 + high) ** widths)
 
 
-def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
+def gaussian_kl(
+    mean: Tensor, reference_mean: Tensor, std: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """Measure how far one step's Gaussian has moved from the reference policy's.
 
-    kl = mean over B and elements of  (mean - reference_mean)^2 / (2 std^2)
+    kl = mean over B and elements of  weights * (mean - reference_mean)^2 / (2 std^2)
 
-    The exact divergence of two Gaussians of equal spread, per element of the latent (as the
-    log-probabilities of `transitions` are).
+    Without weights the exact divergence of two Gaussians, per element of the latent.
 
     Args:
         mean: [B ...] of the policy being trained; carries the gradient.
         reference_mean: [B ...] of the frozen reference; no gradient.
         std: Broadcastable to [B ...], above 0; the same for both.
-
-    Returns:
-        Scalar, at least 0.
+        weights: Broadcastable to [B ...]; None is 1.
 
     Raises:
         ValueError: The means differ in shape, or a spread is not above 0.
@@ -134,7 +133,8 @@ def gaussian_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
             f"std must be above 0, got {std.min().item()}; a deterministic step has no divergence, "
             "use velocity_kl"
         )
-    return ((mean - reference_mean.detach()) ** 2 / (2 * std.detach() ** 2)).mean()
+    kl = (mean - reference_mean.detach()) ** 2 / (2 * std.detach() ** 2)
+    return (kl if weights is None else weights * kl).mean()
 
 
 def velocity_kl(prediction: Tensor, reference_prediction: Tensor) -> Tensor:

@@ -36,8 +36,10 @@ def implied_outcomes(trajectory: Trajectory, settings: RolloutSettings) -> Tenso
         advantage weighted matching, arXiv:2509.25050, abstract.
     """
     implied = torch.empty_like(trajectory.next_latents)
-    for index, place in enumerate(trajectory.steps):
-        velocity = (trajectory.latents[index] - trajectory.final_latent) / trajectory.sigmas[place]
+    for index in range(len(trajectory.steps)):
+        sigma, _ = trajectory.levels(index, slice(None))
+        far = trajectory.latents[index] - trajectory.final_latent
+        velocity = far / sigma.view(-1, *[1] * (far.ndim - 1))
         implied[index] = retake(trajectory, index, slice(None), velocity, settings).mean
     return implied
 
@@ -56,9 +58,10 @@ def with_outcomes(
     trajectory = replace(trajectory, next_latents=outcomes)
     parts = chunks(len(trajectory.final_latent), settings.learning_micro_batch)
     steps = []
-    for index, place in enumerate(trajectory.steps):
+    for index in range(len(trajectory.steps)):
+        sigma, _ = trajectory.levels(index, slice(None))
         prediction = predict_in_chunks(
-            *(generator, trajectory.latents[index], trajectory.sigmas[place]),
+            *(generator, trajectory.latents[index], sigma),
             *(trajectory.embeddings, settings.learning_guidance, parts),
         )
         steps.append(retake(trajectory, index, slice(None), prediction, settings))

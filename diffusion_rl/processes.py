@@ -167,6 +167,14 @@ def gather_rows(own: Tensor, rows: Tensor, total: int) -> Tensor:
     return whole
 
 
+def sum_over_teams(own: Tensor) -> Tensor:
+    """The sum of what each team has, in a tensor of its own."""
+    whole = own.clone() if leads() else torch.zeros_like(own)
+    if count() > 1:
+        distributed.all_reduce(whole)
+    return whole
+
+
 def add_up(values: Sequence[float]) -> list[float]:
     """Sums over the teams, in float64."""
     return _reduced(values if leads() else [0.0] * len(values), distributed.ReduceOp.SUM)

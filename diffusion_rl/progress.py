@@ -14,7 +14,7 @@ from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.prompt_sampling import PromptSamplingSettings, Statistics
 from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_kinds import AlgorithmSettings, RecordedSettings
-from diffusion_rl.row_settings import GrpoSettings, RaftSettings
+from diffusion_rl.row_settings import GrpoSettings, MixGrpoSettings, RaftSettings
 from diffusion_rl.transitions import DETERMINISTIC_AT_THE_END, TRANSITIONS
 from diffusion_rl.trends import Series, TrendSettings
 
@@ -85,6 +85,11 @@ class FinetuneSettings:
             raise ValueError(
                 f"rollout.stochastic_steps must be at most the {self.rollout.num_eligible} "
                 f"eligible steps, got {self.rollout.stochastic_steps}"
+            )
+        if self.rollout.steps_of == "group" and isinstance(row, MixGrpoSettings):
+            raise ValueError(
+                "rollout.steps_of must be update with algorithm 'mix_grpo', got group; its window "
+                "is that of all videos"
             )
         if self.rollout.learning_guidance != self.rollout.guidance_scale:
             raise ValueError(

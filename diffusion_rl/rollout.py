@@ -15,14 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_rl.gaussian_steps import Transition
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.memory_errors import explain_out_of_memory
 from diffusion_rl.out_of_memory import drawing_savings
+from diffusion_rl.recording import Recording, highest_sigma, steps_of_each
 from diffusion_rl.sharding import in_step
 from diffusion_rl.shares import Share, chunks, whole
-from diffusion_rl.transitions import Transition, TransitionFunction, flow_sde, ode
+from diffusion_rl.transitions import TransitionFunction, flow_sde
 
 OUTCOMES = ("drawn", "implied")
+STEPS_OF = ("update", "group")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,10 @@ class RolloutSettings:
     num_inference_steps: int = 10
     """Denoising steps of a video, at least 1."""
     stochastic_steps: int = 3
-    """Steps that explore and learn, drawn at random among `eligible_steps` for each update."""
+    """Steps of a video that explore and learn, drawn at random among `eligible_steps`."""
+    steps_of: str = "update"
+    """Whether an `update` draws them once for all its videos, or each `group` its own, so that an
+    update learns at more noise levels."""
     eligible_steps: int | None = None
     """The first so many steps may be stochastic; None means all but the last, which would leave
     its noise in the video."""
@@ -75,8 +81,11 @@ class RolloutSettings:
                 raise ValueError(
                     f"{name} must be at least 1 and finite, got {guidance}; 1 means no guidance"
                 )
-        if self.outcome not in OUTCOMES:
-            raise ValueError(f"outcome must be one of {', '.join(OUTCOMES)}, got {self.outcome!r}")
+        for name, known in (("outcome", OUTCOMES), ("steps_of", STEPS_OF)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
         if not 0 < self.noise_level < math.inf:
             raise ValueError(
                 f"noise_level must be above 0 and finite, got {self.noise_level}; 0.7 is usual"
@@ -124,8 +133,8 @@ class Trajectory:
     """[B S] of each recorded step under the policy that took it."""
     log_prob_maps: Tensor
     """[B S T H W] the same at each latent position."""
-    steps: tuple[int, ...]
-    """The S places of the recorded steps in the schedule, ascending."""
+    steps: Tensor
+    """[S B] long: places in the schedule of each video's recorded steps, ascending."""
     sigmas: Tensor
     """[K+1] the whole schedule."""
     final_latent: Tensor
@@ -154,6 +163,11 @@ class Trajectory:
         """Second noise level of the schedule, where Flow-SDE's diffusion is cut off."""
         return highest_sigma(self.sigmas)
 
+    def levels(self, index: int, part: slice) -> tuple[Tensor, Tensor]:
+        """Noise levels [b] before and after recorded step `index` of the videos `part`."""
+        places = self.steps[index, part].to(self.sigmas.device)
+        return self.sigmas[places], self.sigmas[places + 1]
+
     def keep(self, videos: Tensor) -> Trajectory:
         """Only the videos where `videos` ([total], of all processes) is True."""
         return replace(
@@ -174,6 +188,7 @@ class Trajectory:
             means=self.means[:, at],
             log_probs=self.log_probs[at],
             log_prob_maps=self.log_prob_maps[at],
+            steps=self.steps[:, rows],
             final_latent=self.final_latent[at],
             videos=self.videos[rows.to(self.videos.device)],
             embeddings=self.embeddings[rows],
@@ -181,11 +196,6 @@ class Trajectory:
             seeds=tuple(self.seeds[row] for row in rows.tolist()),
             rows=self.rows[own],
         )
-
-
-def highest_sigma(sigmas: Tensor) -> Tensor:
-    """Second level of a schedule [K+1]; half the first where a schedule has one step only."""
-    return sigmas[1] if len(sigmas) > 2 else sigmas[0] / 2
 
 
 def eligible_steps(generator: AbstractVideoGenerator, settings: RolloutSettings) -> list[int]:
@@ -228,9 +238,8 @@ def retake(
     trajectory: Trajectory, index: int, part: slice, prediction: Tensor, settings: RolloutSettings
 ) -> Transition:
     """Recorded step `index` of the videos `part`, with another prediction [B C T H W]."""
-    place = trajectory.steps[index]
     return trajectory.transition(
-        *(trajectory.latents[index, part], prediction, *trajectory.sigmas[place : place + 2]),
+        *(trajectory.latents[index, part], prediction, *trajectory.levels(index, part)),
         noise_level=settings.noise_level,
         sigma_max=trajectory.sigma_max,
         next_latent=trajectory.next_latents[index, part],
@@ -246,7 +255,7 @@ def rollout(
     settings: RolloutSettings,
     *,
     transition: TransitionFunction = flow_sde,
-    stochastic: Sequence[int] = (),
+    stochastic: Sequence[int] | Tensor = (),
     share: Share | None = None,
 ) -> Trajectory:
     """Draw one video for each (prompt, seed) with the generator's active policy.
@@ -261,7 +270,8 @@ def rollout(
         seeds: N integers; a seed fixes the initial noise and the exploration of its video.
         settings: steps, guidance, noise level and micro batch.
         transition: taken at the stochastic steps; all others are `ode`.
-        stochastic: places of the recorded steps in [0, K); none for a deterministic rollout.
+        stochastic: places of the recorded steps in [0, K), of all videos or, [S N] long, of each;
+            none for a deterministic rollout.
         share: which of them are drawn here; None is all.
 
     Raises:
@@ -276,8 +286,10 @@ def rollout(
     text = embeddings[prompt_index]
     latent = generator.initial_latents([seeds[row] for row in trunks.tolist()])
     shared, parts = text[trunks], chunks(len(trunks), settings.micro_batch)
-    recorded: list[tuple[Tensor, Transition]] = []
-    branching = min(stochastic, default=settings.num_inference_steps)
+    every = steps_of_each(stochastic, share.total)
+    branching = int(every.min()) if len(every) else settings.num_inference_steps
+    own = every[:, share.rows]
+    recording = Recording(own, sources, transition, settings.noise_level)
     with explain_out_of_memory("drawing videos", savings):
         for step in range(settings.num_inference_steps):
             if step == branching:
@@ -285,28 +297,17 @@ def rollout(
             prediction = predict_in_chunks(
                 generator, latent, sigmas[step], shared, settings.guidance_scale, parts
             )
-            explores = step in stochastic
-            result = (transition if explores else ode)(
-                *(latent, prediction, sigmas[step], sigmas[step + 1]),
-                noise_level=settings.noise_level,
-                sigma_max=highest_sigma(sigmas),
-                generator=sources,
-            )
-            if explores:
-                recorded.append((latent, result))
-            latent = result.next_latent
+            latent = recording.take(step, sigmas, latent, prediction)
         if branching == settings.num_inference_steps:
             latent = latent[places.to(latent.device)]
         videos = torch.cat([generator.decode(latent[part]) for part in share.parts])
     return Trajectory(
-        latents=_stack([before for before, _ in recorded], latent),
-        next_latents=_stack([result.next_latent for _, result in recorded], latent),
-        means=_stack([result.mean for _, result in recorded], latent),
-        log_probs=_stack([result.log_prob for _, result in recorded], latent[:, 0, 0, 0, 0]).T,
-        log_prob_maps=_stack(
-            [result.log_prob_map for _, result in recorded], latent[:, 0]
-        ).transpose(0, 1),
-        steps=tuple(sorted(stochastic)),
+        latents=recording.latents(latent),
+        next_latents=recording.next_latents(latent),
+        means=recording.means(latent),
+        log_probs=recording.log_probs(latent),
+        log_prob_maps=recording.log_prob_maps(latent),
+        steps=recording.steps,
         sigmas=sigmas,
         final_latent=latent,
         videos=videos,
@@ -342,8 +343,3 @@ def _find_trunks(
     places = [distinct.index(key) for key in keys]
     trunks = torch.tensor([rows[key] for key in distinct])
     return prompt_index[share.rows], trunks, torch.tensor(places), sources
-
-
-def _stack(recorded: list[Tensor], like: Tensor) -> Tensor:
-    """[S ...] of recorded tensors; with none of them empty, in the shape of `like`."""
-    return torch.stack(recorded) if recorded else like.new_zeros((0, *like.shape))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusion_rl.algorithms import algorithm
+from diffusion_rl.surrogates import STEP_WEIGHTINGS
 from diffusion_rl.transitions import TRANSITIONS, TransitionFunction
 
 SETTINGS: dict[str, type[AlgorithmSettings]] = {}
@@ -129,6 +130,32 @@ class ClippedSettings(RecordedSettings):
     @property
     def loss_options(self) -> Mapping[str, Any]:
         return {"clip_range": self.clip_range, "clip_range_high": self.clip_range_high}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioSettings(ClippedSettings):
+    """Those of them whose ratio is that of the likelihoods as they are."""
+
+    step_weighting: str = "none"
+    """What a step's loss is multiplied by: `none`, or a weight of `step_weights` by `longcat` or
+    `flash`, for steps of a reverse SDE; the KL term is by its square."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("step_weighting", self.step_weighting, STEP_WEIGHTINGS)
+        taken = next(name for name, one in TRANSITIONS.items() if one is self.transition_function)
+        fitting = ["flow_sde", "flow_sde_cut"]
+        if self.step_weighting == "flash":
+            fitting += ["flow_sde_wan", "dance_sde"]
+        if self.step_weighting != "none" and taken not in fitting:
+            raise ValueError(
+                f"step_weighting must be none with transition '{taken}', got "
+                f"{self.step_weighting}; choose the transition {' or '.join(fitting)}"
+            )
+
+    @property
+    def loss_options(self) -> Mapping[str, Any]:
+        return {**super().loss_options, "step_weighting": self.step_weighting}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from diffusion_rl.row_kinds import (
     GroupSettings,
     NoisedSettings,
     OldPolicySettings,
+    RatioSettings,
     RecordedSettings,
     above,
     at_least,
@@ -25,7 +26,7 @@ from diffusion_rl.row_kinds import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DdpoSettings(ClippedSettings):
+class DdpoSettings(RatioSettings):
     """Options of the row `ddpo`."""
 
     name: str = "ddpo"
@@ -55,7 +56,7 @@ class DdpoSettings(ClippedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoSettings(GroupSettings, ClippedSettings):
+class GrpoSettings(GroupSettings, RatioSettings):
     """Options of the row `grpo`."""
 
     name: str = "grpo"
@@ -65,7 +66,7 @@ class GrpoSettings(GroupSettings, ClippedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DanceGrpoSettings(GroupSettings, ClippedSettings):
+class DanceGrpoSettings(GroupSettings, RatioSettings):
     """Options of the row `dance_grpo`."""
 
     name: str = "dance_grpo"
@@ -75,7 +76,7 @@ class DanceGrpoSettings(GroupSettings, ClippedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixGrpoSettings(GroupSettings, ClippedSettings):
+class MixGrpoSettings(GroupSettings, RatioSettings):
     """Options of the row `mix_grpo`; the window is as wide as rollout.stochastic_steps."""
 
     name: str = "mix_grpo"

@@ -16,17 +16,22 @@ from torch import Tensor
 
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.credit import Credit
+from diffusion_rl.gaussian_steps import Transition
 from diffusion_rl.generators.base import AbstractVideoGenerator
-from diffusion_rl.group_losses import error_gains, with_slopes
+from diffusion_rl.group_losses import error_gains, group_directions, with_slopes
 from diffusion_rl.losses import Surrogate, gaussian_kl, velocity_kl
 from diffusion_rl.policies import old_policy, reference_policy
 from diffusion_rl.processes import add_up, gather_rows
 from diffusion_rl.rollout import RolloutSettings, Trajectory, predict_in_chunks, retake
-from diffusion_rl.row_kinds import AlgorithmSettings, ForwardProcessSettings, NoisedSettings
+from diffusion_rl.row_kinds import (
+    AlgorithmSettings,
+    ForwardProcessSettings,
+    NoisedSettings,
+    RatioSettings,
+)
 from diffusion_rl.sharding import in_step
 from diffusion_rl.shares import chunks, chunks_of_steps, step_ranges
-from diffusion_rl.surrogates import ReplayedSteps
-from diffusion_rl.transitions import Transition
+from diffusion_rl.surrogates import ReplayedSteps, step_weights
 
 
 class NoisedVideos(NamedTuple):
@@ -157,7 +162,10 @@ def _replayed_losses(
             value = surrogate_of(step, trajectory, index, part, credit, settings)
             loss, kl = value.loss, torch.zeros(())
             if reference is not None:
-                kl = gaussian_kl(step.mean, reference.mean, step.std)
+                kl = gaussian_kl(
+                    *(step.mean, reference.mean, step.std),
+                    kl_weights(step, trajectory, index, part, settings),
+                )
                 loss = loss + settings.kl_weight * kl
             yield LossTerms(
                 loss=loss,
@@ -176,7 +184,7 @@ def replay(
     rollout: RolloutSettings,
 ) -> Transition:
     """Recorded step `index` of the videos `part`, evaluated with the active policy."""
-    latent, sigma = trajectory.latents[index, part], trajectory.sigmas[trajectory.steps[index]]
+    latent, (sigma, _) = trajectory.latents[index, part], trajectory.levels(index, part)
     text = trajectory.embeddings[torch.arange(part.start, part.stop)]
     prediction = generator.predict(latent, sigma, text, rollout.learning_guidance)
     return retake(trajectory, index, part, prediction, rollout)
@@ -191,10 +199,10 @@ def surrogate_of(
     settings: AlgorithmSettings,
 ) -> Surrogate:
     """The row's loss of one replayed step, without the KL term."""
-    place, own = trajectory.steps[index], credit[part].to(step.log_prob)
+    own = credit[part].to(step.log_prob)
     shift = (step.mean - trajectory.means[index, part]) ** 2
     log_probs = own.columns(step.log_prob, step.log_prob_map)
-    duration = trajectory.sigmas[place] - trajectory.sigmas[place + 1]
+    sigmas, next_sigmas = (one[:, None] for one in trajectory.levels(index, part))
     positions = step.log_prob_map[0].numel()
     steps = ReplayedSteps(
         log_probs=log_probs,
@@ -203,13 +211,25 @@ def surrogate_of(
         ),
         mean_shifts=own.columns(shift.flatten(1).mean(dim=1), shift.mean(dim=1)),
         stds=step.std.flatten()[:, None].expand_as(log_probs),
-        durations=duration.expand_as(log_probs),
-        sigmas=trajectory.sigmas[place].expand_as(log_probs),
+        durations=(sigmas - next_sigmas).expand_as(log_probs),
+        sigmas=sigmas.expand_as(log_probs),
+        sigma_max=trajectory.sigma_max.expand_as(log_probs),
         widths=own.widths(positions),
     )
     advantages = own.column_advantages(positions)
     loss = algorithm(settings.name).loss
     return cast(Surrogate, loss(steps, advantages, **settings.loss_options))
+
+
+def kl_weights(
+    step: Transition, trajectory: Trajectory, index: int, part: slice, settings: AlgorithmSettings
+) -> Tensor | None:
+    """[b 1 ...] weights of recorded step `index` in the KL term; None where all count alike."""
+    if not isinstance(settings, RatioSettings) or settings.step_weighting == "none":
+        return None
+    sigma, next_sigma = (one.view_as(step.std) for one in trajectory.levels(index, part))
+    given = (sigma - next_sigma, sigma, trajectory.sigma_max.expand_as(step.std))
+    return step_weights(settings.step_weighting, step.std, *given) ** 2
 
 
 def _noised_losses(
@@ -224,6 +244,7 @@ def _noised_losses(
     row, data = algorithm(settings.name), trajectory.final_latent
     anchor = settings.anchor_weight if isinstance(settings, ForwardProcessSettings) else 0.0
     noised, before = step.noised[level], step.before[level] if step.before else None
+    towards = directions_of(trajectory, credit) if row.needs_directions else None
     for place, part in enumerate(in_step(generator.transformer, step.parts)):
         text = trajectory.embeddings[torch.arange(part.start, part.stop)]
         latent, sigma = noised.latent[part], noised.sigma[part]
@@ -247,6 +268,7 @@ def _noised_losses(
             sigma,
             own.advantages,
             weights=None if own.weights is None else own.weights[:, None],
+            **({} if towards is None else {"directions": towards[part]}),
             **settings.loss_options,
         )
         loss, kl = value.loss if isinstance(value, Surrogate) else value, torch.zeros(())
@@ -274,7 +296,7 @@ def _group_losses(
     level: int,
 ) -> Iterator[LossTerms]:
     """As `group_losses` says: gains of all videos first, then passes with gradient."""
-    noised, data, places = step.noised[level], trajectory.final_latent, trajectory.rows
+    noised, data, places = step.noised[level], trajectory.final_latent, trajectory.rows.cpu()
     own, guidance = credit.to(data), rollout.learning_guidance
     weights = None if own.weights is None else own.weights[:, None]
     asked = (generator, *noised, trajectory.embeddings, guidance, step.parts)
@@ -323,6 +345,12 @@ def groups_of(trajectory: Trajectory) -> Tensor:
     if trajectory.group is None:
         raise ValueError("trajectory.group must say which videos are compared, got None")
     return trajectory.group
+
+
+def directions_of(trajectory: Trajectory, credit: Credit) -> Tensor:
+    """[B C T H W] as `group_directions` has them."""
+    own = (trajectory.final_latent, credit.advantages, trajectory.rows)
+    return group_directions(*own, groups_of(trajectory))
 
 
 def noise_videos(

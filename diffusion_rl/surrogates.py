@@ -13,6 +13,8 @@ from torch import Tensor
 from diffusion_rl.losses import Surrogate, clipped_terms, has_left_range
 from diffusion_rl.shapes import check_shape
 
+STEP_WEIGHTINGS = ("none", "longcat", "flash")
+
 
 class ReplayedSteps(NamedTuple):
     """Recorded denoising steps, evaluated with the policy being trained."""
@@ -29,6 +31,8 @@ class ReplayedSteps(NamedTuple):
     """[B K] sigma - next_sigma, above 0."""
     sigmas: Tensor
     """[B K] noise level that each step starts from, in (0, 1]."""
+    sigma_max: Tensor
+    """[B K] second level of the schedule, in (0, 1)."""
     widths: Tensor | None = None
     """[B K] how much wider than a whole latent's the logarithms of these ratios spread, at least 1;
     clip ranges are widened by it. None is 1."""
@@ -40,14 +44,16 @@ def clipped_surrogate(
     *,
     clip_range: float,
     clip_range_high: float | None = None,
+    step_weighting: str = "none",
 ) -> Surrogate:
-    """`clipped_surrogate_loss` of replayed steps.
+    """`clipped_surrogate_loss` of replayed steps, each times its weight.
 
     Args:
-        steps: of any transition.
+        steps: of any transition; weights other than "none" are meant for reverse SDEs.
         advantages: [B] one per video, or [B K].
         clip_range: As in `clipped_surrogate_loss`.
         clip_range_high: As in `clipped_surrogate_loss`.
+        step_weighting: As in `step_weights`.
 
     Raises:
         ValueError: A shape is wrong or an option is outside its range.
@@ -56,8 +62,51 @@ def clipped_surrogate(
     log_ratios = steps.log_probs - steps.old_log_probs.detach()
     bounds = (clip_range, clip_range_high, steps.widths)
     terms = clipped_terms(log_ratios, advantages, *bounds)
+    if step_weighting != "none":
+        levels = (steps.stds, steps.durations, steps.sigmas, steps.sigma_max)
+        terms = terms * step_weights(step_weighting, *levels)
     log_ratios = log_ratios.detach()
     return Surrogate(terms.mean(), log_ratios, has_left_range(log_ratios, *bounds))
+
+
+def step_weights(
+    name: str, stds: Tensor, durations: Tensor, sigmas: Tensor, sigma_max: Tensor
+) -> Tensor:
+    """Even out how hard the steps of a reverse SDE pull at the velocity.
+
+    longcat = sqrt(sigma / (1 - min(sigma, sigma_max)) / duration)
+    flash   = 1 / (duration / std + std * (1 - sigma) / (2 sigma))
+
+    The mean of a step moves by about its duration when the velocity moves by 1, and the gradient of
+    a log-probability is that over the spread. `flash` is the exact inverse of it but for a factor
+    of noise, `longcat` that of its first part for `flow_sde` at a noise level of 1.
+
+    Args:
+        name: "none" | "longcat" | "flash".
+        stds: spreads, above 0.
+        durations: sigma - next_sigma, above 0.
+        sigmas: in (0, 1].
+        sigma_max: second level of the schedule.
+
+    Returns:
+        In the shape of the arguments; of "none" 1.
+
+    Raises:
+        ValueError: There is no such weighting.
+
+    Source:
+        LongCat-Video, arXiv:2510.22200, loss_reweighting of GenRL's published code, and Flash-GRPO,
+        its published train_wanx2_1_flash.py; there the weights are divided by their mean over the
+        schedule.
+    """
+    if name == "none":
+        return torch.ones_like(stds)
+    if name == "longcat":
+        return torch.sqrt(sigmas / (1 - torch.minimum(sigmas, sigma_max)) / durations)
+    if name == "flash":
+        return 1 / (durations / stds + stds * (1 - sigmas) / (2 * sigmas))
+    known = ", ".join(STEP_WEIGHTINGS)
+    raise ValueError(f"step_weighting must be one of {known}, got {name}")
 
 
 def guarded_surrogate(

@@ -8,32 +8,26 @@ predicts the velocity noise - data. All transitions take the arguments that `flo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from diffusion_rl.shapes import check_shape
+from diffusion_rl.gaussian_steps import (
+    Generators,
+    Transition,
+    check_like_latent,
+    check_noise_level,
+    gaussian_step,
+    per_video,
+    remix,
+    reverse_sde,
+    second_level,
+    step_inputs,
+)
 
-Generators = torch.Generator | Sequence[torch.Generator]
-"""One generator for the batch, or one per video (the noise then ignores who shares the batch)."""
-
-
-class Transition(NamedTuple):
-    """One denoising step, in float32 whatever the model's precision."""
-
-    next_latent: Tensor
-    """[B ...] the latent after the step; carries no gradient."""
-    mean: Tensor
-    """[B ...] centre of the Gaussian; carries the gradient of the prediction."""
-    std: Tensor
-    """[B 1 ...] spread of the Gaussian; zero for a deterministic step."""
-    log_prob: Tensor
-    """[B] mean over all elements of the log-density of next_latent; zero if deterministic. Of
-    `cps` it is minus the squared distance alone."""
-    log_prob_map: Tensor
-    """[B ...] without channels: the same at each position, a mean over the second axis alone."""
+STD_CUT = 0.45
+"""Largest spread of a step of `flow_sde_cut`."""
 
 
 class TransitionFunction(Protocol):
@@ -95,11 +89,36 @@ def flow_sde(
     Source:
         Flow-GRPO, arXiv:2505.05470, sd3_sde_with_logprob of its published code.
     """
-    _check_noise_level(noise_level, math.inf)
-    latent, prediction, sigma, dt = _step_inputs(latent, prediction, sigma, next_sigma)
-    highest = _highest(sigma_max, latent)
+    check_noise_level(noise_level, math.inf)
+    latent, prediction, sigma, dt = step_inputs(latent, prediction, sigma, next_sigma)
+    highest = second_level(sigma_max, latent)
     variance_rate = noise_level**2 * sigma / (1 - torch.minimum(sigma, highest))
-    return _reverse_sde(latent, prediction, sigma, dt, variance_rate, next_latent, generator)
+    return reverse_sde(latent, prediction, sigma, dt, variance_rate, next_latent, generator)
+
+
+def flow_sde_cut(
+    latent: Tensor,
+    prediction: Tensor,
+    sigma: Tensor,
+    next_sigma: Tensor,
+    *,
+    noise_level: float,
+    sigma_max: float | Tensor,
+    next_latent: Tensor | None = None,
+    generator: Generators | None = None,
+) -> Transition:
+    """Take the step of `flow_sde` with a spread of at most STD_CUT, so that early steps stay small.
+
+    diffusion = min(that of flow_sde, STD_CUT / sqrt(sigma - next_sigma))
+
+    Source:
+        LongCat-Video, arXiv:2510.22200, diffusion_clip of GenRL's published code.
+    """
+    check_noise_level(noise_level, math.inf)
+    latent, prediction, sigma, dt = step_inputs(latent, prediction, sigma, next_sigma)
+    rate = noise_level**2 * sigma / (1 - torch.minimum(sigma, second_level(sigma_max, latent)))
+    variance_rate = torch.minimum(rate, STD_CUT**2 / -dt)
+    return reverse_sde(latent, prediction, sigma, dt, variance_rate, next_latent, generator)
 
 
 def flow_sde_wan(
@@ -122,10 +141,10 @@ def flow_sde_wan(
     Source:
         Flow-GRPO, arXiv:2505.05470, wan_pipeline_with_logprob of its published code.
     """
-    _check_noise_level(noise_level, math.inf)
-    latent, prediction, sigma, dt = _step_inputs(latent, prediction, sigma, next_sigma)
-    diffusion = noise_level * _highest(sigma_max, latent) * sigma
-    return _reverse_sde(latent, prediction, sigma, dt, diffusion**2, next_latent, generator)
+    check_noise_level(noise_level, math.inf)
+    latent, prediction, sigma, dt = step_inputs(latent, prediction, sigma, next_sigma)
+    diffusion = noise_level * second_level(sigma_max, latent) * sigma
+    return reverse_sde(latent, prediction, sigma, dt, diffusion**2, next_latent, generator)
 
 
 def dance_sde(
@@ -152,12 +171,12 @@ def dance_sde(
         DanceGRPO, arXiv:2505.07818, flux_step of its published code.
     """
     del sigma_max
-    _check_noise_level(noise_level, math.inf)
-    latent, prediction, sigma, dt = _step_inputs(latent, prediction, sigma, next_sigma)
+    check_noise_level(noise_level, math.inf)
+    latent, prediction, sigma, dt = step_inputs(latent, prediction, sigma, next_sigma)
     data = latent - sigma * prediction
     score = -(latent - (1 - sigma) * data) / sigma**2
     mean = latent + prediction * dt - 0.5 * noise_level**2 * score * dt
-    return _gaussian(mean, noise_level * torch.sqrt(-dt), next_latent, generator)
+    return gaussian_step(mean, noise_level * torch.sqrt(-dt), next_latent, generator)
 
 
 def cps(
@@ -187,13 +206,13 @@ def cps(
         published code.
     """
     del sigma_max
-    _check_noise_level(noise_level, 1.0)
-    latent, prediction, sigma, _ = _step_inputs(latent, prediction, sigma, next_sigma)
-    next_level = _per_video("next_sigma", next_sigma, latent)
+    check_noise_level(noise_level, 1.0)
+    latent, prediction, sigma, _ = step_inputs(latent, prediction, sigma, next_sigma)
+    next_level = per_video("next_sigma", next_sigma, latent)
     std = next_level * math.sin(noise_level * math.pi / 2)
     noise_share = torch.sqrt(next_level**2 - std**2)
-    mean = _remix(latent, prediction, sigma, next_level, noise_share)
-    step = _gaussian(mean, std, next_latent, generator)
+    mean = remix(latent, prediction, sigma, next_level, noise_share)
+    step = gaussian_step(mean, std, next_latent, generator)
     squares = (step.next_latent - mean) ** 2
     log_prob, log_prob_map = -squares.flatten(1).mean(dim=1), -squares.mean(dim=1)
     return step._replace(log_prob=log_prob, log_prob_map=log_prob_map)
@@ -229,19 +248,19 @@ def ddim(
         its published code.
     """
     del sigma_max
-    _check_noise_level(noise_level, 1.0)
-    latent, prediction, level, _ = _step_inputs(latent, prediction, sigma, next_sigma)
+    check_noise_level(noise_level, 1.0)
+    latent, prediction, level, _ = step_inputs(latent, prediction, sigma, next_sigma)
     # As precise as the levels are given: they may be near to one another, and to 1.
     sigma, next_sigma = (
-        _per_video(name, value, latent, torch.promote_types(value.dtype, torch.float32))
+        per_video(name, value, latent, torch.promote_types(value.dtype, torch.float32))
         for name, value in (("sigma", sigma), ("next_sigma", next_sigma))
     )
     kept = (1 - sigma) * next_sigma / ((1 - next_sigma) * sigma)
     lost = (sigma - next_sigma) / ((1 - next_sigma) * sigma)  # 1 - kept
     std = (noise_level * next_sigma * torch.sqrt(lost * (1 + kept))).float()
     noise_share = next_sigma * torch.sqrt(1 - noise_level**2 + noise_level**2 * kept**2)
-    mean = _remix(latent, prediction, level, next_sigma.float(), noise_share.float())
-    return _gaussian(mean, std, next_latent, generator)
+    mean = remix(latent, prediction, level, next_sigma.float(), noise_share.float())
+    return gaussian_step(mean, std, next_latent, generator)
 
 
 def ode(
@@ -263,16 +282,17 @@ def ode(
     noise_level, sigma_max and generator have nothing to act on.
     """
     del noise_level, sigma_max, generator
-    latent, prediction, sigma, dt = _step_inputs(latent, prediction, sigma, next_sigma)
+    latent, prediction, sigma, dt = step_inputs(latent, prediction, sigma, next_sigma)
     mean = latent + prediction * dt
     next_latent = mean if next_latent is None else next_latent.float()
-    _check_like_latent("next_latent", next_latent, mean)
+    check_like_latent("next_latent", next_latent, mean)
     zeros = (torch.zeros_like(one) for one in (sigma, sigma.flatten(), mean[:, 0]))
     return Transition(next_latent.detach(), mean, *zeros)
 
 
 TRANSITIONS: dict[str, TransitionFunction] = {
     "flow_sde": flow_sde,
+    "flow_sde_cut": flow_sde_cut,
     "flow_sde_wan": flow_sde_wan,
     "dance_sde": dance_sde,
     "cps": cps,
@@ -283,115 +303,3 @@ TRANSITIONS: dict[str, TransitionFunction] = {
 
 DETERMINISTIC_AT_THE_END = ("cps", "ddim")
 """Transitions whose step to sigma 0 adds no noise, so that nothing can be learnt from it."""
-
-
-def _reverse_sde(
-    latent: Tensor,
-    prediction: Tensor,
-    sigma: Tensor,
-    dt: Tensor,
-    variance_rate: Tensor,
-    next_latent: Tensor | None,
-    generator: Generators | None,
-) -> Transition:
-    """The step of flow matching's reverse SDE for a squared diffusion [B 1 ...]."""
-    mean = (
-        latent * (1 + variance_rate / (2 * sigma) * dt)
-        + prediction * (1 + variance_rate * (1 - sigma) / (2 * sigma)) * dt
-    )
-    return _gaussian(mean, torch.sqrt(variance_rate * -dt), next_latent, generator)
-
-
-def _remix(
-    latent: Tensor, prediction: Tensor, sigma: Tensor, next_level: Tensor, noise_share: Tensor
-) -> Tensor:
-    """The data and the noise that the prediction implies, mixed anew."""
-    data = latent - sigma * prediction
-    noise = latent + (1 - sigma) * prediction
-    return (1 - next_level) * data + noise_share * noise
-
-
-def _gaussian(
-    mean: Tensor, std: Tensor, next_latent: Tensor | None, generator: Generators | None
-) -> Transition:
-    """Draw next_latent or re-evaluate it; its log-probabilities are 0 where std is."""
-    next_latent = _sample(mean, std, generator) if next_latent is None else next_latent.float()
-    _check_like_latent("next_latent", next_latent, mean)
-    explores = std > 0
-    spread = torch.where(explores, std, 1.0)
-    log_density = (
-        -((next_latent.detach() - mean) ** 2) / (2 * spread**2)
-        - torch.log(spread)
-        - 0.5 * math.log(2 * math.pi)
-    )
-    log_prob = torch.where(explores.flatten(), log_density.flatten(1).mean(dim=1), 0.0)
-    log_prob_map = torch.where(explores[:, 0], log_density.mean(dim=1), 0.0)
-    return Transition(next_latent.detach(), mean, std, log_prob, log_prob_map)
-
-
-def _check_noise_level(noise_level: float, most: float) -> None:
-    if not 0 <= noise_level <= most or math.isinf(noise_level):
-        rule = "a finite number >= 0" if math.isinf(most) else f"in [0, {most:g}]"
-        raise ValueError(f"noise_level must be {rule}, got {noise_level}")
-
-
-def _highest(sigma_max: float | Tensor, latent: Tensor) -> Tensor:
-    highest = torch.as_tensor(sigma_max, dtype=torch.float32, device=latent.device)
-    if not bool(((highest > 0) & (highest < 1)).all()):
-        raise ValueError(f"sigma_max must be in (0, 1), got {highest.tolist()}")
-    return highest
-
-
-def _step_inputs(
-    latent: Tensor, prediction: Tensor, sigma: Tensor, next_sigma: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Checked float32 inputs; sigma and dt as [B 1 ...] on the latent's device."""
-    if latent.ndim < 2:
-        raise ValueError(f"latent must have axes [B ...], got shape {tuple(latent.shape)}")
-    _check_like_latent("prediction", prediction, latent)
-    sigma = _per_video("sigma", sigma, latent)
-    next_sigma = _per_video("next_sigma", next_sigma, latent)
-    if not bool(((sigma > 0) & (sigma <= 1)).all()):
-        raise ValueError(f"sigma must be in (0, 1], got {sigma.flatten().tolist()}")
-    if not bool(((next_sigma >= 0) & (next_sigma < sigma)).all()):
-        raise ValueError(
-            f"next_sigma must be in [0, sigma), got {next_sigma.flatten().tolist()} "
-            f"for sigma {sigma.flatten().tolist()}"
-        )
-    return latent.float(), prediction.float(), sigma, next_sigma - sigma
-
-
-def _check_like_latent(name: str, tensor: Tensor, latent: Tensor) -> None:
-    if tensor.shape != latent.shape:
-        raise ValueError(
-            f"{name} must have the shape of latent {tuple(latent.shape)}, got {tuple(tensor.shape)}"
-        )
-
-
-def _per_video(
-    name: str, value: Tensor, latent: Tensor, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """A [] or [B] noise level as [B 1 ...]."""
-    value = torch.as_tensor(value, dtype=dtype, device=latent.device)
-    if value.ndim == 0:
-        value = value.expand(latent.shape[0])
-    check_shape(name, value, "B", B=latent.shape[0])
-    return value.reshape(-1, *[1] * (latent.ndim - 1))
-
-
-def _sample(mean: Tensor, std: Tensor, generator: Generators | None) -> Tensor:
-    """mean + std * noise, where a sequence of generators gives each video its own noise."""
-    if generator is None or isinstance(generator, torch.Generator):
-        return mean + std * _noise(mean.shape, generator).to(mean.device)
-    if len(generator) != mean.shape[0]:
-        raise ValueError(
-            f"generator must be one generator or one per video ({mean.shape[0]}), "
-            f"got {len(generator)}"
-        )
-    noise = torch.stack([_noise(mean.shape[1:], source) for source in generator])
-    return mean + std * noise.to(mean.device)
-
-
-def _noise(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-    device = "cpu" if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)

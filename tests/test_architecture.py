@@ -76,7 +76,7 @@ LAYERS = {
     ],
     "diffusion_rl": [
         *("shapes", "whole_files", "processes", "sharding", "shares", "packing", "run_lock"),
-        "transitions",
+        *("gaussian_steps", "transitions"),
         *("advantages", "blame", "credit", "losses", "surrogates"),
         "group_losses",
         *("algorithms", "row_kinds", "row_settings", "guards", "trends", "prompts"),
@@ -87,7 +87,15 @@ LAYERS = {
         "generators/weight_savings",
         "generators/pipeline",
         *("generators/wan", "generators/", "lora", "full_policies", "sharded_policies", "policies"),
-        *("lora_files", "weight_files", "out_of_memory", "rollout", "sampling", "memory"),
+        *(
+            "lora_files",
+            "weight_files",
+            "out_of_memory",
+            "recording",
+            "rollout",
+            "sampling",
+            "memory",
+        ),
         *("outcomes", "optimizers", "zero", "step_losses", "updates"),
         *(
             "self_check",
@@ -160,6 +168,7 @@ TOO_MANY_ARGUMENTS_BECAUSE = {
     "diffusion_rl.transitions.dance_sde": "every transition has this one signature",
     "diffusion_rl.transitions.ddim": "every transition has this one signature",
     "diffusion_rl.transitions.flow_sde": "every transition has this one signature",
+    "diffusion_rl.transitions.flow_sde_cut": "every transition has this one signature",
     "diffusion_rl.transitions.flow_sde_wan": "every transition has this one signature",
     "diffusion_rl.transitions.ode": "every transition has this one signature",
     "diffusion_rl.transitions.TransitionFunction.__call__": "every transition has this signature",

@@ -117,6 +117,17 @@ def test_what_videos_imply_teaches_the_same(name: str, sign: float) -> None:
     assert distance < 0.02 if sign > 0 else distance > 0.15
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("weighting", ["none", "longcat", "flash"])
+def test_groups_may_learn_at_steps_of_their_own(weighting: str, sign: float) -> None:
+    row = (GrpoSettings(clip_range=0.02, step_weighting=weighting), 2e-2, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ALGORITHMS, "grpo", row)
+        generator, _ = learn("grpo", sign, steps_of="group")
+    distance = abs(mean_redness(generator) - TARGET)
+    assert distance < 0.02 if sign > 0 else distance > 0.13
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_loop_reaches_the_best_answer(name: str) -> None:
     generator, reports = learn(name, sign=1.0)

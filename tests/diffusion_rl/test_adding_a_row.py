@@ -3,105 +3,138 @@
 from __future__ import annotations
 
 import inspect
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from diffusion_rl.advantages import group_advantages
 from diffusion_rl.algorithms import ALGORITHMS, Algorithm
 from diffusion_rl.configuration import load_config
 from diffusion_rl.credit import Credit
+from diffusion_rl.group_losses import group_directions
 from diffusion_rl.lora import trained_parameters
-from diffusion_rl.losses import Surrogate, clipped_terms, has_left_range
-from diffusion_rl.row_settings import SETTINGS, GrpoSettings
-from diffusion_rl.step_losses import replay, surrogate_of
-from diffusion_rl.surrogates import ReplayedSteps, check_steps
-from diffusion_rl.transitions import flow_sde
-from tests.diffusion_rl.test_updates import ADVANTAGES, OPTIONS, prepare, run
+from diffusion_rl.optimizers import build_optimizer
+from diffusion_rl.row_kinds import SETTINGS, ForwardProcessSettings
+from diffusion_rl.step_losses import noise_videos
+from diffusion_rl.transitions import ode
+from diffusion_rl.updates import update_policy
+from tests import test_learning
+from tests.diffusion_rl.test_updates import ADVANTAGES, CALM, OPTIONS, prepare, run
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "algorithms.md"
 
 
-def evened_surrogate(
-    steps: ReplayedSteps, advantages: Tensor, *, clip_range: float, clip_range_high: float | None
-) -> Surrogate:
-    """`clipped_surrogate`, each step divided by how hard it pulls at the velocity."""
-    check_steps(steps, advantages)
-    log_ratios = steps.log_probs - steps.old_log_probs.detach()
-    bounds = (clip_range, clip_range_high, steps.widths)
-    pull = steps.durations / steps.stds + steps.stds * (1 - steps.sigmas) / (2 * steps.sigmas)
-    terms = clipped_terms(log_ratios, advantages, *bounds) / pull
-    log_ratios = log_ratios.detach()
-    return Surrogate(terms.mean(), log_ratios, has_left_range(log_ratios, *bounds))
+def tilted_loss(
+    prediction: Tensor,
+    old_prediction: Tensor,
+    latent: Tensor,
+    data: Tensor,
+    sigma: Tensor,
+    advantages: Tensor,
+    *,
+    directions: Tensor,
+    magnitude: float,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Regress to the old velocity, tilted to where the better videos of the group lie."""
+    size = directions.pow(2).mean(dim=(1, 2, 3, 4), keepdim=True).sqrt().clamp_min(1e-5)
+    target = old_prediction.detach() - magnitude * directions / size
+    error = (prediction - target) ** 2
+    return (error if weights is None else weights * error).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvenedSettings(GrpoSettings):
-    """Options of the row `evened`."""
+class TiltedSettings(ForwardProcessSettings):
+    """Options of the row `tilted`."""
 
-    name: str = "evened"
+    name: str = "tilted"
     """The row."""
+    magnitude: float = 0.02
+    """How far the target lies from the old velocity, above 0."""
+
+    @property
+    def loss_options(self) -> Mapping[str, Any]:
+        return {"magnitude": self.magnitude}
 
 
-ROW = Algorithm(flow_sde, group_advantages, evened_surrogate, "recorded", needs_density=True)
+ROW = Algorithm(
+    *(ode, group_advantages, tilted_loss, "forward_process", "anchors"), needs_directions=True
+)
 
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ALGORITHMS, "evened", ROW)
-    monkeypatch.setitem(SETTINGS, "evened", EvenedSettings)
+    monkeypatch.setitem(ALGORITHMS, "tilted", ROW)
+    monkeypatch.setitem(SETTINGS, "tilted", TiltedSettings)
 
 
-@pytest.mark.parametrize("one", [evened_surrogate, EvenedSettings])
+@pytest.mark.parametrize("one", [tilted_loss, TiltedSettings])
 def test_the_docs_show_this_very_code(one: object) -> None:
     assert inspect.getsource(one) in DOCS.read_text()  # type: ignore[arg-type]
 
 
-def flash_weight(sigma: float, next_sigma: float, second: float) -> float:
-    """1 / (sqrt(-dt) / d + d * sqrt(-dt) * (1 - sigma) / (2 sigma)), d that of flow_sde."""
-    root = math.sqrt(sigma - next_sigma)
-    diffusion = OPTIONS.noise_level * math.sqrt(sigma / (1 - min(sigma, second)))
-    return 1 / (root / diffusion + diffusion * root * (1 - sigma) / (2 * sigma))
+def test_directions_are_covariances_by_loops() -> None:
+    source = torch.Generator().manual_seed(0)
+    data, advantages = torch.randn(6, 2, 3, 4, 4, generator=source), ADVANTAGES
+    group = torch.tensor([5, 5, 2, 2, 2, 5])
+    found = group_directions(data, advantages, torch.arange(6), group)
+    for video in range(6):
+        members = [one for one in range(6) if group[one] == group[video]]
+        mean = sum(advantages[one] * data[one] for one in members) / len(members)
+        torch.testing.assert_close(found[video], mean)
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_its_loss_is_the_closed_form(index: int) -> None:
-    """From a replay at moved weights, by the sigmas of the schedule."""
-    algorithm = EvenedSettings(clip_range=0.02, clip_range_high=0.01)
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_its_gradient_is_that_of_all_videos_in_one_pass(size: int) -> None:
+    algorithm = TiltedSettings(magnitude=0.3, inner_steps=1)
+    options = type(OPTIONS)(num_inference_steps=4, micro_batch=size)
+    generator, trajectory = prepare(algorithm, options, std=0.1)
+    statistics = run(generator, trajectory, algorithm, options)
+    generator, trajectory = prepare(algorithm, options, std=0.1)
+    noised = noise_videos(generator, trajectory, torch.Generator().manual_seed(0))
+    assert trajectory.group is not None
+    own = (trajectory.final_latent, ADVANTAGES, torch.arange(6), trajectory.group)
+    velocity = generator.predict(*noised, trajectory.embeddings, 1.0)
+    loss = tilted_loss(
+        *(velocity, velocity.detach(), noised.latent, own[0], noised.sigma, ADVANTAGES),
+        directions=group_directions(*own),
+        magnitude=0.3,
+    )
+    loss.backward()
+    parameters = [one for one in generator.transformer.parameters() if one.grad is not None]
+    norm = torch.stack([one.grad.norm() for one in parameters if one.grad is not None]).norm()
+    assert statistics.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert statistics.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_it_learns_in_both_directions(sign: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = (TiltedSettings(inner_steps=4), 5e-3, {})
+    monkeypatch.setitem(test_learning.ALGORITHMS, "tilted", row)
+    generator, _ = test_learning.learn("tilted", sign, updates=30)
+    distance = abs(test_learning.mean_redness(generator) - test_learning.TARGET)
+    assert distance < 0.05 if sign > 0 else distance > 0.13
+
+
+def test_it_is_chosen_by_name() -> None:
+    recipe = DOCS.parents[1] / "configs" / "rl" / "wan2.1_1.3b_nft.yaml"
+    overrides = ["algorithm={name: tilted, magnitude: 0.1}"]
+    assert load_config(recipe, overrides).algorithm == TiltedSettings(magnitude=0.1)
+
+
+def test_it_takes_the_credit_of_positions() -> None:
+    algorithm = TiltedSettings()
     generator, trajectory = prepare(algorithm, OPTIONS, std=0.1)
-    for parameter in trained_parameters(generator.transformer):
-        parameter.data.mul_(1.5)
-    part, place = slice(0, 6), trajectory.steps[index]
-    step = replay(generator, trajectory, index, part, OPTIONS)
-    value = surrogate_of(step, trajectory, index, part, Credit(ADVANTAGES), algorithm)
-    sigmas = trajectory.sigmas.tolist()
-    weight = flash_weight(sigmas[place], sigmas[place + 1], sigmas[1])
-    terms = []
-    for change, gain in zip(
-        (step.log_prob.detach() - trajectory.log_probs[:, index]).tolist(), ADVANTAGES.tolist()
-    ):
-        ratio = math.exp(change)
-        terms.append(-weight * min(ratio * gain, min(max(ratio, 0.98), 1.01) * gain))
-    assert value.loss.item() == pytest.approx(sum(terms) / 6, rel=1e-5)
-    each = surrogate_of(
-        step, trajectory, index, part, Credit(ADVANTAGES, None, "position"), algorithm
-    )
-    assert each.log_ratios.shape == (6, 64)
-    early, late = (flash_weight(sigmas[k], sigmas[k + 1], sigmas[1]) for k in trajectory.steps)
-    assert abs(early / late - 1) > 0.1  # The steps do not weigh alike.
-
-
-def test_it_learns_and_is_chosen_by_name(tmp_path: Path) -> None:
-    algorithm = EvenedSettings(kl_weight=0.1)
-    generator, trajectory = prepare(algorithm, OPTIONS)
-    statistics = run(generator, trajectory, algorithm, OPTIONS)
-    assert statistics.grad_norm > 0
-    assert statistics.ratio_deviation == 0
-    recipe = DOCS.parents[1] / "configs" / "rl" / "wan2.1_1.3b_grpo.yaml"
-    overrides = ["algorithm.name=evened", "algorithm.clip_range=0.02"]
-    assert load_config(recipe, overrides).algorithm == EvenedSettings(
-        kl_weight=4e-3, inner_steps=2, clip_range=0.02
-    )
+    weights = torch.rand(6, *trajectory.final_latent.shape[2:])
+    plain = run(generator, trajectory, algorithm, OPTIONS)
+    generator, trajectory = prepare(algorithm, OPTIONS, std=0.1)
+    parameters = trained_parameters(generator.transformer)
+    source, credit = torch.Generator().manual_seed(0), Credit(ADVANTAGES, weights)
+    rest = (algorithm, OPTIONS, build_optimizer(parameters, CALM), source)
+    focused = update_policy(generator, trajectory, credit, *rest)
+    assert plain.grad_norm != focused.grad_norm

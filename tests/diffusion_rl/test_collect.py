@@ -64,6 +64,36 @@ def test_other_rows_scatter_their_steps() -> None:
     assert any(steps[2] - steps[0] > 2 for steps in found)
 
 
+@pytest.mark.parametrize("shared_noise", [False, True])
+def test_every_group_may_draw_steps_of_its_own(shared_noise: bool) -> None:
+    generator = ToyGenerator()
+    attach_lora(generator.transformer, LORA)
+    embeddings = generator.encode_prompts(["plain"])
+    found = []
+    for step in range(1, 5):
+        settings = FinetuneSettings(
+            algorithm=GrpoSettings(),
+            rollout=RolloutSettings(
+                **{"num_inference_steps": 6, "stochastic_steps": 2, "steps_of": "group"},
+                **{"prompts_per_update": 3, "videos_per_prompt": 2, "shared_noise": shared_noise},
+            ),
+        )
+        drawn = collect(generator, embeddings, settings, step=step).trajectory
+        assert torch.equal(drawn.steps[:, ::2], drawn.steps[:, 1::2])
+        found += drawn.steps.T.tolist()
+    assert all(first < second < 5 for first, second in found)
+    assert len({tuple(one) for one in found}) > 5
+    assert {place for one in found for place in one} == set(range(5))
+
+
+def test_a_window_is_that_of_all_groups() -> None:
+    message = "rollout.steps_of must be update with algorithm 'mix_grpo', got group"
+    with pytest.raises(ValueError, match=message):
+        FinetuneSettings(algorithm=MixGrpoSettings(), rollout=RolloutSettings(steps_of="group"))
+    with pytest.raises(ValueError, match="steps_of must be one of update, group, got 'prompt'"):
+        RolloutSettings(steps_of="prompt")
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [(GrpoSettings(), flow_sde), (GrpoSettings(transition="cps"), cps), (NftSettings(), ode)],

@@ -24,7 +24,7 @@ from diffusion_rl.policies import (
 )
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
 from diffusion_rl.row_kinds import AlgorithmSettings
-from diffusion_rl.row_settings import AwmSettings, GrpoSettings, NftSettings
+from diffusion_rl.row_settings import AwmSettings, GrpoSettings, NftSettings, OnlineDpoSettings
 from diffusion_rl.transitions import flow_sde, ode
 from diffusion_rl.updates import NotFiniteError, update_policy
 from tests.diffusion_rl.test_weight_files import run_settings
@@ -36,15 +36,16 @@ OPTIONS = RolloutSettings(num_inference_steps=4, stochastic_steps=2, micro_batch
 
 def draw(generator: ToyGenerator, row: AlgorithmSettings) -> Trajectory:
     recorded = isinstance(row, GrpoSettings)
-    return rollout(
+    trajectory = rollout(
         generator,
         generator.encode_prompts(["plain", "bright"]),
         torch.arange(4) % 2,
         range(4),
         OPTIONS,
         transition=flow_sde if recorded else ode,
-        stochastic=(0, 2) if recorded else (),
+        stochastic=torch.tensor([[0, 1, 0, 2], [2, 2, 1, 0]]) if recorded else (),
     )
+    return dataclasses.replace(trajectory, group=torch.tensor([0, 0, 1, 1]))
 
 
 @pytest.mark.parametrize("learner", [LORA, FullSettings()])
@@ -54,6 +55,7 @@ def draw(generator: ToyGenerator, row: AlgorithmSettings) -> Trajectory:
         GrpoSettings(kl_weight=0.1),
         NftSettings(inner_steps=2, noise_levels=2),
         AwmSettings(inner_steps=2, noise_levels=2),
+        OnlineDpoSettings(inner_steps=2, noise_levels=2),
     ],
 )
 def test_the_step_is_run_again_as_it_was(
@@ -188,7 +190,7 @@ def test_what_is_no_fault_is_refused(tmp_path: Path) -> None:
     described = json.loads((folder / DESCRIPTION).read_text())
     assert described["message"] == "norm nan"
     (folder / DESCRIPTION).write_text(json.dumps(described | {"version": 9}))
-    with pytest.raises(ValueError, match="fault must be of version 1, got 9"):
+    with pytest.raises(ValueError, match="fault must be of version 2, got 9"):
         load_fault(folder)
     (folder / INPUTS).write_bytes(b"half")
     with pytest.raises(ValueError, match="fault must be complete, got"):

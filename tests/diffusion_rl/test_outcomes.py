@@ -50,7 +50,7 @@ def test_the_implied_outcome_is_the_mean_of_all_on_the_way_to_the_video() -> Non
     settings = RolloutSettings(num_inference_steps=6, stochastic_steps=5, noise_level=1.0)
     drawn = draw(ddim, settings, videos=8)
     implied = implied_outcomes(drawn, settings)
-    for index, place in enumerate(drawn.steps):
+    for index, place in enumerate(drawn.steps[:, 0].tolist()):
         high, low = drawn.sigmas[place : place + 2].double()
         shrunk = (1 - high) / (1 - low)
         added = high**2 - shrunk**2 * low**2

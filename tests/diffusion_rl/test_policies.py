@@ -322,7 +322,7 @@ def test_log_probabilities_of_a_half_precision_transformer_are_float32() -> None
     generator.transformer.register_forward_hook(record)
     trajectory = drawn(generator, OPTIONS, (0, 1))
     of_steps = [torch.cat(velocities[2 * k : 2 * k + 2]) for k in range(2)]  # Two micro batches.
-    for index, place in enumerate(trajectory.steps):
+    for index, place in enumerate(trajectory.steps[:, 0].tolist()):
         sigma, next_sigma = trajectory.sigmas[place : place + 2].double()
         cut = sigma if place else trajectory.sigmas[1].double()
         diffusion = OPTIONS.noise_level * (sigma / (1 - cut)).sqrt()

@@ -139,6 +139,12 @@ ROWS = {
         ),
         credit=CreditSettings(name="random", mix=0.7),
     ),
+    "steps of groups": settings_for(
+        GrpoSettings(clip_range=0.02, step_weighting="flash", kl_weight=0.1),
+        rollout=dataclasses.replace(
+            settings_for(GrpoSettings()).rollout, steps_of="group", stochastic_steps=1
+        ),
+    ),
     "grounded": settings_for(
         GrpoSettings(clip_range=0.02), credit=CreditSettings(name="grounded", clip="position")
     ),

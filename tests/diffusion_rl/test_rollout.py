@@ -10,12 +10,15 @@ from torch import Tensor
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.lora import LoraSettings, attach_lora, trained_parameters
-from diffusion_rl.rollout import RolloutSettings, Trajectory, chunks, highest_sigma, rollout
+from diffusion_rl.recording import highest_sigma
+from diffusion_rl.rollout import RolloutSettings, Trajectory, chunks, rollout
 from diffusion_rl.step_losses import replay
 from diffusion_rl.transitions import flow_sde
 from tests.tiny_wan import SIZE, build_tiny_wan
 from tests.toy_gaussian import LORA, ToyGenerator
 
+OWN_STEPS = torch.tensor([[0, 1, 0, 2, 1], [2, 2, 1, 3, 0]])
+"""Of five videos, not all in their order."""
 PROMPTS = ["a red circle moves left", "the blue square"]
 
 
@@ -23,7 +26,7 @@ def draw(
     generator: AbstractVideoGenerator,
     settings: RolloutSettings,
     seeds: range = range(5),
-    stochastic: tuple[int, ...] = (0, 2),
+    stochastic: tuple[int, ...] | Tensor = (0, 2),
 ) -> Trajectory:
     index = torch.arange(len(seeds)) % 2
     return rollout(
@@ -38,8 +41,9 @@ def draw(
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("micro_batch", [2, 5])
+@pytest.mark.parametrize("stochastic", [(0, 2), OWN_STEPS])
 def test_replaying_at_unchanged_weights_gives_ratio_exactly_one(
-    guidance: float, micro_batch: int
+    guidance: float, micro_batch: int, stochastic: tuple[int, ...] | Tensor
 ) -> None:
     generator = WanGenerator(build_tiny_wan(), **SIZE)
     attach_lora(generator.transformer, LoraSettings(rank=2, alpha=4))
@@ -48,7 +52,7 @@ def test_replaying_at_unchanged_weights_gives_ratio_exactly_one(
     settings = RolloutSettings(
         num_inference_steps=4, guidance_scale=guidance, micro_batch=micro_batch
     )
-    trajectory = draw(generator, settings)
+    trajectory = draw(generator, settings, stochastic=stochastic)
     assert trajectory.latents.dtype == trajectory.next_latents.dtype == torch.float32
     for part in chunks(5, micro_batch):
         for index in range(2):
@@ -72,10 +76,10 @@ def test_recorded_steps_are_those_of_the_transition() -> None:
     generator = ToyGenerator()
     settings = RolloutSettings(num_inference_steps=4, noise_level=0.5)
     trajectory = draw(generator, settings)
-    assert trajectory.steps == (0, 2)
+    assert trajectory.steps.tolist() == [[0] * 5, [2] * 5]
     assert trajectory.latents.shape == trajectory.next_latents.shape == (2, 5, 3, 4, 4, 4)
     embeddings = trajectory.embeddings
-    for index, place in enumerate(trajectory.steps):
+    for index, place in enumerate((0, 2)):
         sigma, next_sigma = trajectory.sigmas[place], trajectory.sigmas[place + 1]
         latent = trajectory.latents[index]
         expected = flow_sde(
@@ -93,6 +97,45 @@ def test_recorded_steps_are_those_of_the_transition() -> None:
     between = trajectory.next_latents[0]
     velocity = generator.predict(between, trajectory.sigmas[1], embeddings, 1.0)
     torch.testing.assert_close(trajectory.latents[1], between - 0.25 * velocity)
+
+
+@pytest.mark.parametrize("micro_batch", [2, 5])
+def test_steps_of_ones_own_are_those_of_a_rollout_alone(micro_batch: int) -> None:
+    """Five videos at once against each of them drawn by itself; the base must not matter."""
+    generator = ToyGenerator()
+    settings = RolloutSettings(num_inference_steps=4, micro_batch=micro_batch)
+    together = draw(generator, settings, stochastic=OWN_STEPS)
+    assert torch.equal(together.steps, OWN_STEPS.sort(dim=0).values)
+    embeddings = generator.encode_prompts(PROMPTS)
+    for video in range(5):
+        own = sorted(OWN_STEPS[:, video].tolist())
+        index = torch.tensor([video % 2])
+        alone = rollout(generator, embeddings, index, [video], settings, stochastic=own)
+        pairs = [(together.videos[video], alone.videos[0])]
+        for name in ("latents", "next_latents", "means"):
+            pairs.append((getattr(together, name)[:, video], getattr(alone, name)[:, 0]))
+        for name in ("log_probs", "log_prob_maps", "final_latent"):
+            pairs.append((getattr(together, name)[video], getattr(alone, name)[0]))
+        for one, other in pairs:
+            torch.testing.assert_close(one, other)
+        for index, place in enumerate(own):
+            sigma, next_sigma = together.levels(index, slice(video, video + 1))
+            assert (sigma, next_sigma) == tuple(together.sigmas[place : place + 2])
+    kept = together.only(torch.tensor([False, True, False, True, False]))
+    assert torch.equal(kept.steps, together.steps[:, [1, 3]])
+
+
+@pytest.mark.parametrize(
+    ("stochastic", "message"),
+    [
+        (torch.zeros(2, 4, dtype=torch.long), r"or \[S 5\], got shape \(2, 4\)"),
+        (torch.tensor([[1] * 5, [0, 0, 1, 0, 0]]), "a step of a video once, got one twice"),
+        ((2, 0, 2), "a step of a video once, got one twice"),
+    ],
+)
+def test_steps_that_fit_no_video_are_refused(stochastic: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw(ToyGenerator(), RolloutSettings(num_inference_steps=4), stochastic=stochastic)
 
 
 def test_without_stochastic_steps_nothing_is_recorded_or_random() -> None:

@@ -10,6 +10,7 @@ from torch.distributions import Normal
 
 from diffusion_rl.losses import clipped_surrogate_loss
 from diffusion_rl.surrogates import (
+    STEP_WEIGHTINGS,
     ReplayedSteps,
     clipped_surrogate,
     divergence_masked_surrogate,
@@ -35,6 +36,7 @@ def random_steps(seed: int = 0, size: float = 0.3) -> ReplayedSteps:
         stds=0.3 + spread,
         durations=0.05 + 0.1 * duration,
         sigmas=0.1 + 0.9 * torch.rand(3, 4, generator=source),
+        sigma_max=torch.full((3, 4), 0.95),
     )
 
 
@@ -44,6 +46,34 @@ def exact_steps() -> ReplayedSteps:
         log_probs=steps.old_log_probs.clone().requires_grad_(),
         mean_shifts=torch.zeros(3, 4),
     )
+
+
+def test_weights_of_steps_by_loops():
+    """The published tables, step by step, and the clipped terms times them."""
+    steps = random_steps()
+    at_the_top = steps._replace(sigmas=torch.ones(3, 4))
+    for own in (steps, at_the_top):
+        for name in STEP_WEIGHTINGS:
+            value = clipped_surrogate(own, ADVANTAGES, clip_range=0.2, step_weighting=name)
+            total = 0.0
+            for video in range(3):
+                for step in range(4):
+                    sigma, dt = own.sigmas[video, step].item(), own.durations[video, step].item()
+                    spread = own.stds[video, step].item()
+                    root, advantage = math.sqrt(dt), ADVANTAGES[video].item()
+                    diffusion = spread / root
+                    weight = {
+                        "none": 1.0,
+                        "longcat": math.sqrt(sigma / (1 - min(sigma, 0.95))) / root,
+                        "flash": 1
+                        / (root / diffusion + diffusion * root * (1 - sigma) / (2 * sigma)),
+                    }[name]
+                    ratio = (own.log_probs - own.old_log_probs)[video, step].exp().item()
+                    clipped = min(max(ratio, 0.8), 1.2)
+                    total -= weight * min(ratio * advantage, clipped * advantage)
+            assert value.loss.item() == pytest.approx(total / 12, rel=1e-4)
+    with pytest.raises(ValueError, match="step_weighting must be one of none, longcat, flash, got"):
+        clipped_surrogate(steps, ADVANTAGES, clip_range=0.2, step_weighting="even")
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -97,7 +127,7 @@ def test_the_guard_centres_the_ratios_of_a_mean_that_has_moved():
     plain = (new - old).mean()
     assert plain == pytest.approx(-0.125, abs=0.01)
     ones = torch.ones(200000, 1)
-    steps = ReplayedSteps(new, old, 0.04 * ones, 0.4 * ones, 0.1 * ones, ones)
+    steps = ReplayedSteps(new, old, 0.04 * ones, 0.4 * ones, 0.1 * ones, ones, 0.9 * ones)
     guarded = guarded_surrogate(steps, torch.ones(200000), clip_range=0.1).log_ratios
     assert guarded.mean() == pytest.approx(0.0, abs=5e-3)
     # Their spread is the distance of the means, whatever that of the step.

@@ -16,6 +16,7 @@ from diffusion_rl.transitions import (
     dance_sde,
     ddim,
     flow_sde,
+    flow_sde_cut,
     flow_sde_wan,
     ode,
 )
@@ -23,7 +24,7 @@ from diffusion_rl.transitions import (
 SHAPE = (3, 4, 2, 5, 6)
 SIGMAS = torch.tensor([1.0, 0.9643, 0.75, 0.3, 0.05, 0.0])
 OPTIONS = {"noise_level": 0.7, "sigma_max": 0.9643}
-DENSITIES = [flow_sde, flow_sde_wan, dance_sde, ddim]
+DENSITIES = [flow_sde, flow_sde_cut, flow_sde_wan, dance_sde, ddim]
 EXPLORING = [*DENSITIES, cps]
 
 
@@ -73,14 +74,15 @@ def test_log_prob_is_that_of_the_normal_distribution(transition, sigma, next_sig
     torch.testing.assert_close(step.log_prob, expected.flatten(1).mean(1))
 
 
-def diffusion_of(transition, time):
+def diffusion_of(transition, time, duration):
     """The square root of each reverse SDE's diffusion, in float64."""
-    if transition is flow_sde:
-        return 0.7 * (time / (1 - min(time, SIGMAS[1].double()))).sqrt()
+    if transition in (flow_sde, flow_sde_cut):
+        diffusion = 0.7 * (time / (1 - min(time, SIGMAS[1].double()))).sqrt()
+        return diffusion if transition is flow_sde else min(diffusion, 0.45 / duration.sqrt())
     return 0.7 * (SIGMAS[1].double() * time if transition is flow_sde_wan else 1)
 
 
-@pytest.mark.parametrize("transition", [flow_sde, flow_sde_wan, dance_sde])
+@pytest.mark.parametrize("transition", [flow_sde, flow_sde_cut, flow_sde_wan, dance_sde])
 @pytest.mark.parametrize(("sigma", "next_sigma"), steps())
 def test_mean_and_spread_follow_the_score_form_of_the_same_equation(transition, sigma, next_sigma):
     """Reverse SDE written with the score: v dt - s^2/2 score dt, score = -(x - (1-t) x0) / t^2."""
@@ -88,7 +90,7 @@ def test_mean_and_spread_follow_the_score_form_of_the_same_equation(transition, 
     step = transition(latent, velocity, sigma, next_sigma, **OPTIONS)
     assert step.mean.dtype == step.std.dtype == torch.float32
     time, change = sigma.double(), (next_sigma - sigma).double()
-    diffusion = diffusion_of(transition, time)
+    diffusion = diffusion_of(transition, time, -change)
     score = -(latent - (1 - time) * (latent - time * velocity)) / time**2
     mean = latent + velocity * change - diffusion**2 / 2 * score * change
     torch.testing.assert_close(step.mean.double(), mean, rtol=1e-5, atol=1e-5)  # float32 inside

@@ -162,11 +162,10 @@ def _replayed_losses(
             value = surrogate_of(step, trajectory, index, part, credit, settings)
             loss, kl = value.loss, torch.zeros(())
             if reference is not None:
-                kl = gaussian_kl(
-                    *(step.mean, reference.mean, step.std),
-                    kl_weights(step, trajectory, index, part, settings),
-                )
-                loss = loss + settings.kl_weight * kl
+                moved = (step.mean, reference.mean, step.std)
+                weights = kl_weights(step, trajectory, index, part, settings)
+                loss = loss + settings.kl_weight * gaussian_kl(*moved, weights)
+                kl = gaussian_kl(*moved)
             yield LossTerms(
                 loss=loss,
                 share=new * (part.stop - part.start) / (own.videos * len(trajectory.steps)),

@@ -45,7 +45,10 @@ CALM = OptimizerSettings(learning_rate=1e-3, max_grad_norm=1e9)
 
 
 def prepare(
-    algorithm: AlgorithmSettings, options: RolloutSettings, std: float = 0.0
+    algorithm: AlgorithmSettings,
+    options: RolloutSettings,
+    std: float = 0.0,
+    stochastic: tuple[int, ...] | Tensor = (0, 2),
 ) -> tuple[ToyGenerator, Trajectory]:
     """A generator (its adapter shaken by `std`) and six videos it drew."""
     generator = ToyGenerator()
@@ -64,7 +67,7 @@ def prepare(
         range(6),
         options,
         transition=algorithm.transition_function if recorded else ode,
-        stochastic=(0, 2) if recorded else (),
+        stochastic=stochastic if recorded else (),
     )
     return generator, dataclasses.replace(trajectory, group=torch.tensor([0, 0, 0, 1, 1, 1]))
 
@@ -275,6 +278,38 @@ def test_the_kl_term_pulls_towards_the_reference(algorithm: AlgorithmSettings) -
     statistics = run(generator, trajectory, algorithm, OPTIONS, torch.zeros(6))
     assert statistics.kl > 0
     assert gap() < before
+
+
+@pytest.mark.parametrize("weighting", ["none", "longcat", "flash"])
+@pytest.mark.parametrize("own_steps", [False, True])
+def test_the_kl_term_is_weighted_by_the_square(weighting: str, own_steps: bool) -> None:
+    """By loops over videos and steps, each at the noise levels of its own; `kl` is as it is."""
+    algorithm = GrpoSettings(kl_weight=0.5, step_weighting=weighting)
+    stochastic = torch.tensor([[0, 1, 0, 2, 1, 0], [2, 2, 1, 3, 3, 1]])
+    changes = {"stochastic": stochastic} if own_steps else {}
+    generator, trajectory = prepare(algorithm, OPTIONS, std=0.3, **changes)
+    sigmas, plain, weighted = trajectory.sigmas.tolist(), [], []
+    for index in range(2):
+        step = replay(generator, trajectory, index, slice(0, 6), OPTIONS)
+        with torch.no_grad(), reference_policy(generator.transformer):
+            base = replay(generator, trajectory, index, slice(0, 6), OPTIONS)
+        for video, place in enumerate(trajectory.steps[index].tolist()):
+            sigma, dt, std = (
+                sigmas[place],
+                sigmas[place] - sigmas[place + 1],
+                step.std[video].item(),
+            )
+            weight = {
+                "none": 1.0,
+                "longcat": math.sqrt(sigma / (1 - min(sigma, sigmas[1])) / dt),
+                "flash": 1 / (dt / std + std * (1 - sigma) / (2 * sigma)),
+            }[weighting]
+            moved = (step.mean[video] - base.mean[video]).square().mean().item() / (2 * std**2)
+            plain.append(moved)
+            weighted.append(weight**2 * moved)
+    statistics = run(generator, trajectory, algorithm, OPTIONS, torch.zeros(6))
+    assert statistics.kl == pytest.approx(sum(plain) / 12, rel=1e-4)
+    assert statistics.loss == pytest.approx(0.5 * sum(weighted) / 12, rel=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", [GrpoSettings(), NftSettings(kl_weight=0.0, inner_steps=1)])

@@ -20,11 +20,13 @@ from diffusion_rl.group_losses import group_directions
 from diffusion_rl.lora import trained_parameters
 from diffusion_rl.optimizers import build_optimizer
 from diffusion_rl.row_kinds import SETTINGS, ForwardProcessSettings
+from diffusion_rl.shares import own_share
 from diffusion_rl.step_losses import noise_videos
 from diffusion_rl.transitions import ode
 from diffusion_rl.updates import update_policy
 from tests import test_learning
 from tests.diffusion_rl.test_updates import ADVANTAGES, CALM, OPTIONS, prepare, run
+from tests.several import run_on
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "algorithms.md"
 
@@ -87,6 +89,22 @@ def test_directions_are_covariances_by_loops() -> None:
         members = [one for one in range(6) if group[one] == group[video]]
         mean = sum(advantages[one] * data[one] for one in members) / len(members)
         torch.testing.assert_close(found[video], mean)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_directions_are_those_of_all_processes(count: int) -> None:
+    data = torch.randn(6, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    group = torch.tensor([0, 0, 0, 1, 1, 1])
+    whole = group_directions(data, ADVANTAGES, torch.arange(6), group)
+
+    def own() -> tuple[Tensor, Tensor]:
+        rows = own_share(6, 2).rows
+        return rows, group_directions(data[rows], ADVANTAGES[rows], rows, group)
+
+    found = run_on(count, own)
+    assert sorted(row for rows, _ in found for row in rows.tolist()) == list(range(6))
+    for rows, directions in found:
+        torch.testing.assert_close(directions, whole[rows])
 
 
 @pytest.mark.parametrize("size", [1, 4, 6])

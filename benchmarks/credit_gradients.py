@@ -41,13 +41,13 @@ from diffusion_rl.algorithms import algorithm
 from diffusion_rl.blame import LatentGrid, blame_weights, move_at_random, pool_blame
 from diffusion_rl.configuration import build, to_tree
 from diffusion_rl.credit import Credit, CreditSettings
+from diffusion_rl.divergences import velocity_kl
 from diffusion_rl.finetune import measure_base, place
 from diffusion_rl.launch import Run, prepare
-from diffusion_rl.losses import velocity_kl
+from diffusion_rl.noising import noise_videos
 from diffusion_rl.policies import trained_parameters
 from diffusion_rl.rollout import predict_in_chunks, rollout
 from diffusion_rl.shares import chunks
-from diffusion_rl.step_losses import noise_videos
 from examples.toy_world import oracle
 from examples.toy_world.annotated_clips import snap
 

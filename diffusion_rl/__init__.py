@@ -8,16 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusion_rl.advantages import group_advantages, history_advantages, separate_advantages
     from diffusion_rl.algorithms import ALGORITHMS, Algorithm
+    from diffusion_rl.divergences import gaussian_kl, velocity_kl
     from diffusion_rl.gaussian_steps import Transition
     from diffusion_rl.guards import GuardSettings
-    from diffusion_rl.losses import (
-        Surrogate,
-        awm_surrogate,
-        clipped_surrogate_loss,
-        gaussian_kl,
-        nft_loss,
-        velocity_kl,
-    )
+    from diffusion_rl.losses import Surrogate, awm_surrogate, clipped_surrogate_loss, nft_loss
     from diffusion_rl.rewards import Reward, RewardSettings, judge_videos, load_callable
     from diffusion_rl.surrogates import (
         ReplayedSteps,
@@ -78,15 +72,17 @@ _HOMES = {
         "ALGORITHMS",
         "Algorithm",
     ),
+    "divergences": (
+        "gaussian_kl",
+        "velocity_kl",
+    ),
     "gaussian_steps": ("Transition",),
     "guards": ("GuardSettings",),
     "losses": (
         "Surrogate",
         "awm_surrogate",
         "clipped_surrogate_loss",
-        "gaussian_kl",
         "nft_loss",
-        "velocity_kl",
     ),
     "rewards": (
         "Reward",

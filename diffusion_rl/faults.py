@@ -24,10 +24,11 @@ from torch import Tensor
 from diffusion_rl.credit import Credit
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.lora import OLD, TRAINED
+from diffusion_rl.noising import NoisedVideos
 from diffusion_rl.policies import policies_of
 from diffusion_rl.rollout import RolloutSettings, Trajectory
 from diffusion_rl.row_settings import SETTINGS
-from diffusion_rl.step_losses import LossTerms, NoisedVideos, OptimizerStep, StepInputs
+from diffusion_rl.step_losses import LossTerms, OptimizerStep, StepInputs
 from diffusion_rl.transitions import TRANSITIONS
 from diffusion_rl.updates import accumulate
 

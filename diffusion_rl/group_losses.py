@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from diffusion_rl.losses import matching_errors
+from diffusion_rl.losses import AwmWeighting, matching_log_probs
 from diffusion_rl.processes import sum_over_teams
 from diffusion_rl.shapes import check_shape
 
@@ -33,12 +33,14 @@ def error_gains(
     data: Tensor,
     sigma: Tensor,
     *,
+    weighting: AwmWeighting = "uniform",
     weights: Tensor | None = None,
 ) -> Tensor:
     """Measure by how much a policy explains noised videos better than the old one.
 
-    error = mean over elements of weights * (velocity - (latent - data) / sigma)^2
-    gain  = error of old_prediction - error of prediction
+    gain = log_prob of prediction - log_prob of old_prediction, as `awm_surrogate` has them
+
+    With weighting "uniform" that is what the mean squared error has fallen by.
 
     Args:
         prediction: [B ...] velocity of the policy being trained; carries the gradient.
@@ -46,19 +48,20 @@ def error_gains(
         latent: [B ...] the videos' latents with noise: (1 - sigma) * data + sigma * noise.
         data: [B ...] their final latents.
         sigma: [] or [B] in (0, 1].
+        weighting: As in `awm_surrogate`.
         weights: Broadcastable to [B ...], of mean 1 in each video. None is 1.
 
     Returns:
         [B] float64, above 0 where the policy does better.
 
     Raises:
-        ValueError: A shape is wrong.
+        ValueError: A shape is wrong or there is no such weighting.
     """
     now, old = (
-        matching_errors(velocity.double(), latent, data, sigma, weights)
+        matching_log_probs(velocity, latent, data, sigma, weighting, weights)
         for velocity in (prediction, old_prediction.detach())
     )
-    return old - now
+    return now - old
 
 
 def preference_loss(gains: Tensor, advantages: Tensor, group: Tensor, *, beta: float) -> Tensor:

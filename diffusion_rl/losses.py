@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_rl.shapes import check_shape
+from diffusion_rl.shapes import check_same_shape, check_shape
 
 MIN_NORMALISER = 1e-5
 """Smallest mean error that DiffusionNFT divides by."""
@@ -107,53 +107,6 @@ def has_left_range(
         return (change < -low) | (change > high)
     ratio = torch.exp(log_ratios)
     return (ratio < (1 - low) ** widths) | (ratio > (1 + high) ** widths)
-
-
-def gaussian_kl(
-    mean: Tensor, reference_mean: Tensor, std: Tensor, weights: Tensor | None = None
-) -> Tensor:
-    """Measure how far one step's Gaussian has moved from the reference policy's.
-
-    kl = mean over B and elements of  weights * (mean - reference_mean)^2 / (2 std^2)
-
-    Without weights the exact divergence of two Gaussians, per element of the latent.
-
-    Args:
-        mean: [B ...] of the policy being trained; carries the gradient.
-        reference_mean: [B ...] of the frozen reference; no gradient.
-        std: Broadcastable to [B ...], above 0; the same for both.
-        weights: Broadcastable to [B ...]; None is 1.
-
-    Raises:
-        ValueError: The means differ in shape, or a spread is not above 0.
-    """
-    _check_same_shape("reference_mean", reference_mean, "mean", mean)
-    if not bool((std > 0).all()):
-        raise ValueError(
-            f"std must be above 0, got {std.min().item()}; a deterministic step has no divergence, "
-            "use velocity_kl"
-        )
-    kl = (mean - reference_mean.detach()) ** 2 / (2 * std.detach() ** 2)
-    return (kl if weights is None else weights * kl).mean()
-
-
-def velocity_kl(prediction: Tensor, reference_prediction: Tensor) -> Tensor:
-    """Measure how far the predicted velocity has moved from the reference policy's.
-
-    kl = mean over B and elements of  (prediction - reference_prediction)^2
-
-    Args:
-        prediction: [B ...] of the policy being trained; carries the gradient.
-        reference_prediction: [B ...] of the frozen reference; no gradient.
-
-    Returns:
-        Scalar, at least 0.
-
-    Source:
-        DiffusionNFT, arXiv:2509.16117, its published training script.
-    """
-    _check_same_shape("reference_prediction", reference_prediction, "prediction", prediction)
-    return ((prediction - reference_prediction.detach()) ** 2).mean()
 
 
 def nft_loss(
@@ -271,7 +224,7 @@ def matching_errors(
     """
     axes = check_shape("velocity", velocity, "B ...")
     for name, value in (("latent", latent), ("data", data)):
-        _check_same_shape(name, value, "velocity", velocity)
+        check_same_shape(name, value, "velocity", velocity)
     if sigma.ndim:
         check_shape("sigma", sigma, "B", B=axes["B"])
     level = sigma.reshape(-1, *[1] * (velocity.ndim - 1))
@@ -321,24 +274,32 @@ def awm_surrogate(
     Source:
         Advantage weighted matching, arXiv:2509.25050, compute_log_prob_awm of its published code.
     """
-    if weighting not in AWM_WEIGHTINGS:
-        known = ", ".join(AWM_WEIGHTINGS)
-        raise ValueError(f"weighting must be one of {known}, got {weighting}")
-    level = _check_noised(prediction, old_prediction, latent, data, sigma, advantages)
+    _check_noised(prediction, old_prediction, latent, data, sigma, advantages)
     _check_advantage_limit(advantage_limit)
-    errors = [
-        matching_errors(velocity.double(), latent, data, sigma, weights)
+    log_probs = [
+        matching_log_probs(velocity, latent, data, sigma, weighting, weights)
         for velocity in (prediction, old_prediction.detach())
     ]
-    log_probs = [_matching_log_prob(one, level.double().flatten(), weighting) for one in errors]
     log_ratios = (log_probs[0] - log_probs[1])[:, None]
     terms = clipped_terms(log_ratios, advantages.double() / advantage_limit, clip_range, None)
     outside = has_left_range(log_ratios.detach(), clip_range, None)
     return Surrogate(terms.mean().to(prediction.dtype), log_ratios.detach(), outside)
 
 
-def _matching_log_prob(square: Tensor, level: Tensor, weighting: str) -> Tensor:
-    """[B] from mean squared errors [B] in float64 and noise levels [B] or [1]."""
+def matching_log_probs(
+    velocity: Tensor,
+    latent: Tensor,
+    data: Tensor,
+    sigma: Tensor,
+    weighting: AwmWeighting,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """[B] float64 log-probabilities of `awm_surrogate`, arguments as there."""
+    if weighting not in AWM_WEIGHTINGS:
+        known = ", ".join(AWM_WEIGHTINGS)
+        raise ValueError(f"weighting must be one of {known}, got {weighting}")
+    square = matching_errors(velocity.double(), latent, data, sigma, weights)
+    level = sigma.double().reshape(-1)
     if weighting == "huber":
         return -(torch.sqrt(square + AWM_FLOOR) - AWM_FLOOR**0.5) * level
     if weighting == "ghuber":
@@ -384,15 +345,7 @@ def _check_noised(
     axes = check_shape("advantages", advantages, "B")
     check_shape("prediction", prediction, "B ...", **axes)
     for name, value in (("old_prediction", old_prediction), ("latent", latent), ("data", data)):
-        _check_same_shape(name, value, "prediction", prediction)
+        check_same_shape(name, value, "prediction", prediction)
     if sigma.ndim:
         check_shape("sigma", sigma, "B", **axes)
     return sigma.reshape(-1, *[1] * (prediction.ndim - 1))
-
-
-def _check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.shape != other.shape:
-        raise ValueError(
-            f"{name} must have the shape of {other_name} {tuple(other.shape)}, "
-            f"got {tuple(tensor.shape)}"
-        )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusion_rl.algorithms import algorithm
+from diffusion_rl.losses import AWM_WEIGHTINGS
 from diffusion_rl.surrogates import STEP_WEIGHTINGS
 from diffusion_rl.transitions import TRANSITIONS, TransitionFunction
 
@@ -177,6 +178,24 @@ class OldPolicySettings(NoisedSettings):
     @abstractmethod
     def old_decay(self, update: int) -> float:
         """What the copy keeps of itself after update `update`, counted from 1; in [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GainSettings(OldPolicySettings):
+    """Those whose loss sets what the videos of a group have gained against one another."""
+
+    weighting: str = "uniform"
+    """How gains at different noise levels compare: one of AWM_WEIGHTINGS; `uniform` are errors of
+    velocities."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("weighting", self.weighting, AWM_WEIGHTINGS)
+
+    @property
+    def gain_options(self) -> Mapping[str, Any]:
+        """What `error_gains` takes besides tensors."""
+        return {"weighting": self.weighting}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from diffusion_rl.row_kinds import (
     SETTINGS,
     ClippedSettings,
     ForwardProcessSettings,
+    GainSettings,
     GroupSettings,
     NoisedSettings,
-    OldPolicySettings,
     RatioSettings,
     RecordedSettings,
     above,
@@ -224,7 +224,7 @@ class RaftSettings(NoisedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineDpoSettings(OldPolicySettings):
+class OnlineDpoSettings(GainSettings):
     """Options of the row `online_dpo`."""
 
     name: str = "online_dpo"

@@ -42,3 +42,11 @@ def check_shape(name: str, tensor: Tensor, axes: str, **known: int) -> dict[str,
                 f"{letter}={known[letter]}, not {size}"
             )
     return sizes
+
+
+def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name} {tuple(other.shape)}, "
+            f"got {tuple(tensor.shape)}"
+        )

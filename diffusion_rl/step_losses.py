@@ -16,31 +16,25 @@ from torch import Tensor
 
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.credit import Credit
+from diffusion_rl.divergences import gaussian_kl, velocity_kl
 from diffusion_rl.gaussian_steps import Transition
 from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.group_losses import error_gains, group_directions, with_slopes
-from diffusion_rl.losses import Surrogate, gaussian_kl, velocity_kl
+from diffusion_rl.losses import Surrogate
+from diffusion_rl.noising import NoisedVideos, groups_of, noise_videos
 from diffusion_rl.policies import old_policy, reference_policy
 from diffusion_rl.processes import add_up, gather_rows
 from diffusion_rl.rollout import RolloutSettings, Trajectory, predict_in_chunks, retake
 from diffusion_rl.row_kinds import (
     AlgorithmSettings,
     ForwardProcessSettings,
+    GainSettings,
     NoisedSettings,
     RatioSettings,
 )
 from diffusion_rl.sharding import in_step
 from diffusion_rl.shares import chunks, chunks_of_steps, step_ranges
 from diffusion_rl.surrogates import ReplayedSteps, step_weights
-
-
-class NoisedVideos(NamedTuple):
-    """Final latents with noise, as flow matching adds it."""
-
-    latent: Tensor
-    """[B C T H W] (1 - sigma) * data + sigma * noise."""
-    sigma: Tensor
-    """[B]."""
 
 
 class OptimizerStep(NamedTuple):
@@ -138,9 +132,12 @@ def step_losses(generator: AbstractVideoGenerator, inputs: StepInputs) -> Iterat
     if not isinstance(inputs.settings, NoisedSettings):
         yield from _replayed_losses(*own, inputs.settings, inputs.rollout, inputs.step)
         return
-    losses = _group_losses if algorithm(inputs.settings.name).of_groups else _noised_losses
     for level in range(len(inputs.step.noised)):
-        yield from losses(*own, inputs.settings, inputs.rollout, inputs.step, level)
+        rest = (inputs.rollout, inputs.step, level)
+        if isinstance(inputs.settings, GainSettings):
+            yield from _group_losses(*own, inputs.settings, *rest)
+        else:
+            yield from _noised_losses(*own, inputs.settings, *rest)
 
 
 def _replayed_losses(
@@ -289,7 +286,7 @@ def _group_losses(
     generator: AbstractVideoGenerator,
     trajectory: Trajectory,
     credit: Credit,
-    settings: NoisedSettings,
+    settings: GainSettings,
     rollout: RolloutSettings,
     step: OptimizerStep,
     level: int,
@@ -303,7 +300,11 @@ def _group_losses(
         now = predict_in_chunks(*asked)
         with old_policy(generator.transformer):
             old = predict_in_chunks(*asked)
-        gains = error_gains(now, old, *(noised.latent, data, noised.sigma), weights=weights)
+        gains = error_gains(
+            *(now, old, noised.latent, data, noised.sigma),
+            **settings.gain_options,
+            weights=weights,
+        )
     value, slopes = with_slopes(
         algorithm(settings.name).loss,
         *(gather_rows(one, places, trajectory.total) for one in (gains.cpu(), credit.advantages)),
@@ -321,6 +322,7 @@ def _group_losses(
         prediction = generator.predict(*inputs)
         gains = error_gains(
             *(prediction, old[part], noised.latent[part], data[part], noised.sigma[part]),
+            **settings.gain_options,
             weights=None if weights is None else weights[part],
         )
         # The slope is that of the whole loss, of which each video holds an even share.
@@ -335,58 +337,7 @@ def _group_losses(
         yield LossTerms(loss, share, kl.detach(), None, math.nan)
 
 
-def groups_of(trajectory: Trajectory) -> Tensor:
-    """[N] long: the group of each video of the update.
-
-    Raises:
-        ValueError: it was not drawn for an update.
-    """
-    if trajectory.group is None:
-        raise ValueError("trajectory.group must say which videos are compared, got None")
-    return trajectory.group
-
-
 def directions_of(trajectory: Trajectory, credit: Credit) -> Tensor:
     """[B C T H W] as `group_directions` has them."""
     own = (trajectory.final_latent, credit.advantages, trajectory.rows)
     return group_directions(*own, groups_of(trajectory))
-
-
-def noise_videos(
-    generator: AbstractVideoGenerator,
-    trajectory: Trajectory,
-    source: torch.Generator,
-    of_groups: bool = False,
-) -> NoisedVideos:
-    """Every video, or every group, at a noise and level of its own, where what learns takes part.
-
-    Both follow from the place among all of the update's, so that `source` moves on alike on every
-    process.
-    """
-    data, slots, count = trajectory.final_latent, trajectory.rows, trajectory.total
-    if of_groups:
-        distinct, slots = groups_of(trajectory).unique(return_inverse=True)
-        slots, count = slots[trajectory.rows], len(distinct)
-    noise = torch.zeros(data.shape)
-    for slot in range(count):
-        noise[slots == slot] = torch.randn(data.shape[1:], generator=source)
-    noise = noise.to(data)
-    schedule = generator.learning_schedule(trajectory.sigmas)
-    sigma = draw_sigmas(schedule, count, source)
-    sigma = sigma[slots.to(sigma.device)]
-    level = sigma.view(-1, *[1] * (data.ndim - 1))
-    return NoisedVideos((1 - level) * data + level * noise, sigma)
-
-
-def draw_sigmas(schedule: Tensor, count: int, source: torch.Generator) -> Tensor:
-    """Noise levels [B] between those of the schedule [K+1], as dense as it is.
-
-    One falls in each B-th of the schedule, so that an update's loss depends less on luck than
-    with independent draws.
-    """
-    steps = len(schedule) - 1
-    place = (torch.rand(count, generator=source) + torch.randperm(count, generator=source)) / count
-    place = (place * steps).clamp(max=steps - 1e-3)
-    weight = (place - place.long()).to(schedule)
-    lower = place.long().to(schedule.device)
-    return (1 - weight) * schedule[lower] + weight * schedule[lower + 1]

@@ -77,7 +77,7 @@ LAYERS = {
     "diffusion_rl": [
         *("shapes", "whole_files", "processes", "sharding", "shares", "packing", "run_lock"),
         *("gaussian_steps", "transitions"),
-        *("advantages", "blame", "credit", "losses", "surrogates"),
+        *("advantages", "blame", "credit", "divergences", "losses", "surrogates"),
         "group_losses",
         *("algorithms", "row_kinds", "row_settings", "guards", "trends", "prompts"),
         *("loading", "prompt_sampling"),
@@ -96,7 +96,7 @@ LAYERS = {
             "sampling",
             "memory",
         ),
-        *("outcomes", "optimizers", "zero", "step_losses", "updates"),
+        *("outcomes", "noising", "optimizers", "zero", "step_losses", "updates"),
         *(
             "self_check",
             "progress",

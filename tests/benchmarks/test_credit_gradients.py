@@ -20,9 +20,9 @@ from benchmarks.credit_gradients import (
     velocities,
 )
 from benchmarks.gradient_agreement import gradient_of, judge_update, own_credit
+from diffusion_rl.divergences import velocity_kl
 from diffusion_rl.finetune import measure_base
 from diffusion_rl.launch import prepare
-from diffusion_rl.losses import velocity_kl
 from diffusion_rl.policies import trained_parameters
 
 

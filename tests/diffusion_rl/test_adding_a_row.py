@@ -18,10 +18,10 @@ from diffusion_rl.configuration import load_config
 from diffusion_rl.credit import Credit
 from diffusion_rl.group_losses import group_directions
 from diffusion_rl.lora import trained_parameters
+from diffusion_rl.noising import noise_videos
 from diffusion_rl.optimizers import build_optimizer
 from diffusion_rl.row_kinds import SETTINGS, ForwardProcessSettings
 from diffusion_rl.shares import own_share
-from diffusion_rl.step_losses import noise_videos
 from diffusion_rl.transitions import ode
 from diffusion_rl.updates import update_policy
 from tests import test_learning

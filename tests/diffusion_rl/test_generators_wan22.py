@@ -22,9 +22,9 @@ from diffusion_rl.lora import (
     tuner_layers,
 )
 from diffusion_rl.lora_files import load_lora, save_lora
+from diffusion_rl.noising import draw_sigmas
 from diffusion_rl.rollout import RolloutSettings, eligible_steps
 from diffusion_rl.sharding import is_sharded, shard
-from diffusion_rl.step_losses import draw_sigmas
 from tests.family_checks import (
     PROMPTS,
     SEEDS,

@@ -17,11 +17,12 @@ from diffusion_rl.algorithms import ALGORITHMS
 from diffusion_rl.credit import Credit
 from diffusion_rl.group_losses import error_gains, preference_loss, with_slopes
 from diffusion_rl.lora import old_policy, reference_policy, trained_parameters
+from diffusion_rl.losses import AWM_WEIGHTINGS, AwmWeighting, awm_surrogate
+from diffusion_rl.noising import noise_videos
 from diffusion_rl.optimizers import build_optimizer
 from diffusion_rl.policies import update_old_policy
 from diffusion_rl.rollout import RolloutSettings, Trajectory
 from diffusion_rl.row_settings import OnlineDpoSettings
-from diffusion_rl.step_losses import noise_videos
 from diffusion_rl.updates import UpdateStatistics, update_policy
 from tests.diffusion_rl.test_updates import CALM, prepare
 from tests.toy_gaussian import ToyGenerator
@@ -90,6 +91,17 @@ def test_a_gain_is_what_the_error_has_fallen_by() -> None:
         target, weight = noise[video] - data[video], weights[video]
         fallen = weight * ((old[video] - target) ** 2 - (now[video] - target) ** 2)
         assert gains[video].item() == pytest.approx(fallen.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("weighting", AWM_WEIGHTINGS)
+def test_gains_are_differences_of_awms_log_probabilities(weighting: AwmWeighting) -> None:
+    source = torch.Generator().manual_seed(1)
+    data, noise, now, old = torch.randn(4, 3, 2, 2, 4, 4, generator=source)
+    sigma = torch.tensor([0.3, 0.9, 0.6])
+    latent = (1 - sigma.view(3, 1, 1, 1, 1)) * data + sigma.view(3, 1, 1, 1, 1) * noise
+    gains = error_gains(now, old, latent, data, sigma, weighting=weighting)
+    value = awm_surrogate(now, old, latent, data, sigma, torch.ones(3), weighting=weighting)
+    torch.testing.assert_close(gains[:, None], value.log_ratios)
 
 
 @pytest.mark.parametrize(

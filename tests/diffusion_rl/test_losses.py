@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from diffusion_rl.divergences import gaussian_kl, velocity_kl
 from diffusion_rl.losses import (
     AWM_WEIGHTINGS,
     awm_surrogate,
     clipped_surrogate_loss,
-    gaussian_kl,
     matching_loss,
     nft_loss,
-    velocity_kl,
 )
 
 ADVANTAGES = torch.tensor([1.5, -2.0, 0.0])

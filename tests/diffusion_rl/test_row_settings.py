@@ -82,6 +82,7 @@ def test_a_transition_may_be_chosen_where_the_loss_allows_it() -> None:
         (AwmSettings, {"clip_range": 1.5}, r"clip_range must be in \(0, 1\], got 1.5"),
         (RaftSettings, {"keep": 0}, "keep must be at least 1, got 0"),
         (OnlineDpoSettings, {"beta": 0.0}, "beta must be above 0, got 0.0"),
+        (OnlineDpoSettings, {"weighting": "l2"}, "weighting must be one of uniform, .*, got l2"),
         (OnlineDpoSettings, {"pairs": 0}, "pairs must be at least 1, got 0"),
         (OnlineDpoSettings, {"refresh_every": 0}, "refresh_every must be at least 1, got 0"),
         (RaftSettings, {"noise_levels": 0}, "noise_levels must be at least 1, got 0"),

@@ -21,6 +21,7 @@ from diffusion_rl.lora import (
     reference_policy,
     trained_parameters,
 )
+from diffusion_rl.noising import draw_sigmas
 from diffusion_rl.optimizers import SKIPPED, OptimizerSettings, build_optimizer, take_step
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
 from diffusion_rl.row_kinds import AlgorithmSettings, RecordedSettings
@@ -35,7 +36,7 @@ from diffusion_rl.row_settings import (
     OnlineDpoSettings,
     RaftSettings,
 )
-from diffusion_rl.step_losses import draw_sigmas, replay, surrogate_of
+from diffusion_rl.step_losses import replay, surrogate_of
 from diffusion_rl.transitions import ode
 from diffusion_rl.updates import NotFiniteError, UpdateStatistics, update_policy
 from tests.toy_gaussian import LORA, ToyGenerator

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from diffusion_rl.best_of_n import (
 from diffusion_rl.commands.base import Subparsers, add_noise_level, with_local_path
 from diffusion_rl.configuration import RunSettings, load_config, to_tree
 from diffusion_rl.evaluation_parts import fingerprint
+from diffusion_rl.generators.base import AbstractVideoGenerator
 from diffusion_rl.launch import build_generator
 from diffusion_rl.prompts import read_prompts
-from diffusion_rl.rewards import build_reward
+from diffusion_rl.rewards import build_rewards
 from diffusion_rl.run_folder import differences, may_change
 from diffusion_rl.sampling import sample_videos
 from diffusion_rl.whole_files import write_whole
@@ -86,38 +89,37 @@ def best_of_n_command(options: argparse.Namespace) -> int:
     """`best-of-n`: videos, scores.jsonl and best_of_n.json; goes on where it was stopped."""
     settings = with_local_path(load_config(options.config, options.overrides), options.local_path)
     prompts = read_prompts(options.prompts, settings.prompt_column)
-    rewards = [build_reward(reward) for reward in settings.rewards]
-    generator = build_generator(
-        settings.generator, lora=options.lora, transformer=options.transformer
-    )
-    rollout = settings.rollout
-
-    def sample(texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        return sample_videos(
-            generator,
-            texts,
-            seeds,
-            num_inference_steps=rollout.num_inference_steps,
-            guidance_scale=rollout.guidance_scale,
-            micro_batch=rollout.micro_batch,
-            noise_level=options.noise_level,
+    with ExitStack() as undo:
+        rewards = build_rewards(settings.rewards, undo)
+        generator = build_generator(
+            settings.generator, lora=options.lora, transformer=options.transformer
         )
-
-    wanted = BestOfNSettings(
-        n=options.n,
-        seed=options.seed,
-        missing_limit=settings.missing_limit,
-        fps=generator.fps,
-        output=options.output,
-        format=options.format,
-    )
-    try:
+        wanted = BestOfNSettings(
+            n=options.n,
+            seed=options.seed,
+            missing_limit=settings.missing_limit,
+            fps=generator.fps,
+            output=options.output,
+            format=options.format,
+        )
         claim_scores(Path(options.output), asked_of(options, settings))
+        sample = sampler_of(generator, settings, options.noise_level)
         found = best_of_n(sample, rewards, prompts, wanted)
         records = list(tqdm(found, total=len(prompts), desc="best-of-n"))
-    finally:
-        for reward in rewards:
-            reward.close()
     path = write_summary(options.output, records)
     print(f"videos: {Path(options.output)}   scores: {path}")
     return 0
+
+
+def sampler_of(
+    generator: AbstractVideoGenerator, settings: RunSettings, noise_level: float
+) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
+    """(prompts, seeds) -> videos, drawn as the settings say."""
+    return partial(
+        sample_videos,
+        generator,
+        num_inference_steps=settings.rollout.num_inference_steps,
+        guidance_scale=settings.rollout.guidance_scale,
+        micro_batch=settings.rollout.micro_batch,
+        noise_level=noise_level,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from diffusion_rl.evaluation_parts import EvaluationParts, EvaluationTask, finge
 from diffusion_rl.guards import STATISTICS
 from diffusion_rl.launch import CONFIG_FILE, build_generator
 from diffusion_rl.prompts import read_prompts
-from diffusion_rl.rewards import Reward, RewardFunction, RewardSettings, build_reward
+from diffusion_rl.rewards import Reward, RewardFunction, RewardSettings, build_rewards
 from diffusion_rl.vbench import VBenchFolder
 from diffusion_rl.weight_files import COMPONENTS
 
@@ -102,12 +103,8 @@ def evaluate_command(options: argparse.Namespace) -> int:
     settings = with_local_path(load_config(config, options.overrides), options.local_path)
     others = further_sides(options.also)
     rewards = measuring_rewards(options, settings)
-    built = [build_reward(reward) for reward in rewards]
-    try:
-        return evaluate(options, settings, others, rewards, built)
-    finally:
-        for reward in built:
-            reward.close()
+    with ExitStack() as undo:
+        return evaluate(options, settings, others, rewards, build_rewards(rewards, undo))
 
 
 def evaluate(

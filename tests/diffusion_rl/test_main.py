@@ -1,5 +1,6 @@
 """The commands as a user types them."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from diffusion_rl import rewards
 from diffusion_rl.__main__ import INTERRUPTED, main
 from diffusion_rl.checkpoint import latest_checkpoint
 from diffusion_rl.launch import CHECKPOINTS, LORA
+from diffusion_rl.rewards import Reward, RewardSettings
 from diffusion_rl.sampling import draw_videos
 from diffusion_rl.tracking import read_metrics
 from tests.tiny_wan import save_tiny_wan
@@ -315,3 +318,27 @@ def test_what_cannot_be_evaluated_is_refused(
     words = ["evaluate", "--lora", "run/lora", "--prompts", "prompts.txt"]
     assert main([*words, "--videos-per-prompt", "1", *extra]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "--lora", "run/lora", "--videos-per-prompt", "1"],
+        ["best-of-n", "tiny.yaml"],
+    ],
+)
+def test_a_reward_is_closed_where_a_later_one_cannot_be_built(
+    place: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    main(["train", "tiny.yaml", "updates=1"])
+    closed, build = [], rewards.build_reward
+
+    def opened(settings: RewardSettings) -> Reward:
+        return dataclasses.replace(build(settings), end=lambda: closed.append(settings.name))
+
+    second = "rewards=[{name: red, target: 'tiny_rewards:red'}, {name: b, target: 'none:no'}]"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewards, "build_reward", opened)
+        assert main([*words, "--prompts", "prompts.txt", second]) == 1
+    assert "none" in capsys.readouterr().err
+    assert closed == ["red"]

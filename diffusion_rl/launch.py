@@ -11,6 +11,7 @@ import logging
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from diffusion_rl.finetune import FinetuneState, StepReport, begin, finetune
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.generators.families import FAMILIES
 from diffusion_rl.held_out import HeldOut, build_held_out
+from diffusion_rl.memory_errors import explain_out_of_memory
 from diffusion_rl.policies import attach_policies, policies_of, trained_parameters
 from diffusion_rl.preflight import check_run
 from diffusion_rl.prompt_sampling import check_same_prompts, write_statistics
@@ -51,6 +53,7 @@ from diffusion_rl.run_lock import release_lock
 from diffusion_rl.samples import step_folder, write_samples
 from diffusion_rl.sharding import shard, wants_shards
 from diffusion_rl.tracking import AccelerateTracker, MetricsFile, flatten
+from diffusion_rl.update_memory import attaching_savings
 from diffusion_rl.updates import NotFiniteError
 from diffusion_rl.weight_files import LORA as LORA  # For callers who look for the result.
 from diffusion_rl.weight_files import TUNED, has_result, load_result, save_result
@@ -167,13 +170,12 @@ def load_run(settings: RunSettings, keep_text_encoder: bool, undo: ExitStack) ->
         shard(part)
     if shards and settings.full is not None:
         shard(generator.transformer)
-    attach_policies(
-        generator.transformer,
-        settings.learner,
-        old_policy=algorithm(settings.algorithm.name).uses_old_policy,
-        average=settings.optimizer.average_decay > 0,
-        seed=settings.seed,
-    )
+    what = (generator.transformer, settings.learner)
+    old = algorithm(settings.algorithm.name).uses_old_policy
+    average = settings.optimizer.average_decay > 0
+    savings = partial(attaching_savings, *what, old_policy=old, average=average)
+    with explain_out_of_memory("attaching what learns", savings):
+        attach_policies(*what, old_policy=old, average=average, seed=settings.seed)
     embeddings, shown = generator.encode_prompts(prompts), None
     if settings.samples is not None:
         shown = generator.encode_prompts(settings.samples.prompts)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion_rl.full_policies import REFERENCE, FullPolicies
+from diffusion_rl.full_policies import REFERENCE, FullPolicies, FullSettings
 from diffusion_rl.generators.base import AbstractVideoGenerator
-from diffusion_rl.lora import tuner_layers
+from diffusion_rl.lora import LoraSettings, tuner_layers
 from diffusion_rl.memory_errors import Saving
 from diffusion_rl.optimizers import STATE_BYTES
 from diffusion_rl.out_of_memory import learners_of, linears_of, smaller_passes, tokens_of
@@ -56,6 +56,35 @@ def update_savings(generator: AbstractVideoGenerator, settings: FinetuneSettings
         saved = masters + state * sum(learners) + whole
         found.append(Saving("lora instead of full", saved))
     return found
+
+
+def attaching_savings(
+    transformer: nn.Module, learner: LoraSettings | FullSettings, *, old_policy: bool, average: bool
+) -> list[Saving]:
+    """Every setting that would help to attach what learns, with about what it saves; unsorted.
+
+    Of full fine-tuning all weights are counted, also where `targets` names a few; a LoRA's own
+    numbers are few against the transformer's, so that nothing of it would help.
+
+    Args:
+        transformer: as it was loaded.
+        learner: what was to be attached.
+        old_policy: whether a slow copy belongs to it.
+        average: whether a running average does.
+    """
+    if isinstance(learner, LoraSettings):
+        return []
+    sizes = [_size(one) for one in transformer.parameters()]
+    whole = sum(4 * one.numel() for one in transformer.parameters())
+    masters = whole if sum(sizes) < whole else 0
+    here = learner.copies == "device"
+    copies = sum(sizes) + whole * (old_policy + average)
+    found = [Saving("lora instead of full", masters + copies * here)]
+    if here:
+        found.append(Saving("full.copies=cpu", copies))
+    if average and here:
+        found.append(Saving("optimizer.average_decay=0", whole))
+    return [one for one in found if one.bytes]
 
 
 def kept_for_backward(generator: AbstractVideoGenerator, batch: int) -> float:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_rl import out_of_memory
+from diffusion_rl import launch, out_of_memory
 from diffusion_rl.before_after import build_samplers
 from diffusion_rl.finetune import FinetuneSettings, finetune
-from diffusion_rl.full_policies import FullSettings
+from diffusion_rl.full_policies import FullPolicies, FullSettings
 from diffusion_rl.generators.families import FAMILIES
 from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.guards import GuardSettings
@@ -21,18 +21,19 @@ from diffusion_rl.lora import LoraSettings, tuner_layers
 from diffusion_rl.memory_errors import OutOfMemoryError, Saving, explain_out_of_memory
 from diffusion_rl.optimizers import OptimizerSettings
 from diffusion_rl.out_of_memory import drawing_bytes, drawing_savings, smaller_passes
-from diffusion_rl.policies import attach_policies, trained_parameters
+from diffusion_rl.policies import attach_policies, policies_of, trained_parameters
 from diffusion_rl.reward_contract import RewardSettings
 from diffusion_rl.rewards import Reward
 from diffusion_rl.rollout import RolloutSettings, rollout
 from diffusion_rl.samples import SampleSettings, write_samples
 from diffusion_rl.sharding import shard
-from diffusion_rl.update_memory import kept_for_backward, update_savings
+from diffusion_rl.update_memory import attaching_savings, kept_for_backward, update_savings
 from tests.diffusion_rl.test_families import TINY
+from tests.diffusion_rl.test_weight_files import run_settings
 from tests.several import run_on
 from tests.tiny_cogvideox import SIZE as COGVIDEOX_SIZE
 from tests.tiny_cogvideox import build_tiny_cogvideox
-from tests.tiny_wan import SIZE, build_tiny_wan
+from tests.tiny_wan import SIZE, build_tiny_wan, save_tiny_wan
 
 LARGER = {**SIZE, "height": 64, "width": 64, "num_frames": 9}
 SETTINGS = FinetuneSettings(
@@ -341,3 +342,45 @@ class NoCheck:
     """As of a row that records no steps."""
 
     videos = 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", ["device", "cpu"])
+@pytest.mark.parametrize(("old_policy", "average"), [(False, True), (True, True), (True, False)])
+def test_what_attaching_takes_is_what_it_says(
+    dtype: torch.dtype, place: str, old_policy: bool, average: bool
+) -> None:
+    """Against the bytes of what is attached: masters, reference and copies."""
+    transformer = build_tiny_wan(layers=2).to(dtype).transformer
+    learner = FullSettings(copies=place)
+    copies = {"old_policy": old_policy, "average": average}
+    found = dict(attaching_savings(transformer, learner, **copies))
+    assert attaching_savings(transformer, LoraSettings(), **copies) == []
+    attach_policies(transformer, learner, **copies)
+    policies = policies_of(transformer)
+    assert isinstance(policies, FullPolicies)
+    whole = sum(one.numel() * 4 for one in policies.trained.values())
+    kept = sum(
+        one.numel() * one.element_size()
+        for kind in policies.copies.values()
+        for one in kind.values()
+    )
+    masters = whole if dtype == torch.bfloat16 else 0
+    if place == "cpu":
+        assert found == ({"lora instead of full": masters} if masters else {})
+        return
+    expected = {"lora instead of full": masters + kept, "full.copies=cpu": kept}
+    assert found == expected | ({"optimizer.average_decay=0": whole} if average else {})
+
+
+def test_a_run_that_cannot_hold_what_learns_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(launch, "attach_policies", run_out)
+    settings = run_settings(save_tiny_wan(tmp_path / "pipeline"), tmp_path, full={}, lora=None)
+    message = r"memory ran out in attaching what learns .*; lora instead of full saves about "
+    with pytest.raises(OutOfMemoryError, match=message):
+        launch.prepare(settings)

@@ -173,10 +173,17 @@ def rows_in_step(transformer: nn.Module, chosen: Sequence[Tensor]) -> list[Tenso
     return [first if count and not len(own) else own for own, count in zip(rows, most, strict=True)]
 
 
-def in_step(transformer: nn.Module, parts: Sequence[slice]) -> list[slice]:
+def in_step(
+    transformer: nn.Module, parts: Sequence[slice], spare: slice | None = None
+) -> list[slice]:
     """Parts of a batch, the first repeated until every process makes as many passes.
 
     Only where the weights are sharded, and come together when all processes pass.
+
+    Args:
+        transformer: sharded or not.
+        parts: of this process.
+        spare: what it passes instead where it has no part and another process has some.
 
     Raises:
         RuntimeError: this or another process has nothing to pass; all of them say so.
@@ -184,10 +191,13 @@ def in_step(transformer: nn.Module, parts: Sequence[slice]) -> list[slice]:
     if not is_sharded(transformer):
         return list(parts)
     counts = processes.gather_objects(len(parts))
-    if min(counts) == 0 < max(counts):
+    spares = processes.gather_objects(spare is not None)
+    idle = [not count and not has for count, has in zip(counts, spares, strict=True)]
+    if any(idle) and max(counts):
         raise RuntimeError(
             "reward must judge at least one video of each process where weights are sharded, got "
             f"passes {counts} of the processes; raise rollout.videos_per_prompt, or launch "
             "without FSDP"
         )
-    return [*parts, *[parts[0]] * (max(counts) - len(parts))] if parts else []
+    again = parts[0] if parts else spare
+    return [*parts, *([again] if again else []) * (max(counts) - len(parts))]

@@ -148,7 +148,8 @@ def _replayed_losses(
     rollout: RolloutSettings,
     own: OptimizerStep,
 ) -> Iterator[LossTerms]:
-    for place, part in enumerate(in_step(generator.transformer, own.parts)):
+    spare = slice(0, 1) if len(trajectory.final_latent) else None
+    for place, part in enumerate(in_step(generator.transformer, own.parts, spare)):
         new = float(place < len(own.parts))  # Else only for the others' sake.
         for index in range(len(trajectory.steps)):
             reference = None

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from diffusion_rl.credit import Credit
+from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.lora import LoraSettings, attach_lora, trained_parameters
+from diffusion_rl.optimizers import OptimizerSettings, build_optimizer
+from diffusion_rl.rollout import RolloutSettings, rollout
+from diffusion_rl.row_settings import GrpoSettings
 from diffusion_rl.sharding import (
     check_precision,
     in_step,
@@ -13,8 +18,10 @@ from diffusion_rl.sharding import (
     shard,
     wants_shards,
 )
+from diffusion_rl.shares import own_share
+from diffusion_rl.updates import UpdateStatistics, update_policy
 from tests.several import run_on
-from tests.tiny_wan import build_tiny_wan
+from tests.tiny_wan import SIZE, build_tiny_wan
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -67,19 +74,59 @@ def test_blocks_that_are_not_there_are_refused() -> None:
 def test_processes_pass_through_sharded_weights_equally_often() -> None:
     whole = nn.Linear(1, 1)
     assert in_step(whole, [slice(0, 2), slice(2, 3)]) == [slice(0, 2), slice(2, 3)]
+    assert in_step(whole, [], slice(0, 1)) == []
 
-    def passes(counts: tuple[int, int]) -> list[slice]:
+    def passes(counts: tuple[int, int], spare: slice | None = None) -> list[slice]:
         transformer, _ = sharded()
         number = counts[torch.distributed.get_rank()]
-        return in_step(transformer, [slice(place, place + 1) for place in range(number)])
+        return in_step(transformer, [slice(place, place + 1) for place in range(number)], spare)
 
     first, second = run_on(2, lambda: passes((3, 1)))
     assert first == [slice(0, 1), slice(1, 2), slice(2, 3)]
     assert second == [slice(0, 1)] * 3
+    assert run_on(2, lambda: passes((0, 0))) == run_on(2, lambda: passes((0, 0), slice(4, 5)))
     assert run_on(2, lambda: passes((0, 0))) == [[], []]
+    spare = slice(4, 5)
+    assert run_on(2, lambda: passes((0, 2), spare)) == [[spare] * 2, [slice(0, 1), slice(1, 2)]]
     for said in run_on(2, lambda: passes((0, 2))):
         assert "reward must judge at least one video of each process" in str(said)
         assert "got passes [0, 2]" in str(said)
+
+
+def test_a_process_without_videos_in_an_optimiser_step_passes_along() -> None:
+    """Of two steps' videos one process's are not judged: it learns what one process alone learns.
+
+    The loss of what it passes for the others' sake counts for nothing.
+    """
+    algorithm = GrpoSettings(clip_range=0.5, inner_steps=2)
+    options = RolloutSettings(num_inference_steps=3, stochastic_steps=1, micro_batch=1)
+    judged = torch.tensor([True, False, True, True])  # The first step is of videos 0 and 1.
+
+    def learnt(split: bool) -> tuple[UpdateStatistics, list[Tensor]]:
+        generator = WanGenerator(build_tiny_wan(), **SIZE)
+        attach_lora(generator.transformer, LoraSettings(rank=2))
+        parameters = trained_parameters(generator.transformer)
+        if split:
+            shard(generator.transformer, parameters, FSDP)
+        trajectory = rollout(
+            *(generator, generator.encode_prompts(["a", "b"]), torch.tensor([0, 0, 1, 1])),
+            *(range(4), options),
+            stochastic=(0,),
+            share=own_share(4, 1, 2),
+        ).keep(judged)
+        credit = Credit(torch.tensor([1.0, 0.5, -1.0, 0.5])[judged][trajectory.rows])
+        optimizer = build_optimizer(parameters, OptimizerSettings(learning_rate=1e-2))
+        source = torch.Generator().manual_seed(0)
+        done = update_policy(generator, trajectory, credit, algorithm, options, optimizer, source)
+        return done, [one.detach().clone() for one in parameters]
+
+    expected, weights = learnt(split=False)
+    for found in run_on(2, lambda: learnt(split=True)):
+        assert isinstance(found, tuple), found
+        statistics, own = found
+        assert statistics.loss == pytest.approx(expected.loss, abs=1e-6)
+        for one, other in zip(own, weights, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_processes_pass_rows_through_the_same_of_several_transformers() -> None:

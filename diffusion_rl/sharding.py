@@ -154,6 +154,22 @@ def is_sharded(transformer: nn.Module) -> bool:
     return any(isinstance(one, FSDPModule) for one in transformer.modules())
 
 
+def device_of_passes(transformer: nn.Module) -> torch.device | None:
+    """Where the weights of a sharded transformer come together; None where it is whole.
+
+    In between their parts may wait on the CPU (fsdp_offload_params).
+    """
+    if processes.count() == 1:
+        return None
+    for parameter in transformer.parameters():
+        if isinstance(parameter, DTensor):
+            kind = parameter.device_mesh.device_type
+            if kind == "cuda":
+                return torch.device(kind, torch.cuda.current_device())
+            return torch.device(kind)
+    return None
+
+
 def rows_in_step(transformer: nn.Module, chosen: Sequence[Tensor]) -> list[Tensor]:
     """Rows of a batch that this process passes through each of several transformers; maybe none.
 

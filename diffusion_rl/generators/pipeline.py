@@ -28,6 +28,7 @@ from diffusion_rl.generators.prompt_cache import Entry, PromptCache, fingerprint
 from diffusion_rl.generators.settings import OFFLOADED_PARTS, ExecutionSettings
 from diffusion_rl.generators.weight_savings import placing_savings, precision_savings
 from diffusion_rl.memory_errors import Saving, explain_out_of_memory
+from diffusion_rl.sharding import device_of_passes
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +177,9 @@ class AbstractPipelineGenerator(AbstractVideoGenerator):
 
     @property
     def device(self) -> torch.device:
-        # Of weights that wait elsewhere diffusers knows where they are used.
-        return self.pipeline.transformer.device
+        # Of other weights that wait elsewhere diffusers knows where they are used.
+        transformer = self.pipeline.transformer
+        return device_of_passes(transformer) or transformer.device
 
     @abstractmethod
     def check_pipeline(self) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from diffusion_rl.credit import Credit
 from diffusion_rl.generators.wan import WanGenerator
@@ -12,6 +13,7 @@ from diffusion_rl.rollout import RolloutSettings, rollout
 from diffusion_rl.row_settings import GrpoSettings
 from diffusion_rl.sharding import (
     check_precision,
+    device_of_passes,
     in_step,
     is_sharded,
     rows_in_step,
@@ -64,6 +66,25 @@ def test_weights_of_a_rarer_type_and_what_learns_stay_whole() -> None:
             name for name in found if "lora_" in name or "condition_embedder" in name
         }
         assert len(set(found.values())) == 2
+
+
+def test_parts_that_wait_on_the_cpu_come_together_on_the_gpu() -> None:
+    """Without a GPU: a mesh is told to be one of GPUs."""
+    transformer = build_tiny_wan().transformer
+    assert device_of_passes(transformer) is None
+
+    def found() -> list[torch.device | None]:
+        generator = WanGenerator(build_tiny_wan(), **SIZE)
+        attach_lora(generator.transformer, LoraSettings(rank=2))
+        shard(generator.transformer, trained_parameters(generator.transformer), FSDP)
+        before = generator.device
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DeviceMesh, "device_type", "cuda")
+            patch.setattr(torch.cuda, "current_device", lambda: 1)
+            return [before, generator.device]
+
+    for said in run_on(2, found):
+        assert said == [torch.device("cpu"), torch.device("cuda", 1)]
 
 
 def test_blocks_that_are_not_there_are_refused() -> None:

@@ -94,6 +94,8 @@ GENTLE = {"name": "grpo", "transition": "cps", "clip_range": 2e-3, "kl_weight": 
 FAST = {"learning_rate": 2e-3, "max_grad_norm": 0.4}
 HELD = {"learning_rate": 1.5e-3, "max_grad_norm": 0.4, "final_share": 0.5}
 VARIANTS: Mapping[str, Row] = {
+    # `grpo` with steps of its own for each group.
+    "own_steps": Row(RECORDED, rollout={"steps_of": "group"}),
     "drawn": Row(RECORDED, GENTLE, {**ALL_STEPS, "outcome": "drawn"}, FAST),
     "implied": Row(RECORDED, GENTLE, {**ALL_STEPS, "outcome": "implied"}, FAST),
     # The one above fell apart after 80 updates.
@@ -101,7 +103,7 @@ VARIANTS: Mapping[str, Row] = {
         RECORDED, {**GENTLE, "kl_weight": 1e-2}, {**ALL_STEPS, "outcome": "implied"}, HELD
     ),
 }
-"""Run when they are named: what recorded steps learn from, in the same settings."""
+"""Run when they are named: what recorded steps learn from, and which of them."""
 EVERY_ROW = {**ROWS, **VARIANTS}
 
 

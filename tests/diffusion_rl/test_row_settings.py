@@ -7,7 +7,7 @@ import pytest
 from diffusion_rl.algorithms import ALGORITHMS
 from diffusion_rl.progress import FinetuneSettings
 from diffusion_rl.rollout import RolloutSettings
-from diffusion_rl.row_kinds import OldPolicySettings, RecordedSettings
+from diffusion_rl.row_kinds import GainSettings, OldPolicySettings, RecordedSettings
 from diffusion_rl.row_settings import (
     SETTINGS,
     AwmSettings,
@@ -30,6 +30,7 @@ def test_every_row_has_options_of_its_kind() -> None:
         assert settings.name == name
         assert isinstance(settings, RecordedSettings) == (row.learning_steps == "recorded")
         assert isinstance(settings, OldPolicySettings) == row.uses_old_policy
+        assert isinstance(settings, GainSettings) == row.of_groups
 
 
 def test_the_defaults_of_nft_are_those_of_its_published_code() -> None:

@@ -3,6 +3,7 @@
     python -m benchmarks.algorithms --seeds 0 1 2
     python -m benchmarks.algorithms --rows grpo nft --seeds 0   # One process for each few rows.
     python -m benchmarks.algorithms --rows drawn implied implied_held   # `grpo` by rollout.outcome.
+    python -m benchmarks.algorithms --rows own_steps   # `grpo` with steps of each group.
     python -m benchmarks.algorithms --only-table
 
 Every run is a config of configs/rl with another `algorithm`; rewards, guards, prompts and videos of

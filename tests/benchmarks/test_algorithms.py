@@ -49,9 +49,12 @@ def test_every_row_has_a_run_that_differs_in_its_algorithm_alone(tmp_path: Path)
 
 
 def test_variants_differ_in_their_outcome_or_in_what_holds_them(tmp_path: Path) -> None:
-    drawn, implied, held = (
-        to_tree(algorithms.run_settings(options(tmp_path), name, 0)) for name in algorithms.VARIANTS
+    grpo, own_steps, drawn, implied, held = (
+        to_tree(algorithms.run_settings(options(tmp_path), name, 0))
+        for name in ("grpo", *algorithms.VARIANTS)
     )
+    found = [path for path, *_ in differences(grpo, own_steps)]
+    assert found == ["rollout.steps_of", "output"]
     found = [path for path, *_ in differences(drawn, implied)]
     assert found == ["rollout.outcome", "output"]
     found = [path for path, *_ in differences(implied, held)]

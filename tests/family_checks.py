@@ -124,13 +124,12 @@ def check_run(settings: RunSettings, pipeline: Any) -> AbstractVideoGenerator:
     return loaded
 
 
-def check_learns(generator: AbstractVideoGenerator, row: str) -> None:
+def check_learns(generator: AbstractVideoGenerator, row: str, **changes: Any) -> None:
     """One update of a row of the table moves the adapter, replays being exact."""
     options = {"inner_steps": 1} | ({"history_min_count": 2} if row == "ddpo" else {})
     algorithm = SETTINGS[row](**options)
-    own_rollout = RolloutSettings(
-        num_inference_steps=3, stochastic_steps=1, prompts_per_update=1, videos_per_prompt=2
-    )
+    sizes = {"num_inference_steps": 3, "stochastic_steps": 1, "videos_per_prompt": 2}
+    own_rollout = RolloutSettings(**{**sizes, "prompts_per_update": 1, **changes})
     old = ALGORITHMS[row].uses_old_policy
     parameters = attach_lora(generator.transformer, LoraSettings(rank=2), old_policy=old)
     before = [parameter.clone() for parameter in parameters]

@@ -17,6 +17,7 @@ from diffusion_rl.generators.families import (
 )
 from diffusion_rl.generators.wan import WanGenerator
 from diffusion_rl.lora import LoraSettings, attach_lora
+from diffusion_rl.sampling import sample_videos
 from tests.family_checks import check_learns, sample
 from tests.tiny_cogvideox import SIZE as COGVIDEOX_SIZE
 from tests.tiny_cogvideox import build_tiny_cogvideox
@@ -70,6 +71,23 @@ def test_half_precision_makes_nearly_the_same_videos(name: str) -> None:
     assert videos.dtype == torch.float32
     assert 0 < (videos - expected).abs().mean() < 0.1 * expected.std()
     check_learns(generator, "nft")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_groups_explore_at_steps_of_their_own_and_videos_are_drawn_with_noise(name: str) -> None:
+    """Replays of videos at different noise levels are exact, by two transformers, too."""
+    family, build, size = TINY[name]
+    module, _, path = FAMILIES[family].loader.partition(":")
+    kind = getattr(importlib.import_module(module), path.split(".")[0])
+    generator = kind(build(), **size)
+    drawn = [
+        sample_videos(generator, ["a", "b"], [3, 4], num_inference_steps=3, noise_level=level)
+        for level in (0.0, 0.7, 0.7)
+    ]
+    assert torch.equal(drawn[1], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert bool(drawn[1].isfinite().all())
+    check_learns(generator, "grpo", steps_of="group", prompts_per_update=3)
 
 
 def test_every_family_is_tried() -> None:

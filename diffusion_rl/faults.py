@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffusion_rl import processes
+from diffusion_rl.algorithms import algorithm
 from diffusion_rl.credit import Credit
 from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.lora import OLD, TRAINED
@@ -90,6 +92,7 @@ def save_fault(
         "transition": next(
             name for name, one in TRANSITIONS.items() if one is inputs.trajectory.transition
         ),
+        "processes": processes.team_count(),
         "seeds": list(inputs.trajectory.seeds),
         "clip": inputs.credit.clip,
         "total": inputs.trajectory.total,
@@ -164,9 +167,11 @@ def replay_fault(generator: AbstractVideoGenerator, folder: str | Path) -> Repla
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: it is damaged, or of another model or other settings of what learns.
+        ValueError: it is damaged, of another model or other settings of what learns, or one
+            process's share of a step whose loss compares the videos of several.
     """
     inputs = load_fault(folder, generator.device)
+    check_whole(inputs, folder)
     policies = policies_of(generator.transformer)
     try:
         weights = load_file(Path(folder) / WEIGHTS)
@@ -185,6 +190,22 @@ def replay_fault(generator: AbstractVideoGenerator, folder: str | Path) -> Repla
         gradient_norm=torch.nn.utils.get_total_norm(list(gradients.values())).item(),
         not_finite=tuple(name for name, one in gradients.items() if not one.isfinite().all()),
     )
+
+
+def check_whole(inputs: StepInputs, folder: str | Path) -> None:
+    """Refuse a share of a step that says nothing without the shares of other processes.
+
+    Raises:
+        ValueError: it is one.
+    """
+    described = json.loads((Path(folder) / DESCRIPTION).read_bytes())
+    row = algorithm(inputs.settings.name)
+    if (row.of_groups or row.needs_directions) and described["processes"] > 1:
+        raise ValueError(
+            f"fault must be of one process to be run again with algorithm '{inputs.settings.name}', "
+            f"got one of {described['processes']} shares in {folder}; its loss compares the videos "
+            "of all of them, so look at its inputs by load_fault"
+        )
 
 
 def _tensors_of(inputs: StepInputs) -> dict[str, Tensor]:

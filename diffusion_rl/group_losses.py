@@ -125,7 +125,7 @@ def group_directions(data: Tensor, advantages: Tensor, rows: Tensor, group: Tens
         [B ...] the direction of each video's group, those of other processes included.
     """
     _, slots, counts = group.unique(return_inverse=True, return_counts=True)
-    slots = slots[rows].to(data.device)
+    slots = slots.cpu()[rows.cpu()].to(data.device)
     shape = (-1, *[1] * (data.ndim - 1))
     found = data.new_zeros((len(counts), *data.shape[1:]))
     found.index_add_(0, slots, advantages.to(data).view(shape) * data)

@@ -14,15 +14,17 @@ from diffusion_rl.gaussian_steps import Transition
 from diffusion_rl.transitions import TransitionFunction, ode
 
 
-def steps_of_each(stochastic: Sequence[int] | Tensor, count: int) -> Tensor:
+def steps_of_each(stochastic: Sequence[int] | Tensor, count: int, num_steps: int) -> Tensor:
     """Places [S count] long of every video's stochastic steps, ascending.
 
     Args:
         stochastic: S places for all videos, or [S count] long.
         count: videos.
+        num_steps: of the schedule.
 
     Raises:
-        ValueError: there are places for another number of videos, or a video has one twice.
+        ValueError: there are places for another number of videos, a video has one twice, or there
+            is no such step.
     """
     steps = torch.as_tensor(stochastic, dtype=torch.long)
     steps = steps[:, None].expand(-1, count) if steps.ndim == 1 else steps
@@ -32,6 +34,10 @@ def steps_of_each(stochastic: Sequence[int] | Tensor, count: int) -> Tensor:
             f"{tuple(steps.shape)}"
         )
     steps = steps.sort(dim=0).values
+    if bool(((steps < 0) | (steps >= num_steps)).any()):
+        raise ValueError(
+            f"stochastic must be places in [0, {num_steps}), got {steps.min()} to {steps.max()}"
+        )
     if bool((steps[1:] == steps[:-1]).any()):
         raise ValueError("stochastic must name a step of a video once, got one twice")
     return steps
@@ -50,6 +56,7 @@ class Recording:
         sources: B, of each video's noise.
         transition: of the steps that explore; others are `ode`.
         noise_level: of the same.
+        keep: False keeps nothing of them, where nothing is learnt from.
     """
 
     def __init__(
@@ -58,8 +65,11 @@ class Recording:
         sources: Sequence[torch.Generator],
         transition: TransitionFunction,
         noise_level: float,
+        *,
+        keep: bool = True,
     ) -> None:
-        self.steps = steps
+        self._exploring = steps
+        self.steps = steps if keep else steps[:0]
         self._sources = sources
         self._transition, self._noise_level = transition, noise_level
         self._taken: list[tuple[Tensor, Tensor, Tensor, Transition]] = []
@@ -73,7 +83,7 @@ class Recording:
             latent: [B C T H W], or [U C T H W] as long as no video explores.
             prediction: alike, the velocities.
         """
-        own = (self.steps == step).any(dim=0).nonzero().flatten()
+        own = (self._exploring == step).any(dim=0).nonzero().flatten()
         levels, highest = (sigmas[step], sigmas[step + 1]), highest_sigma(sigmas)
         if not len(own):
             return ode(latent, prediction, *levels, noise_level=0.0, sigma_max=highest).next_latent
@@ -85,8 +95,9 @@ class Recording:
             sigma_max=highest,
             generator=[self._sources[place] for place in own.tolist()],
         )
-        slots = (self.steps[:, own] < step).sum(dim=0)
-        self._taken.append((slots, own, before, result))
+        if len(self.steps):
+            slots = (self.steps[:, own] < step).sum(dim=0)
+            self._taken.append((slots, own, before, result))
         if len(own) == len(latent):
             return result.next_latent
         plain = ode(latent, prediction, *levels, noise_level=0.0, sigma_max=highest).next_latent

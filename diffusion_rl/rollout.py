@@ -257,6 +257,7 @@ def rollout(
     transition: TransitionFunction = flow_sde,
     stochastic: Sequence[int] | Tensor = (),
     share: Share | None = None,
+    keep: bool = True,
 ) -> Trajectory:
     """Draw one video for each (prompt, seed) with the generator's active policy.
 
@@ -273,6 +274,7 @@ def rollout(
         stochastic: places of the recorded steps in [0, K), of all videos or, [S N] long, of each;
             none for a deterministic rollout.
         share: which of them are drawn here; None is all.
+        keep: False records none of the steps that explore.
 
     Raises:
         ValueError: a seed is below 0.
@@ -286,10 +288,10 @@ def rollout(
     text = embeddings[prompt_index]
     latent = generator.initial_latents([seeds[row] for row in trunks.tolist()])
     shared, parts = text[trunks], chunks(len(trunks), settings.micro_batch)
-    every = steps_of_each(stochastic, share.total)
+    every = steps_of_each(stochastic, share.total, settings.num_inference_steps)
     branching = int(every.min()) if len(every) else settings.num_inference_steps
     own = every[:, share.rows]
-    recording = Recording(own, sources, transition, settings.noise_level)
+    recording = Recording(own, sources, transition, settings.noise_level, keep=keep)
     with explain_out_of_memory("drawing videos", savings):
         for step in range(settings.num_inference_steps):
             if step == branching:

@@ -39,18 +39,27 @@ def draw_videos(
         ValueError: the noise level is outside its range, or no step could take it.
     """
     drawn = (generator, embeddings, prompt_index, seeds)
+    check_noise_level(noise_level, settings)
     if not noise_level:
         return rollout(*drawn, settings).videos
-    if not 0 < noise_level <= 1:
-        raise ValueError(f"noise_level must be in [0, 1], got {noise_level}; 0 means plain steps")
     noisy = range(settings.num_inference_steps - 1)
-    if not noisy:
+    settings = replace(settings, noise_level=noise_level)
+    return rollout(*drawn, settings, transition=cps, stochastic=noisy, keep=False).videos
+
+
+def check_noise_level(noise_level: float, settings: RolloutSettings) -> None:
+    """Refuse a noise level that `draw_videos` could not draw with.
+
+    Raises:
+        ValueError: it is outside its range, or no step could take it.
+    """
+    if not 0 <= noise_level <= 1:
+        raise ValueError(f"noise_level must be in [0, 1], got {noise_level}; 0 means plain steps")
+    if noise_level and settings.num_inference_steps == 1:
         raise ValueError(
             f"noise_level must be 0 with one denoising step, got {noise_level}; the last one adds "
             "no noise, so raise rollout.num_inference_steps"
         )
-    settings = replace(settings, noise_level=noise_level)
-    return rollout(*drawn, settings, transition=cps, stochastic=noisy).videos
 
 
 def sample_videos(

@@ -168,7 +168,7 @@ def _replayed_losses(
                 loss=loss,
                 share=new * (part.stop - part.start) / (own.videos * len(trajectory.steps)),
                 kl=kl.detach(),
-                log_ratio=value.log_ratios,
+                log_ratio=value.log_ratios if new else None,
                 clip_fraction=value.outside.double().mean().item(),
             )
 
@@ -294,22 +294,15 @@ def _group_losses(
 ) -> Iterator[LossTerms]:
     """As `group_losses` says: gains of all videos first, then passes with gradient."""
     noised, data, places = step.noised[level], trajectory.final_latent, trajectory.rows.cpu()
-    own, guidance = credit.to(data), rollout.learning_guidance
-    weights = None if own.weights is None else own.weights[:, None]
-    asked = (generator, *noised, trajectory.embeddings, guidance, step.parts)
-    with torch.no_grad():
-        now = predict_in_chunks(*asked)
-        with old_policy(generator.transformer):
-            old = predict_in_chunks(*asked)
-        gains = error_gains(
-            *(now, old, noised.latent, data, noised.sigma),
-            **settings.gain_options,
-            weights=weights,
-        )
+    guidance, options = rollout.learning_guidance, settings.gain_options
+    weights = credit.to(data).weights
+    weights = None if weights is None else weights[:, None]
+    old, gains = first_gains(generator, trajectory, credit, settings, rollout, noised)
+    everyone = (gather_rows(one, places, trajectory.total) for one in (gains, credit.advantages))
     value, slopes = with_slopes(
         algorithm(settings.name).loss,
-        *(gather_rows(one, places, trajectory.total) for one in (gains.cpu(), credit.advantages)),
-        groups_of(trajectory),
+        *(one.cpu() for one in everyone),
+        groups_of(trajectory).cpu(),
         **settings.loss_options,
     )
     slopes, (passed,) = slopes[places].to(data.device), add_up([len(places)])
@@ -323,7 +316,7 @@ def _group_losses(
         prediction = generator.predict(*inputs)
         gains = error_gains(
             *(prediction, old[part], noised.latent[part], data[part], noised.sigma[part]),
-            **settings.gain_options,
+            **options,
             weights=None if weights is None else weights[part],
         )
         # The slope is that of the whole loss, of which each video holds an even share.
@@ -336,6 +329,44 @@ def _group_losses(
         new = float(place < len(step.parts))  # Else only for the others' sake.
         share = new * len(text) / step.videos / settings.noise_levels
         yield LossTerms(loss, share, kl.detach(), None, math.nan)
+
+
+def first_gains(
+    generator: AbstractVideoGenerator,
+    trajectory: Trajectory,
+    credit: Credit,
+    settings: GainSettings,
+    rollout: RolloutSettings,
+    noised: NoisedVideos,
+) -> tuple[Tensor, Tensor]:
+    """Without gradient: the old policy's velocities [B C T H W], and gains [B] on the CPU.
+
+    Of videos without an advantage both are 0: no loss compares them.
+    """
+    data = trajectory.final_latent
+    taking = credit.advantages != 0
+    taking[:1] |= not taking.any()  # Sharded weights come together where all processes pass.
+    rows = taking.nonzero().flatten().cpu()
+    old, gains = torch.zeros_like(data), torch.zeros(len(data), dtype=torch.float64)
+    weights = credit.to(data).weights
+    parts = chunks(len(rows), rollout.learning_micro_batch)
+    for place, part in enumerate(in_step(generator.transformer, parts)):
+        own = rows[part]
+        at = own.to(data.device)
+        inputs = (noised.latent[at], noised.sigma[at])
+        asked = (*inputs, trajectory.embeddings[own], rollout.learning_guidance)
+        with torch.no_grad():
+            now = generator.predict(*asked)
+            with old_policy(generator.transformer):
+                before = generator.predict(*asked)
+            gained = error_gains(
+                *(now, before, inputs[0], data[at], inputs[1]),
+                **settings.gain_options,
+                weights=None if weights is None else weights[at][:, None],
+            )
+        if place < len(parts):  # Else only for the others' sake.
+            old[at], gains[own] = before, gained.cpu()
+    return old, gains
 
 
 def directions_of(trajectory: Trajectory, credit: Credit) -> Tensor:

@@ -95,9 +95,9 @@ def step_weights(
         ValueError: There is no such weighting.
 
     Source:
-        LongCat-Video, arXiv:2510.22200, loss_reweighting of GenRL's published code, and Flash-GRPO,
-        its published train_wanx2_1_flash.py; there the weights are divided by their mean over the
-        schedule.
+        LongCat-Video, arXiv:2510.22200, loss_reweighting of GenRL's published code, as it is there;
+        Flash-GRPO, its published train_wanx2_1_flash.py, which divides the weights by their mean
+        over the schedule.
     """
     if name == "none":
         return torch.ones_like(stds)

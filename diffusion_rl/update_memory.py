@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from diffusion_rl.full_policies import REFERENCE, FullPolicies, FullSettings
 from diffusion_rl.generators.base import AbstractVideoGenerator
@@ -74,15 +75,16 @@ def attaching_savings(
     """
     if isinstance(learner, LoraSettings):
         return []
-    sizes = [_size(one) for one in transformer.parameters()]
-    whole = sum(4 * one.numel() for one in transformer.parameters())
+    here = [one.to_local() if isinstance(one, DTensor) else one for one in transformer.parameters()]
+    sizes = [_size(one) for one in here]
+    whole = sum(4 * one.numel() for one in here)
     masters = whole if sum(sizes) < whole else 0
-    here = learner.copies == "device"
+    on_device = learner.copies == "device"
     copies = sum(sizes) + whole * (old_policy + average)
-    found = [Saving("lora instead of full", masters + copies * here)]
-    if here:
+    found = [Saving("lora instead of full", masters + copies * on_device)]
+    if on_device:
         found.append(Saving("full.copies=cpu", copies))
-    if average and here:
+    if average and on_device:
         found.append(Saving("optimizer.average_decay=0", whole))
     return [one for one in found if one.bytes]
 

@@ -28,7 +28,7 @@ from diffusion_rl.launch import build_generator
 from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import build_rewards
 from diffusion_rl.run_folder import differences, may_change
-from diffusion_rl.sampling import sample_videos
+from diffusion_rl.sampling import check_noise_level, sample_videos
 from diffusion_rl.whole_files import write_whole
 
 ASKED_FILE = "asked.json"
@@ -88,6 +88,7 @@ def asked_of(options: argparse.Namespace, settings: RunSettings) -> dict[str, An
 def best_of_n_command(options: argparse.Namespace) -> int:
     """`best-of-n`: videos, scores.jsonl and best_of_n.json; goes on where it was stopped."""
     settings = with_local_path(load_config(options.config, options.overrides), options.local_path)
+    check_noise_level(options.noise_level, settings.rollout)
     prompts = read_prompts(options.prompts, settings.prompt_column)
     with ExitStack() as undo:
         rewards = build_rewards(settings.rewards, undo)

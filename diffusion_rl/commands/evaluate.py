@@ -38,6 +38,7 @@ from diffusion_rl.guards import STATISTICS
 from diffusion_rl.launch import CONFIG_FILE, build_generator
 from diffusion_rl.prompts import read_prompts
 from diffusion_rl.rewards import Reward, RewardFunction, RewardSettings, build_rewards
+from diffusion_rl.sampling import check_noise_level
 from diffusion_rl.vbench import VBenchFolder
 from diffusion_rl.weight_files import COMPONENTS
 
@@ -101,6 +102,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
             raise ValueError(f"--{word} must be at least 1, got {getattr(options, name)}")
     config = options.base or Path(options.lora or options.transformer).parent / CONFIG_FILE
     settings = with_local_path(load_config(config, options.overrides), options.local_path)
+    check_noise_level(options.noise_level, settings.rollout)
     others = further_sides(options.also)
     rewards = measuring_rewards(options, settings)
     with ExitStack() as undo:
@@ -144,12 +146,15 @@ def evaluate(
     }
     made = len(sides) * len(task.prompts)
     summary |= {"videos_generated": made, "seconds": seconds, "reward_calls": made * len(rewards)}
+    summary["noise_level"] = options.noise_level
     summary["audits"] = {
         name: [dataclasses.asdict(row) for row in rows] for name, rows in audits.items()
     }
     tables = result_tables(comparisons, summary, audits)
     page = write_results(options.output, sides, summary, tables, fps=task.fps)
-    update_card(Path(options.lora or options.transformer), tables, summary_note(task))
+    update_card(
+        Path(options.lora or options.transformer), tables, summary_note(task, options.noise_level)
+    )
     parts.close()
     for name, found in comparisons[SIDES].items():
         low, high = found.difference.low, found.difference.high
@@ -158,12 +163,13 @@ def evaluate(
     return 0
 
 
-def summary_note(task: EvaluationTask) -> str:
+def summary_note(task: EvaluationTask, noise_level: float) -> str:
     """How the tables of the card were measured."""
     count = len(set(task.prompts))
+    drawn = f", drawn with `--noise-level {noise_level:g}`" if noise_level else ""
     return (
-        f"{len(task.prompts)} videos a side of {count} prompts, from the same noise; intervals are "
-        "95% paired bootstrap intervals over prompts."
+        f"{len(task.prompts)} videos a side of {count} prompts, from the same noise{drawn}; "
+        "intervals are 95% paired bootstrap intervals over prompts."
     )
 
 

@@ -11,7 +11,7 @@ from diffusion_rl.commands.base import Subparsers, add_noise_level, with_local_p
 from diffusion_rl.configuration import load_config
 from diffusion_rl.launch import build_generator
 from diffusion_rl.prompts import read_prompts
-from diffusion_rl.sampling import sample_videos
+from diffusion_rl.sampling import check_noise_level, sample_videos
 from diffusion_rl.tracking import write_video
 
 
@@ -36,6 +36,7 @@ def add_parser(commands: Subparsers, shared: argparse.ArgumentParser) -> None:
 def sample_command(options: argparse.Namespace) -> int:
     """`sample`: one video for each prompt, by the base generator or by what a run made of it."""
     settings = with_local_path(load_config(options.config, options.overrides), options.local_path)
+    check_noise_level(options.noise_level, settings.rollout)
     prompts = read_prompts(options.prompts, settings.prompt_column)
     generator = build_generator(
         settings.generator, lora=options.lora, transformer=options.transformer

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion_rl import processes
 from diffusion_rl.checkpoint import latest_checkpoint, read_checkpoint
 from diffusion_rl.credit import Credit
 from diffusion_rl.faults import DESCRIPTION, INPUTS, load_fault, replay_fault, save_fault
@@ -25,6 +26,7 @@ from diffusion_rl.policies import (
 from diffusion_rl.rollout import RolloutSettings, Trajectory, rollout
 from diffusion_rl.row_kinds import AlgorithmSettings
 from diffusion_rl.row_settings import AwmSettings, GrpoSettings, NftSettings, OnlineDpoSettings
+from diffusion_rl.step_losses import StepInputs, optimizer_steps
 from diffusion_rl.transitions import flow_sde, ode
 from diffusion_rl.updates import NotFiniteError, update_policy
 from tests.diffusion_rl.test_weight_files import run_settings
@@ -109,6 +111,24 @@ def test_the_step_is_run_again_as_it_was(
     assert result.gradient_norm == pytest.approx(norm)
     assert result.not_finite == ()
     assert len(result.losses) == 4  # Two micro batches, two recorded steps or noise levels.
+
+
+def test_a_share_of_a_loss_of_groups_is_not_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, row = ToyGenerator(), OnlineDpoSettings()
+    attach_policies(generator.transformer, LORA, old_policy=True)
+    trajectory = draw(generator, row)
+    source = torch.Generator().manual_seed(0)
+    (step,) = optimizer_steps(generator, trajectory, row, OPTIONS, source)
+    inputs = StepInputs(trajectory, Credit(torch.ones(4)), row, OPTIONS, step)
+    save_fault(tmp_path / "alone", generator, inputs, "norm nan")
+    monkeypatch.setattr(processes, "team_count", lambda: 2)
+    save_fault(tmp_path / "share", generator, inputs, "norm nan")
+    replay_fault(generator, tmp_path / "alone")
+    with pytest.raises(ValueError, match="with algorithm 'online_dpo', got one of 2 shares in"):
+        replay_fault(generator, tmp_path / "share")
+    assert load_fault(tmp_path / "share").settings == row
 
 
 @pytest.mark.parametrize("learner", [{"lora": {"rank": 2}, "full": None}, {}])

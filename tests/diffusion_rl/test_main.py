@@ -276,10 +276,17 @@ def test_an_interrupted_evaluation_goes_on(
     for summary in (found, whole):
         summary.pop("seconds")
     assert found == whole
-    calls[:] = [(), ()]
+    assert whole["noise_level"] == 0
+    calls[:] = [()]
     assert main(words) == INTERRUPTED
+    assert main([*words, "--noise-level", "7"]) == 1
+    assert "noise_level must be in [0, 1], got 7.0" in capsys.readouterr().err
+    assert list((place / "evaluation" / "parts").glob("*.safetensors"))  # A slip costs nothing.
     assert main([*words, "--noise-level", "0.7"]) == 0
     assert len(calls) == 3 + 4  # What was measured of plain videos is of no use.
+    noisy = json.loads((place / "evaluation" / "summary.json").read_text())
+    assert noisy["noise_level"] == 0.7
+    assert "`--noise-level 0.7`" in (place / "run" / "lora" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

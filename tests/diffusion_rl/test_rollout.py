@@ -131,6 +131,8 @@ def test_steps_of_ones_own_are_those_of_a_rollout_alone(micro_batch: int) -> Non
         (torch.zeros(2, 4, dtype=torch.long), r"or \[S 5\], got shape \(2, 4\)"),
         (torch.tensor([[1] * 5, [0, 0, 1, 0, 0]]), "a step of a video once, got one twice"),
         ((2, 0, 2), "a step of a video once, got one twice"),
+        ((2, 4), r"stochastic must be places in \[0, 4\), got 2 to 4"),
+        ((-1, 2), r"stochastic must be places in \[0, 4\), got -1 to 2"),
     ],
 )
 def test_steps_that_fit_no_video_are_refused(stochastic: object, message: str) -> None:

@@ -43,6 +43,11 @@ def test_with_noise_every_step_but_the_last_adds_some() -> None:
         stochastic=(0, 1, 2),
     )
     assert torch.equal(found, steps.videos)
+    kept = rollout(
+        *(generator, embeddings, INDEX, SEEDS, SETTINGS),
+        **{"transition": cps, "stochastic": (0, 1), "keep": False},
+    )
+    assert kept.latents.numel() == kept.log_probs.numel() == len(kept.steps) == 0
     sigmas, latent = generator.sigmas(4), generator.initial_latents(SEEDS)
     for place in range(4):
         velocity = generator.predict(latent, sigmas[place], embeddings[INDEX], 1.0)

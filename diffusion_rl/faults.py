@@ -202,9 +202,9 @@ def check_whole(inputs: StepInputs, folder: str | Path) -> None:
     row = algorithm(inputs.settings.name)
     if (row.of_groups or row.needs_directions) and described["processes"] > 1:
         raise ValueError(
-            f"fault must be of one process to be run again with algorithm '{inputs.settings.name}', "
-            f"got one of {described['processes']} shares in {folder}; its loss compares the videos "
-            "of all of them, so look at its inputs by load_fault"
+            "fault must be of one process to be run again with algorithm "
+            f"'{inputs.settings.name}', got one of {described['processes']} shares in {folder}; its "
+            "loss compares the videos of all of them, so look at its inputs by load_fault"
         )
 
 

@@ -203,8 +203,8 @@ def check_whole(inputs: StepInputs, folder: str | Path) -> None:
     if (row.of_groups or row.needs_directions) and described["processes"] > 1:
         raise ValueError(
             "fault must be of one process to be run again with algorithm "
-            f"'{inputs.settings.name}', got one of {described['processes']} shares in {folder}; its "
-            "loss compares the videos of all of them, so look at its inputs by load_fault"
+            f"'{inputs.settings.name}', got one of {described['processes']} shares in {folder}; "
+            "its loss compares the videos of all of them, so look at its inputs by load_fault"
         )
 
 

@@ -20,7 +20,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,6 +45,11 @@ EVERY = 10
 PER_PROMPT = 4
 """Held-out videos of each of 32 prompts."""
 MEASURED = "evaluation/oracle"
+MARKS: Mapping[Literal["videos", "seconds"], Sequence[int]] = {
+    "videos": (800, 1500, 2700, 4000, 5300, 7800),
+    "seconds": (150, 300, 600, 900),
+}
+"""At which `write_progress` looks."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +242,32 @@ def write_table(base: float, curves: Sequence[Curve]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_progress(curves: Sequence[Curve], axis: Literal["videos", "seconds"]) -> str:
+    """How many are broken after so many videos or seconds: means over a row's seeds.
+
+    Of each run the last look at or before a mark counts; where one of the seeds had ended before
+    it, or not been looked at, there is nothing.
+    """
+    marks = MARKS[axis]
+    lines = [
+        f"| row | seeds | {' | '.join(f'{mark:,} {axis}' for mark in marks)} |",
+        f"|---|---|{'---|' * len(marks)}",
+    ]
+    for row in EVERY_ROW:
+        own = [curve for curve in curves if curve.row == row]
+        cells = []
+        for mark in marks:
+            spent = [getattr(curve, axis) for curve in own]
+            places = [np.searchsorted(one, mark, side="right") for one in spent]
+            ended = [mark > one[-1] * (1 + 1 / len(one)) for one in spent]
+            seen = [curve.rates[place - 1] for curve, place in zip(own, places, strict=True)]
+            whole = all(places) and not any(ended)
+            cells.append(f"{100 * float(np.mean(seen)):.1f}%" if own and whole else "")
+        if own:
+            lines.append(f"| {row} | {len(own)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing, then write the table of what there is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -263,7 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             keep_curve(options.keep, f"{curve.row}_{curve.seed}", curve)
         with whole_file(options.keep / BASE_FILE) as file:
             file.write(f"{base!r}\n")
-    table = write_table(base, curves)
+    table = "\n".join(
+        [write_table(base, curves), *(write_progress(curves, axis) for axis in MARKS)]
+    )
     with whole_file(options.output / "algorithms.md") as file:
         file.write(table)
     print(table)

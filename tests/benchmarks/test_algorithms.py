@@ -91,6 +91,13 @@ def test_the_table_says_how_many_seeds_came_there(tmp_path: Path) -> None:
         if (curve := algorithms.read_curve(options(tmp_path), row, seed))
     ]
     grpo, raft = algorithms.write_table(0.75, found).splitlines()[-2:]
+    progress = algorithms.write_progress(found, "videos").splitlines()
+    assert progress[0].startswith("| row | seeds | 800 videos | 1,500 videos |")
+    assert progress[2] == "| grpo | 2 | 41.2% |  |  |  |  |  |"
+    assert progress[3] == "| raft | 1 | 60.0% |  |  |  |  |  |"
+    assert algorithms.write_progress(found[:1], "seconds").splitlines()[2] == (
+        "| grpo | 1 |  |  |  |  |"
+    )
     assert grpo == (
         "| grpo | 2 | 10 | 41.2% (37.5% to 45.0%) | 45% (40% to 50%) | 41.2% (37.5% to 45.0%) "
         "| 640, 1 of 2 seeds | 50 | 5.0 (5.0 to 5.0) |"

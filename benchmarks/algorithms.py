@@ -45,7 +45,8 @@ EVERY = 10
 PER_PROMPT = 4
 """Held-out videos of each of 32 prompts."""
 MEASURED = "evaluation/oracle"
-MARKS: Mapping[Literal["videos", "seconds"], Sequence[int]] = {
+Axis = Literal["videos", "seconds"]
+MARKS: Mapping[Axis, Sequence[int]] = {
     "videos": (800, 1500, 2700, 4000, 5300, 7800),
     "seconds": (150, 300, 600, 900),
 }
@@ -242,7 +243,7 @@ def write_table(base: float, curves: Sequence[Curve]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_progress(curves: Sequence[Curve], axis: Literal["videos", "seconds"]) -> str:
+def write_progress(curves: Sequence[Curve], axis: Axis) -> str:
     """How many are broken after so many videos or seconds: means over a row's seeds.
 
     Of each run the last look at or before a mark counts; where one of the seeds had ended before
@@ -255,6 +256,8 @@ def write_progress(curves: Sequence[Curve], axis: Literal["videos", "seconds"]) 
     ]
     for row in EVERY_ROW:
         own = [curve for curve in curves if curve.row == row]
+        if not own:
+            continue
         cells = []
         for mark in marks:
             spent = [getattr(curve, axis) for curve in own]
@@ -262,9 +265,8 @@ def write_progress(curves: Sequence[Curve], axis: Literal["videos", "seconds"]) 
             ended = [mark > one[-1] * (1 + 1 / len(one)) for one in spent]
             seen = [curve.rates[place - 1] for curve, place in zip(own, places, strict=True)]
             whole = all(places) and not any(ended)
-            cells.append(f"{100 * float(np.mean(seen)):.1f}%" if own and whole else "")
-        if own:
-            lines.append(f"| {row} | {len(own)} | {' | '.join(cells)} |")
+            cells.append(f"{100 * float(np.mean(seen)):.1f}%" if whole else "")
+        lines.append(f"| {row} | {len(own)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -59,6 +59,7 @@ def measure(
         *(generator, generator.encode_prompts(distinct), index, range(len(prompts)), settings),
         transition=cps,
         stochastic=places_of(steps, settings.num_eligible),
+        keep=False,
     ).videos
     reports = oracle.judge_videos(videos, prompts, generator.fps)
     said = [[report.broken, bool(report.prompt_followed)] for report in reports]

@@ -23,7 +23,10 @@ def gaussian_kl(
         mean: [B ...] of the policy being trained; carries the gradient.
         reference_mean: [B ...] of the frozen reference; no gradient.
         std: Broadcastable to [B ...], above 0; the same for both.
-        weights: Broadcastable to [B ...]; None is 1.
+        weights: Broadcastable to [B ...], at least 0; None is 1.
+
+    Returns:
+        Scalar, at least 0.
 
     Raises:
         ValueError: The means differ in shape, or a spread is not above 0.

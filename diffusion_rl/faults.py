@@ -31,7 +31,7 @@ from diffusion_rl.policies import policies_of
 from diffusion_rl.rollout import RolloutSettings, Trajectory
 from diffusion_rl.row_settings import SETTINGS
 from diffusion_rl.step_losses import LossTerms, OptimizerStep, StepInputs
-from diffusion_rl.transitions import TRANSITIONS
+from diffusion_rl.transitions import TRANSITIONS, name_of
 from diffusion_rl.updates import accumulate
 
 VERSION = 2
@@ -89,9 +89,7 @@ def save_fault(
         "torch": torch.__version__,
         "algorithm": asdict(inputs.settings),
         "rollout": asdict(inputs.rollout),
-        "transition": next(
-            name for name, one in TRANSITIONS.items() if one is inputs.trajectory.transition
-        ),
+        "transition": name_of(inputs.trajectory.transition),
         "processes": processes.team_count(),
         "seeds": list(inputs.trajectory.seeds),
         "clip": inputs.credit.clip,

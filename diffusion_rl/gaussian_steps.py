@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_rl.shapes import check_shape
+from diffusion_rl.shapes import check_same_shape, check_shape
 
 Generators = torch.Generator | Sequence[torch.Generator]
 """One generator for the batch, or one per video (the noise then ignores who shares the batch)."""
@@ -65,7 +65,7 @@ def gaussian_step(
 ) -> Transition:
     """Draw next_latent or re-evaluate it; its log-probabilities are 0 where std is."""
     next_latent = _sample(mean, std, generator) if next_latent is None else next_latent.float()
-    check_like_latent("next_latent", next_latent, mean)
+    check_same_shape("next_latent", next_latent, "latent", mean)
     explores = std > 0
     spread = torch.where(explores, std, 1.0)
     log_density = (
@@ -97,7 +97,7 @@ def step_inputs(
     """Checked float32 inputs; sigma and dt as [B 1 ...] on the latent's device."""
     if latent.ndim < 2:
         raise ValueError(f"latent must have axes [B ...], got shape {tuple(latent.shape)}")
-    check_like_latent("prediction", prediction, latent)
+    check_same_shape("prediction", prediction, "latent", latent)
     sigma = per_video("sigma", sigma, latent)
     next_sigma = per_video("next_sigma", next_sigma, latent)
     if not bool(((sigma > 0) & (sigma <= 1)).all()):
@@ -108,13 +108,6 @@ def step_inputs(
             f"for sigma {sigma.flatten().tolist()}"
         )
     return latent.float(), prediction.float(), sigma, next_sigma - sigma
-
-
-def check_like_latent(name: str, tensor: Tensor, latent: Tensor) -> None:
-    if tensor.shape != latent.shape:
-        raise ValueError(
-            f"{name} must have the shape of latent {tuple(latent.shape)}, got {tuple(tensor.shape)}"
-        )
 
 
 def per_video(

@@ -15,7 +15,7 @@ from diffusion_rl.prompt_sampling import PromptSamplingSettings, Statistics
 from diffusion_rl.rollout import RolloutSettings
 from diffusion_rl.row_kinds import AlgorithmSettings, RecordedSettings
 from diffusion_rl.row_settings import GrpoSettings, MixGrpoSettings, RaftSettings
-from diffusion_rl.transitions import DETERMINISTIC_AT_THE_END, TRANSITIONS
+from diffusion_rl.transitions import DETERMINISTIC_AT_THE_END, name_of
 from diffusion_rl.trends import Series, TrendSettings
 
 
@@ -96,9 +96,7 @@ class FinetuneSettings:
                 f"rollout.train_guidance must be left out with algorithm '{row.name}', "
                 f"got {self.rollout.train_guidance}; a step can only be replayed as it was taken"
             )
-        transition = next(
-            name for name, one in TRANSITIONS.items() if one is row.transition_function
-        )
+        transition = name_of(row.transition_function)
         if transition in DETERMINISTIC_AT_THE_END and self.rollout.noise_level > 1:
             raise ValueError(
                 f"rollout.noise_level must be in (0, 1] with transition '{transition}', got "

@@ -11,7 +11,7 @@ from typing import Any
 from diffusion_rl.algorithms import algorithm
 from diffusion_rl.losses import AWM_WEIGHTINGS
 from diffusion_rl.surrogates import STEP_WEIGHTINGS
-from diffusion_rl.transitions import TRANSITIONS, TransitionFunction
+from diffusion_rl.transitions import TRANSITIONS, TransitionFunction, name_of
 
 SETTINGS: dict[str, type[AlgorithmSettings]] = {}
 """The options that each row of ALGORITHMS takes; `row_settings` fills it in."""
@@ -144,7 +144,7 @@ class RatioSettings(ClippedSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("step_weighting", self.step_weighting, STEP_WEIGHTINGS)
-        taken = next(name for name, one in TRANSITIONS.items() if one is self.transition_function)
+        taken = name_of(self.transition_function)
         fitting = ["flow_sde", "flow_sde_cut"]
         if self.step_weighting == "flash":
             fitting += ["flow_sde_wan", "dance_sde"]

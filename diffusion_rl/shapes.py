@@ -45,6 +45,11 @@ def check_shape(name: str, tensor: Tensor, axes: str, **known: int) -> dict[str,
 
 
 def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Hold a tensor against another whose shape it must have.
+
+    Raises:
+        ValueError: It has another; the message names both.
+    """
     if tensor.shape != other.shape:
         raise ValueError(
             f"{name} must have the shape of {other_name} {tuple(other.shape)}, "

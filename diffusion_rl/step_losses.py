@@ -18,7 +18,7 @@ from diffusion_rl.algorithms import algorithm
 from diffusion_rl.credit import Credit
 from diffusion_rl.divergences import gaussian_kl, velocity_kl
 from diffusion_rl.gaussian_steps import Transition
-from diffusion_rl.generators.base import AbstractVideoGenerator
+from diffusion_rl.generators.base import AbstractVideoGenerator, PromptEmbeddings
 from diffusion_rl.group_losses import error_gains, group_directions, with_slopes
 from diffusion_rl.losses import Surrogate
 from diffusion_rl.noising import NoisedVideos, groups_of, noise_videos
@@ -246,14 +246,11 @@ def _noised_losses(
         text = trajectory.embeddings[torch.arange(part.start, part.stop)]
         latent, sigma = noised.latent[part], noised.sigma[part]
         inputs = (latent, sigma, text, rollout.learning_guidance)
-        slow, reference = None, None
-        with torch.no_grad():
-            if row.old_policy == "draws" or anchor:
-                with old_policy(generator.transformer):
-                    slow = generator.predict(*inputs)
-            if settings.kl_weight:
-                with reference_policy(generator.transformer):
-                    reference = generator.predict(*inputs)
+        slow = None
+        if row.old_policy == "draws" or anchor:
+            with torch.no_grad(), old_policy(generator.transformer):
+                slow = generator.predict(*inputs)
+        reference = _reference_of(generator, inputs, settings)
         prediction = generator.predict(*inputs)
         old = prediction.detach() if before is None else before[part]
         own = credit[part].to(data)
@@ -268,19 +265,10 @@ def _noised_losses(
             **({} if towards is None else {"directions": towards[part]}),
             **settings.loss_options,
         )
-        loss, kl = value.loss if isinstance(value, Surrogate) else value, torch.zeros(())
-        if slow is not None and anchor:
-            loss = loss + anchor * velocity_kl(prediction, slow)
-        if reference is not None:
-            kl = velocity_kl(prediction, reference)
-            loss = loss + settings.kl_weight * kl
+        held = anchor * velocity_kl(prediction, slow) if slow is not None and anchor else None
         new = float(place < len(step.parts))  # Else only for the others' sake.
         share = new * len(text) / step.videos / settings.noise_levels
-        if isinstance(value, Surrogate):
-            clipped = value.outside.double().mean().item()
-            yield LossTerms(loss, share, kl.detach(), value.log_ratios, clipped)
-        else:
-            yield LossTerms(loss, share, kl.detach(), None, math.nan)
+        yield _noised_terms(value, share, prediction, reference, settings, held)
 
 
 def _group_losses(
@@ -309,10 +297,7 @@ def _group_losses(
     for place, part in enumerate(in_step(generator.transformer, step.parts)):
         text = trajectory.embeddings[torch.arange(part.start, part.stop)]
         inputs = (noised.latent[part], noised.sigma[part], text, guidance)
-        reference = None
-        if settings.kl_weight:
-            with torch.no_grad(), reference_policy(generator.transformer):
-                reference = generator.predict(*inputs)
+        reference = _reference_of(generator, inputs, settings)
         prediction = generator.predict(*inputs)
         gains = error_gains(
             *(prediction, old[part], noised.latent[part], data[part], noised.sigma[part]),
@@ -322,13 +307,43 @@ def _group_losses(
         # The slope is that of the whole loss, of which each video holds an even share.
         sloped = (slopes[part] * gains).sum()
         shared = value.to(sloped) * len(text) / passed
-        loss, kl = (sloped - sloped.detach() + shared) * step.videos / len(text), torch.zeros(())
-        if reference is not None:
-            kl = velocity_kl(prediction, reference)
-            loss = loss + settings.kl_weight * kl
+        loss = (sloped - sloped.detach() + shared) * step.videos / len(text)
         new = float(place < len(step.parts))  # Else only for the others' sake.
         share = new * len(text) / step.videos / settings.noise_levels
-        yield LossTerms(loss, share, kl.detach(), None, math.nan)
+        yield _noised_terms(loss, share, prediction, reference, settings)
+
+
+def _reference_of(
+    generator: AbstractVideoGenerator,
+    inputs: tuple[Tensor, Tensor, PromptEmbeddings, float],
+    settings: NoisedSettings,
+) -> Tensor | None:
+    """The reference policy's velocities for `inputs` of `predict`; None where no KL term asks."""
+    if not settings.kl_weight:
+        return None
+    with torch.no_grad(), reference_policy(generator.transformer):
+        return generator.predict(*inputs)
+
+
+def _noised_terms(
+    value: Tensor | Surrogate,
+    share: float,
+    prediction: Tensor,
+    reference: Tensor | None,
+    settings: NoisedSettings,
+    held: Tensor | None = None,
+) -> LossTerms:
+    """A row's loss of noised videos with what else holds the policy: an anchor, the KL term."""
+    kl = torch.zeros(()) if reference is None else velocity_kl(prediction, reference)
+    loss = value.loss if isinstance(value, Surrogate) else value
+    if held is not None:
+        loss = loss + held
+    if reference is not None:
+        loss = loss + settings.kl_weight * kl
+    if isinstance(value, Surrogate):
+        clipped = value.outside.double().mean().item()
+        return LossTerms(loss, share, kl.detach(), value.log_ratios, clipped)
+    return LossTerms(loss, share, kl.detach(), None, math.nan)
 
 
 def first_gains(

@@ -16,7 +16,6 @@ from torch import Tensor
 from diffusion_rl.gaussian_steps import (
     Generators,
     Transition,
-    check_like_latent,
     check_noise_level,
     gaussian_step,
     per_video,
@@ -25,6 +24,7 @@ from diffusion_rl.gaussian_steps import (
     second_level,
     step_inputs,
 )
+from diffusion_rl.shapes import check_same_shape
 
 STD_CUT = 0.45
 """Largest spread of a step of `flow_sde_cut`."""
@@ -91,8 +91,7 @@ def flow_sde(
     """
     check_noise_level(noise_level, math.inf)
     latent, prediction, sigma, dt = step_inputs(latent, prediction, sigma, next_sigma)
-    highest = second_level(sigma_max, latent)
-    variance_rate = noise_level**2 * sigma / (1 - torch.minimum(sigma, highest))
+    variance_rate = _flow_rate(sigma, second_level(sigma_max, latent), noise_level)
     return reverse_sde(latent, prediction, sigma, dt, variance_rate, next_latent, generator)
 
 
@@ -116,8 +115,8 @@ def flow_sde_cut(
     """
     check_noise_level(noise_level, math.inf)
     latent, prediction, sigma, dt = step_inputs(latent, prediction, sigma, next_sigma)
-    rate = noise_level**2 * sigma / (1 - torch.minimum(sigma, second_level(sigma_max, latent)))
-    variance_rate = torch.minimum(rate, STD_CUT**2 / -dt)
+    variance_rate = _flow_rate(sigma, second_level(sigma_max, latent), noise_level)
+    variance_rate = torch.minimum(variance_rate, STD_CUT**2 / -dt)
     return reverse_sde(latent, prediction, sigma, dt, variance_rate, next_latent, generator)
 
 
@@ -285,7 +284,7 @@ def ode(
     latent, prediction, sigma, dt = step_inputs(latent, prediction, sigma, next_sigma)
     mean = latent + prediction * dt
     next_latent = mean if next_latent is None else next_latent.float()
-    check_like_latent("next_latent", next_latent, mean)
+    check_same_shape("next_latent", next_latent, "latent", mean)
     zeros = (torch.zeros_like(one) for one in (sigma, sigma.flatten(), mean[:, 0]))
     return Transition(next_latent.detach(), mean, *zeros)
 
@@ -303,3 +302,13 @@ TRANSITIONS: dict[str, TransitionFunction] = {
 
 DETERMINISTIC_AT_THE_END = ("cps", "ddim")
 """Transitions whose step to sigma 0 adds no noise, so that nothing can be learnt from it."""
+
+
+def name_of(transition: TransitionFunction) -> str:
+    """What a configuration calls a transition."""
+    return next(name for name, one in TRANSITIONS.items() if one is transition)
+
+
+def _flow_rate(sigma: Tensor, sigma_max: Tensor, noise_level: float) -> Tensor:
+    """The squared diffusion of `flow_sde`."""
+    return noise_level**2 * sigma / (1 - torch.minimum(sigma, sigma_max))

@@ -20,7 +20,7 @@ from diffusion_rl.row_settings import (
     OnlineDpoSettings,
     RaftSettings,
 )
-from diffusion_rl.transitions import TRANSITIONS, cps, ddim, flow_sde
+from diffusion_rl.transitions import cps, ddim, flow_sde, name_of
 
 
 def test_every_row_has_options_of_its_kind() -> None:
@@ -99,7 +99,7 @@ def test_settings_outside_their_range_are_refused(kind: type, options: dict, mes
 
 @pytest.mark.parametrize("row", [DdpoSettings(), GrpoSettings(transition="cps")])
 def test_more_noise_than_there_is_must_not_be_replaced(row: RecordedSettings) -> None:
-    name = next(name for name, one in TRANSITIONS.items() if one is row.transition_function)
+    name = name_of(row.transition_function)
     message = rf"rollout.noise_level must be in \(0, 1\] with transition '{name}', got 1.2; "
     with pytest.raises(ValueError, match=message):
         FinetuneSettings(algorithm=row, rollout=RolloutSettings(noise_level=1.2))
